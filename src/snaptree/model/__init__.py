@@ -1,0 +1,1 @@
+"""The nouns of snaptree, pure: nothing in this package does I/O."""

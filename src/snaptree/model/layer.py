@@ -1,0 +1,54 @@
+"""Layers: the image files of a disk, and the points in time that they hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+LayerId = int
+"""Names a layer within one tree. Paths change (the root's name is put back after a merge), ids do not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a frozen layer's file looked like when it was frozen, to find out whether somebody has written to it since.
+
+    ``size`` is the file's length in bytes, ``mtime_ns`` its modification time, ``header`` the SHA-256 (hex) of the
+    qcow2 header's fixed fields and snapshot table position, or empty for a raw file.
+    """
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    header: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One image file of one disk.
+
+    ``path`` is absolute and canonical. ``parent`` is the layer that the header names as backing file. ``owned`` is true
+    when snaptree made the file or the user named it; all beneath is foreign. ``virtual_size`` is in bytes. ``identity``
+    is kept for frozen owned layers only: a tip changes all the time. ``half_merged`` says that a commit has begun to
+    write here: the layer shows what it should only through the one above it.
+    """
+
+    id: LayerId
+    disk: str
+    path: str
+    format: str
+    parent: LayerId | None
+    owned: bool
+    virtual_size: int
+    identity: Identity | None = None
+    half_merged: bool = False
+    made: bool = field(default=False)
+    """snaptree created the file itself (what ``gc`` may remove without asking)."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Point:
+    """What a disk showed at one time: a whole layer, or an internal snapshot (its tag) within one."""
+
+    layer: LayerId
+    internal: str | None = None

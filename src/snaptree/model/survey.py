@@ -1,0 +1,127 @@
+"""What was just read from the machine's files and surroundings, as a value.
+
+The readers live in ``images/`` and ``machines/``; the verbs in ``planning/`` take a survey and do no I/O themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from snaptree.model.layer import Identity, LayerId
+
+
+@dataclass(frozen=True, slots=True)
+class InternalFacts:
+    """One internal snapshot as the image's snapshot table has it. Sizes in bytes, ``created`` in seconds since the epoch."""
+
+    id: str
+    name: str
+    virtual_size: int
+    memory_size: int
+    created: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFacts:
+    """What one image file was found to be.
+
+    ``allocated`` is what the file occupies on its file system, ``virtual_size`` what it shows the guest, both in bytes.
+    ``problem`` names what is wrong in one of the words of DESIGN.md (``missing``, ``changed``, ``loop``, …) or is empty;
+    ``detail`` says it in a sentence. ``open_by`` lists processes that have the file open (``name (pid)``).
+    """
+
+    path: str
+    exists: bool = True
+    identity: Identity | None = None
+    format: str = "qcow2"
+    version: int = 3
+    virtual_size: int = 0
+    file_size: int = 0
+    allocated: int = 0
+    cluster_size: int = 65536
+    refcount_bits: int = 16
+    links: int = 1
+    block_device: bool = False
+    writable: bool = True
+    backing: str | None = None
+    backing_format: str | None = None
+    dirty: bool = False
+    corrupt: bool = False
+    encrypted: bool = False
+    external_data: bool = False
+    extended_l2: bool = False
+    lazy_refcounts: bool = False
+    compression: str = "zlib"
+    bitmaps: tuple[str, ...] = ()
+    internals: tuple[InternalFacts, ...] = ()
+    written: bool = True
+    """Whether anything has been written since it was made: clusters allocated, or the size differs from the parent's."""
+    problem: str = ""
+    detail: str = ""
+    open_by: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RowFacts:
+    """What merging a row of layers would move, counted exactly from the tables. All figures in bytes.
+
+    A row is a tuple of layer ids, lowest first; the last is the one that stays or goes down.
+
+    :param commit_bytes: data that goes down when all above the lowest are committed into it.
+    :param commit_zeroes: of what goes down, how much is zeroes that need no copying.
+    :param commit_grows: by how much the lowest file's allocation grows in a commit.
+    :param pull_bytes: data that goes up when all below the highest are pulled into it.
+    :param pull_grows: by how much the highest file's allocation grows in a pull.
+    :param profile_commit: cumulative bytes to move at equal steps over the guest's address range, for progress.
+    :param profile_pull: the same for a pull.
+    :param extents: how many runs of adjacent clusters there are to move (commit, pull).
+    """
+
+    commit_bytes: int
+    commit_zeroes: int
+    commit_grows: int
+    pull_bytes: int
+    pull_grows: int
+    extents: tuple[int, int] = (0, 0)
+    profile_commit: tuple[int, ...] = ()
+    profile_pull: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FileSystemFacts:
+    """One file system that layers lie on: free bytes for us, and whether files can share blocks there."""
+
+    device: int
+    free: int
+    can_share: bool = False
+    mount: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Outsider:
+    """Something outside this tree that stands on a layer of it: another machine, or an overlay found beside it."""
+
+    layer: LayerId
+    what: str
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All that was read for one operation.
+
+    ``rows`` has the merges that were measured, ``outsiders`` what stands on layers from outside the tree,
+    ``strays`` image files in the layers' folders that the tree does not know, ``running`` whether the machine runs.
+    ``taken`` are paths among those asked about that exist already.
+    """
+
+    layers: Mapping[LayerId, LayerFacts] = field(default_factory=dict)
+    rows: Mapping[tuple[LayerId, ...], RowFacts] = field(default_factory=dict)
+    file_systems: Mapping[int, FileSystemFacts] = field(default_factory=dict)
+    outsiders: tuple[Outsider, ...] = ()
+    strays: tuple[str, ...] = ()
+    taken: frozenset[str] = frozenset()
+    running: bool = False
+    now: float = 0.0
+    bytes_per_second: float = 0.0
+    """How fast merges went lately on this machine, from the journal; 0 when nothing is known."""
