@@ -60,6 +60,8 @@ class LayerFacts:
     problem: str = ""
     detail: str = ""
     open_by: tuple[str, ...] = ()
+    unchanged_since: tuple[str, ...] = ()
+    """Tags of the internal snapshots since which nothing has been written to the active state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +113,10 @@ class Survey:
     """All that was read for one operation.
 
     ``rows`` has the merges that were measured, ``outsiders`` what stands on layers from outside the tree,
-    ``strays`` image files in the layers' folders that the tree does not know, ``running`` whether the machine runs.
-    ``taken`` are paths among those asked about that exist already.
+    ``strays`` image files that the journal says snaptree made and that the tree does not know, ``running`` whether the
+    machine runs. ``names`` lists what is in each folder that new files may go to (a folder that is not there is absent).
+    ``firmware`` has the live firmware state by role, ``keep`` the folder for copies of it, ``token`` a word that is new
+    to every operation, for names of files that nobody chose.
     """
 
     layers: Mapping[LayerId, LayerFacts] = field(default_factory=dict)
@@ -120,7 +124,10 @@ class Survey:
     file_systems: Mapping[int, FileSystemFacts] = field(default_factory=dict)
     outsiders: tuple[Outsider, ...] = ()
     strays: tuple[str, ...] = ()
-    taken: frozenset[str] = frozenset()
+    names: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    firmware: Mapping[str, str] = field(default_factory=dict)
+    keep: str = ""
+    token: str = "0"
     running: bool = False
     now: float = 0.0
     bytes_per_second: float = 0.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from types import MappingProxyType
 
 from snaptree.model.branch import Branch
 from snaptree.model.layer import Layer, LayerId, Point
@@ -14,7 +13,6 @@ from snaptree.model.snapshot import Snapshot
 
 MAX_CHAIN = 200
 """Chains end here (DESIGN.md): deeper ones slow every read and run into QEMU's own limits."""
-
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,11 @@ class Tree:
     def disks(self) -> tuple[str, ...]:
         """The targets of the disks that the machine has now, sorted."""
         return tuple(sorted(self.active_branch.tips))
+
+    @property
+    def named(self) -> tuple[Snapshot | Branch, ...]:
+        """All that has a name: the snapshots, then the branches."""
+        return (*self.snapshots.values(), *self.branches.values())
 
     @cached_property
     def children(self) -> Mapping[LayerId, tuple[LayerId, ...]]:

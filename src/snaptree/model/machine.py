@@ -1,0 +1,30 @@
+"""What is remembered of a machine besides its tree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class MachineConfig:
+    """One machine as it was added.
+
+    ``bases`` are foreign files outside the disks' folders that the user allowed with ``--base``. ``nvram`` and ``tpm``
+    are the machine's firmware state, ``qmp`` the monitor socket of a machine that somebody else starts, ``start`` the
+    command that starts it.
+    """
+
+    name: str
+    provider: str = "standalone"
+    bases: tuple[str, ...] = ()
+    nvram: str | None = None
+    tpm: str | None = None
+    qmp: str | None = None
+    start: str | None = None
+    created: float = 0.0
+
+    @property
+    def firmware(self) -> tuple[tuple[str, str], ...]:
+        """``(role, path)`` of each piece of live firmware state that the machine has."""
+        pieces = (("nvram", self.nvram), ("tpm", self.tpm))
+        return tuple((role, path) for role, path in pieces if path is not None)

@@ -1,0 +1,187 @@
+"""Taking snapshots and growing branches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from snaptree.errors import ExistsError, NotFoundError, RefusedError, UsageError
+from snaptree.model.branch import Branch
+from snaptree.model.layer import Point
+from snaptree.model.names import check_name
+from snaptree.model.snapshot import Snapshot
+from snaptree.model.survey import Survey
+from snaptree.model.tree import Tree
+from snaptree.planning.draft import Draft
+from snaptree.planning.plan import Plan
+from snaptree.planning.steps import MakeInternal
+
+
+@dataclass(frozen=True)
+class SnapshotRequest:
+    """``snaptree snapshot NAME SNAP``; ``files`` are paths that the user chose for the new tips, by disk."""
+
+    name: str
+    internal: bool = False
+    exclude: tuple[str, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+    description: str = ""
+
+
+@dataclass(frozen=True)
+class BranchRequest:
+    """``snaptree branch NAME BRANCH``: grow a line of work from a snapshot, or from here when ``source`` is ``None``."""
+
+    name: str
+    source: str | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
+def require_free_name(tree: Tree, name: str, what: str) -> None:
+    """Refuse a name that is bad or that a snapshot or a branch has already.
+
+    :raise UsageError: the name is not one that they may have.
+    :raise ExistsError: it is taken.
+    """
+    check_name(name, what)
+    if name in tree.snapshots:
+        raise ExistsError(f"machine {tree.machine} has a snapshot {name!r} already", "choose another name")
+    if name in tree.branches:
+        raise ExistsError(f"machine {tree.machine} has a branch {name!r} already", "choose another name")
+
+
+def require_disks(tree: Tree, disks: tuple[str, ...] | Mapping[str, str]) -> None:
+    """Refuse disks that the machine does not have.
+
+    :raise NotFoundError: names the disk and those that there are.
+    """
+    for disk in disks:
+        if disk not in tree.disks:
+            raise NotFoundError(
+                f"machine {tree.machine} has no disk {disk!r}",
+                f"its disks: {', '.join(tree.disks) or 'none'}",
+            )
+
+
+def snapshot(tree: Tree, survey: Survey, request: SnapshotRequest) -> Plan:
+    """Plan a snapshot of the active branch as it is now.
+
+    An external point freezes the tip under a new empty overlay, which becomes the tip. When nothing has been written
+    since the previous snapshot, the two share a point and no overlay is stacked. With ``internal``, disks that can hold
+    internal snapshots get one within their tip; the others get an external point.
+    """
+    require_free_name(tree, request.name, "snapshot")
+    require_disks(tree, request.exclude)
+    require_disks(tree, request.files)
+    both = sorted(set(request.exclude) & set(request.files))
+    if both:
+        raise UsageError(f"{both[0]} is both excluded and given a file", "give one of --exclude and --file")
+    draft = Draft(tree, survey, request.files)
+    branch = tree.active_branch
+    points: dict[str, Point] = {}
+    tips = dict(branch.tips)
+    for disk in tree.disks:
+        if disk in request.exclude:
+            continue
+        tip = branch.tips[disk].layer
+        layer = tree.layers[tip]
+        draft.require_whole(tip, f"take a snapshot of {disk}")
+        if request.internal and layer.format == "qcow2":
+            tag = draft.new_tag(tip, request.name)
+            draft.prepare.append(MakeInternal(layer.path, tag))
+            draft.touches.add(layer.path)
+            points[disk] = Point(tip, tag)
+            continue
+        if request.internal:
+            draft.notes.append(
+                f"{disk} is {layer.format}, which cannot hold internal snapshots: it gets an external point"
+            )
+        parent = layer.parent
+        if parent is not None and tree.layers[parent].owned and draft.unwritten(tip):
+            points[disk] = Point(parent)
+            if draft.chosen.pop(disk, None):
+                draft.notes.append(f"nothing was written to {disk} since the last snapshot: no new file was needed")
+            continue
+        points[disk] = Point(tip)
+        tips[disk] = Point(draft.stack(tip, request.name, f"take a snapshot of {disk}").id)
+    if not points:
+        raise UsageError("every disk is excluded: there is nothing to take a snapshot of", "exclude fewer disks")
+    taken = Snapshot(
+        name=request.name,
+        parent=branch.parent,
+        points=points,
+        created=survey.now,
+        description=request.description,
+        firmware=draft.keep_firmware(request.name),
+    )
+    draft.tree = draft.tree.with_snapshots(taken).with_branches(replace(branch, parent=request.name, tips=tips))
+    return draft.conclude("snapshot", f"take snapshot {request.name!r}", f"snapshot {request.name!r} is there")
+
+
+def branch(tree: Tree, survey: Survey, request: BranchRequest) -> Plan:
+    """Plan a new parked branch with tips of its own, grown from a snapshot or from what the machine shows now.
+
+    Disks that the snapshot does not have fork where they stand.
+    """
+    require_free_name(tree, request.name, "branch")
+    if request.source is not None and request.source not in tree.snapshots:
+        if request.source in tree.branches:
+            raise RefusedError(
+                f"{request.source!r} is a branch: branches grow from snapshots, or from here",
+                f"switch to {request.source!r} and grow the branch from there",
+            )
+        raise NotFoundError(
+            f"machine {tree.machine} has no snapshot {request.source!r}",
+            f"see 'snaptree tree {tree.machine}'",
+        )
+    draft = Draft(tree, survey, request.files)
+    active = tree.active_branch
+    tips: dict[str, Point] = {}
+    mine = dict(active.tips)
+    points = tree.snapshots[request.source].points if request.source is not None else {}
+    for disk in sorted({*tree.disks, *points}):
+        point = points.get(disk)
+        if point is None:
+            mine[disk], tips[disk] = draft.fork(disk, active.name, request.name)
+        elif point.internal is None:
+            tips[disk] = Point(draft.stack(point.layer, request.name, f"grow branch {request.name!r}").id)
+        else:
+            tips[disk] = Point(draft.build(point, request.name, f"grow branch {request.name!r}").id)
+    source = tree.snapshots[request.source] if request.source is not None else None
+    # Copies are never written to, so that a branch can share those of the snapshot that it grows from.
+    firmware = source.firmware if source is not None else draft.keep_firmware(request.name)
+    grown = Branch(
+        name=request.name,
+        parent=source.name if source is not None else active.parent,
+        tips=tips,
+        created=survey.now,
+        memory=source.memory if source is not None else None,
+        firmware=firmware,
+    )
+    draft.tree = draft.tree.with_branches(grown, replace(active, tips=mine))
+    where = f"from snapshot {request.source!r}" if request.source is not None else "from here"
+    return draft.conclude("branch", f"grow branch {request.name!r} {where}", f"branch {request.name!r} is there")
+
+
+def rename(tree: Tree, survey: Survey, old: str, new: str) -> Plan:
+    """Plan another name for a snapshot or a branch.
+
+    :raise NotFoundError: nothing has the old name.
+    """
+    if not tree.has_name(old):
+        raise NotFoundError(
+            f"machine {tree.machine} has no snapshot or branch {old!r}", f"see 'snaptree tree {tree.machine}'"
+        )
+    require_free_name(tree, new, "snapshot" if old in tree.snapshots else "branch")
+    draft = Draft(tree, survey)
+    if old in tree.snapshots:
+        children = [replace(each, parent=new) for each in tree.snapshots.values() if each.parent == old]
+        lines = [replace(each, parent=new) for each in tree.branches.values() if each.parent == old]
+        moved = tree.without_snapshots(old).with_snapshots(*children, replace(tree.snapshots[old], name=new))
+        draft.tree = moved.with_branches(*lines)
+    else:
+        line = replace(tree.branches[old], name=new)
+        draft.tree = tree.without_branches(old).with_branches(line)
+        if tree.active == old:
+            draft.tree = replace(draft.tree, active=new)
+    return draft.conclude("rename", f"rename {old!r} to {new!r}", f"{old!r} is now {new!r}")

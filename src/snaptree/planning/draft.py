@@ -1,0 +1,342 @@
+"""The workshop in which a verb puts a plan together: a tree that changes, and the steps that make it so."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Mapping
+from dataclasses import replace
+
+from snaptree.errors import ExistsError, NotFoundError, RefusedError
+from snaptree.model.delta import diff
+from snaptree.model.layer import Layer, LayerId, Point
+from snaptree.model.snapshot import FirmwareFile
+from snaptree.model.survey import LayerFacts, Survey
+from snaptree.model.tree import MAX_CHAIN, Tree
+from snaptree.planning.health import Ailment, ailments, require_whole
+from snaptree.planning.plan import Plan
+from snaptree.planning.settle import settle
+from snaptree.planning.steps import (
+    BuildFromPoint,
+    CopyFirmware,
+    DeleteInternal,
+    File,
+    MakeOverlay,
+    Record,
+    RemoveFirmware,
+    Step,
+    Unlink,
+)
+
+OVERLAY_BYTES = 262_144
+"""What an empty overlay occupies at the most with the usual 64 KiB clusters: header, refcounts, L1."""
+
+
+class Draft:
+    """A plan in the making.
+
+    ``prepare`` are steps that can be undone, before the tree changes; ``finish`` are those that follow the change.
+    """
+
+    def __init__(self, tree: Tree, survey: Survey, chosen: Mapping[str, str] | None = None) -> None:
+        self.before = tree
+        self.tree = tree
+        self.survey = survey
+        self.prepare: list[Step] = []
+        self.finish: list[Step] = []
+        self.notes: list[str] = []
+        self.touches: set[str] = set()
+        self.made: set[str] = set()
+        self.spared: set[LayerId] = set()
+        self.extra = 0
+        self.bytes = 0
+        self.chosen = dict(chosen or {})
+        self.outsiders = frozenset(each.layer for each in survey.outsiders)
+        self.ailments: Mapping[LayerId, Ailment] = ailments(tree, survey)
+        for disk in self.chosen:
+            if disk not in tree.roots:
+                raise NotFoundError(f"machine {tree.machine} has no disk {disk}", f"its disks: {', '.join(tree.roots)}")
+
+    # ---- facts ----------------------------------------------------------------------------------------------------
+
+    def facts(self, layer: LayerId) -> LayerFacts:
+        """What was read of the layer; for one that was not read, what the tree knows."""
+        found = self.survey.layers.get(layer)
+        if found is not None:
+            return found
+        known = self.tree.layers[layer]
+        return LayerFacts(
+            path=known.path, format=known.format, virtual_size=known.virtual_size, identity=known.identity
+        )
+
+    def files_below(self, layer: LayerId) -> tuple[File, ...]:
+        """The chain that the layer stands on, nearest first."""
+        return tuple((each.path, each.format) for each in list(self.tree.chain(layer))[1:])
+
+    def unwritten(self, layer: LayerId) -> bool:
+        """Whether nothing has been written to the overlay since it was made."""
+        facts, known = self.survey.layers.get(layer), self.tree.layers[layer]
+        if facts is None or facts.written or known.parent is None or known.half_merged:
+            return False
+        parent = self.tree.layers[known.parent]
+        return facts.virtual_size == parent.virtual_size and not parent.half_merged
+
+    def require_whole(self, layer: LayerId, purpose: str) -> None:
+        """Refuse to build on an unhealthy chain."""
+        require_whole(self.tree, self.ailments, layer, purpose)
+
+    # ---- new layers -----------------------------------------------------------------------------------------------
+
+    def new_path(self, disk: str, label: str) -> str:
+        """A path for a new file of the disk: the one that the user chose, or one beside the disk's root.
+
+        :raise ExistsError: the chosen file exists.
+        :raise NotFoundError: the chosen folder does not.
+        """
+        chosen = self.chosen.pop(disk, None)
+        if chosen is not None:
+            folder, base = posixpath.split(chosen)
+            if folder not in self.survey.names:
+                raise NotFoundError(f"there is no folder {folder} for {chosen}", "make the folder first")
+            if base in self.survey.names[folder] or chosen in self.made:
+                raise ExistsError(f"{chosen} exists already", "choose another name with --file")
+            if not base.endswith(".qcow2"):
+                raise RefusedError(f"{chosen} does not end in .qcow2, which new layers are", "name it NAME.qcow2")
+            self.made.add(chosen)
+            return chosen
+        folder, base = posixpath.split(self.before.roots[disk][0])
+        stem = base.rsplit(".", 1)[0] if "." in base[1:] else base
+        taken = self.survey.names.get(folder, frozenset())
+        for number in range(1, 100_000):
+            ending = f".{label}.qcow2" if number == 1 else f".{label}-{number}.qcow2"
+            room = 240 - len(ending.encode())
+            name = stem.encode()[: max(room, 8)].decode(errors="ignore") + ending
+            path = posixpath.join(folder, name)
+            if name not in taken and path not in self.made:
+                self.made.add(path)
+                return path
+        raise ExistsError(f"no free name for a new layer in {folder}")
+
+    def stack(self, parent: LayerId, label: str, purpose: str) -> Layer:
+        """A new empty overlay on the layer, added to the tree.
+
+        :raise UnhealthyError: something is wrong with the chain beneath.
+        :raise RefusedError: the chain would be too deep.
+        """
+        self.require_whole(parent, purpose)
+        below = self.tree.layers[parent]
+        if below.half_merged:
+            raise RefusedError(
+                f"cannot {purpose}: {below.path} is half-merged",
+                f"finish the merge with 'snaptree gc {self.tree.machine}'",
+            )
+        chain = list(self.tree.chain(parent))
+        if len(chain) >= MAX_CHAIN:
+            oldest = next(
+                (name for each in reversed(chain) for name in self.tree.names_on.get(Point(each.id), ())),
+                None,
+            )
+            raise RefusedError(
+                f"cannot {purpose}: the chain under {below.disk} has {len(chain)} layers already",
+                f"delete a snapshot first, for instance {oldest!r}" if oldest else "merge some with 'snaptree squash'",
+            )
+        facts = self.facts(parent)
+        if facts.encrypted:
+            raise RefusedError(
+                f"cannot {purpose}: {below.path} is encrypted, and an overlay made without its key would not be",
+                "encrypted layers are not supported yet",
+            )
+        path = self.new_path(below.disk, label)
+        qcow2 = facts.format == "qcow2"
+        self.prepare.append(
+            MakeOverlay(
+                path=path,
+                backing=below.path,
+                backing_format=below.format,
+                virtual_size=below.virtual_size,
+                like=below.path if below.owned else self._owner_like(below.disk),
+                cluster_size=facts.cluster_size if qcow2 else 65536,
+                refcount_bits=facts.refcount_bits if qcow2 else 16,
+                lazy_refcounts=qcow2 and facts.lazy_refcounts,
+                extended_l2=qcow2 and facts.extended_l2,
+                compression=facts.compression if qcow2 else "zlib",
+            )
+        )
+        self.touches.add(below.path)
+        self.extra += OVERLAY_BYTES
+        return self._add(below.disk, path, parent, below.virtual_size)
+
+    def build(self, point: Point, label: str, purpose: str) -> Layer:
+        """A new layer made out of an internal snapshot, on the same backing file, added to the tree."""
+        assert point.internal is not None
+        source = self.tree.layers[point.layer]
+        self.require_whole(source.id, purpose)
+        facts = self.facts(source.id)
+        size = next(
+            (each.virtual_size for each in facts.internals if each.name == point.internal),
+            source.virtual_size,
+        )
+        path = self.new_path(source.disk, label)
+        weight = min(facts.allocated, size)
+        self.prepare.append(
+            BuildFromPoint(
+                path=path,
+                source=source.path,
+                tag=point.internal,
+                below=self.files_below(source.id),
+                virtual_size=size,
+                bytes=weight,
+                cluster_size=facts.cluster_size,
+            )
+        )
+        self.touches.add(source.path)
+        self.extra += weight + OVERLAY_BYTES
+        self.bytes += weight
+        return self._add(source.disk, path, source.parent, size)
+
+    def _owner_like(self, disk: str) -> str:
+        """An owned file of the disk, to take owner and mode from when the layer below is foreign (it may be root's)."""
+        tip = self.before.active_branch.tips.get(disk) if self.before.active in self.before.branches else None
+        if tip is not None:
+            return self.before.layers[tip.layer].path
+        owned = [layer.path for layer in self.before.layers.values() if layer.disk == disk and layer.owned]
+        return owned[0]
+
+    def _add(self, disk: str, path: str, parent: LayerId | None, size: int) -> Layer:
+        layer = Layer(
+            id=max(self.tree.next_layer_id(), self.before.next_layer_id()),
+            disk=disk,
+            path=path,
+            format="qcow2",
+            parent=parent,
+            owned=True,
+            virtual_size=size,
+            made=True,
+        )
+        self.tree = self.tree.with_layers(layer)
+        return layer
+
+    def new_tag(self, layer: LayerId, wanted: str) -> str:
+        """A tag for a new internal snapshot of the layer that neither names nor numbers another one there.
+
+        QEMU looks a tag up as a number first (``find_snapshot_by_id_or_name``), so that a tag of digits is ambiguous.
+        """
+        taken = set(self.tree.internals.get(layer, ())) | set(self.before.internals.get(layer, ()))
+        for each in self.facts(layer).internals:
+            taken |= {each.id, each.name}
+        tag = f"snap-{wanted}" if wanted.isdigit() else wanted
+        number = 2
+        while tag in taken:
+            tag = f"{wanted}~{number}"
+            number += 1
+        return tag
+
+    def fork(self, disk: str, label: str, other: str) -> tuple[Point, Point]:
+        """Two tips that show what the active tip of the disk shows now: one to go on with, one to park.
+
+        :param label: names the new file to go on with, ``other`` the one to park.
+        """
+        tip = self.before.active_branch.tips[disk].layer
+        parent = self.tree.layers[tip].parent
+        if self.unwritten(tip) and parent is not None:
+            return Point(tip), Point(self.stack(parent, other, f"fork {disk}").id)
+        parked = self.stack(tip, other, f"fork {disk}")
+        return Point(self.stack(tip, label, f"fork {disk}").id), Point(parked.id)
+
+    # ---- firmware -------------------------------------------------------------------------------------------------
+
+    def keep_firmware(self, label: str) -> tuple[FirmwareFile, ...]:
+        """Copy the live firmware state aside."""
+        copies = []
+        for role, live in sorted(self.survey.firmware.items()):
+            target = posixpath.join(self.survey.keep, f"{self.survey.token}-{len(self.prepare)}-{role}")
+            self.prepare.append(CopyFirmware(role=role, source=live, target=target))
+            copies.append(FirmwareFile(role, target))
+        return tuple(copies)
+
+    def restore_firmware(self, kept: tuple[FirmwareFile, ...]) -> None:
+        """Put copies of firmware state back over the live ones."""
+        for piece in kept:
+            live = self.survey.firmware.get(piece.role)
+            if live is None:
+                self.notes.append(f"the machine has no {piece.role} state now; the copy in {piece.path} was left alone")
+            else:
+                self.finish.append(CopyFirmware(role=piece.role, source=piece.path, target=live, replace=True))
+
+    # ---- the end --------------------------------------------------------------------------------------------------
+
+    def conclude(self, operation: str, summary: str, what: str) -> Plan:
+        """The plan: prepare, change the tree in one transaction, finish, clean up what nothing needs."""
+        after = settle(self.tree, self.outsiders)
+        cleanup, freed = self.cleanup(after)
+        baseline = tuple(
+            layer.id
+            for layer in after.layers.values()
+            if layer.owned and layer.identity is None and not is_tip(after, layer.id)
+        )
+        delta = diff(self.before, after)
+        change: list[Step] = [Record(delta, baseline, what)] if delta or baseline else []
+        steps = (*self.prepare, *change, *self.finish, *cleanup)
+        self.touches.update(step.path for step in steps if isinstance(step, Unlink | DeleteInternal))
+        return Plan(
+            operation=operation,
+            summary=summary,
+            steps=steps,
+            point_of_no_return=len(self.prepare),
+            after=after,
+            bytes_to_copy=self.bytes,
+            peak_extra_bytes=self.extra,
+            frees_bytes=freed,
+            paths_after=paths_of(after),
+            notes=tuple(self.notes),
+            touches=tuple(sorted(self.touches)),
+        )
+
+    def cleanup(self, after: Tree) -> tuple[list[Step], int]:
+        """The steps that remove what the tree before had and the tree after does not, and how many bytes that frees."""
+        steps: list[Step] = []
+        freed = 0
+        gone = [layer for layer in self.before.layers.values() if layer.id not in after.layers and layer.owned]
+        depth = {layer.id: sum(1 for _ in self.before.chain(layer.id)) for layer in gone}
+        for layer in sorted(gone, key=lambda each: -depth[each.id]):
+            facts = self.facts(layer.id)
+            if layer.id in self.spared or facts.identity is None or facts.problem == "missing":
+                continue
+            room = facts.allocated if facts.links == 1 else 0
+            freed += room
+            steps.append(Unlink(layer.path, facts.identity.device, facts.identity.inode, room))
+        tagged = {**self.before.internals}
+        for layer_id, tags in tagged.items():
+            if layer_id not in after.layers or not after.layers[layer_id].owned:
+                continue
+            kept = set(after.internals.get(layer_id, ()))
+            path = after.layers[layer_id].path
+            steps.extend(DeleteInternal(path, tag) for tag in tags if tag not in kept)
+        for piece in sorted(firmware_of(self.before) - firmware_of(after), key=lambda each: each.path):
+            steps.append(RemoveFirmware(piece.role, piece.path))
+        for memory in self.before.memories.values():
+            if memory.id not in after.memories:
+                steps.append(Unlink(memory.path, 0, 0, memory.size))
+                freed += memory.size
+        return steps, freed
+
+
+def is_tip(tree: Tree, layer: LayerId) -> bool:
+    """Whether a branch has the whole layer as its tip."""
+    names = tree.names_on.get(Point(layer), ())
+    return any(name in tree.branches and Point(layer) in tree.branches[name].tips.values() for name in names)
+
+
+def firmware_of(tree: Tree) -> set[FirmwareFile]:
+    """All copies of firmware state that the tree refers to."""
+    return {piece for each in tree.named for piece in each.firmware}
+
+
+def paths_of(tree: Tree) -> dict[str, str]:
+    """Where the active tip of each disk is."""
+    return {disk: tree.layers[point.layer].path for disk, point in sorted(tree.active_branch.tips.items())}
+
+
+def renamed_tip(tree: Tree, branch: str, disk: str, point: Point) -> Tree:
+    """The tree with another tip of one disk of one branch."""
+    line = tree.branches[branch]
+    return tree.with_branches(replace(line, tips={**line.tips, disk: point}))

@@ -1,0 +1,99 @@
+"""What a tree no longer needs, and which layers are loose or shared."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+from snaptree.model.layer import LayerId, Point
+from snaptree.model.tree import Tree
+
+
+def settle(tree: Tree, outsiders: Collection[LayerId] = ()) -> Tree:
+    """The tree without the layers and memories that nothing needs any more.
+
+    A layer goes when no name needs it or a point in it, nothing of the tree stands on it, and nothing from outside does
+    (``outsiders``); its parent may then be the next. Tips lose the identity that they had as frozen layers.
+    """
+    standing = {layer: len(children) for layer, children in tree.children.items()}
+    wanted = {point.layer for point in tree.names_on} | set(outsiders)
+    queue = [layer for layer in tree.layers if layer not in wanted and not standing.get(layer)]
+    gone: set[LayerId] = set()
+    while queue:
+        layer = tree.layers[queue.pop()]
+        gone.add(layer.id)
+        parent = layer.parent
+        if parent is not None and parent in tree.layers:
+            standing[parent] -= 1
+            if not standing[parent] and parent not in wanted:
+                queue.append(parent)
+    settled = tree.without_layers(gone) if gone else tree
+    referred = {each.memory for each in tree.named}
+    if any(memory not in referred for memory in tree.memories):
+        settled = replace(settled, memories={key: value for key, value in tree.memories.items() if key in referred})
+    tips = [
+        replace(settled.layers[point.layer], identity=None)
+        for branch in settled.branches.values()
+        for point in branch.tips.values()
+        if point.internal is None and settled.layers[point.layer].identity is not None
+    ]
+    return settled.with_layers(*tips) if tips else settled
+
+
+def is_loose(tree: Tree, layer: LayerId, outsiders: Collection[LayerId] = ()) -> bool:
+    """Whether no name needs the owned layer by itself and exactly one thing, of this tree, stands on it."""
+    return tree.layers[layer].owned and not tree.needed(layer) and layer not in outsiders and tree.stands_on(layer) == 1
+
+
+def is_shared(tree: Tree, layer: LayerId, outsiders: Collection[LayerId] = ()) -> bool:
+    """Whether no name needs the owned layer by itself and two or more things stand on it."""
+    standing = tree.stands_on(layer) + (1 if layer in outsiders else 0)
+    return tree.layers[layer].owned and not tree.needed(layer) and standing >= 2
+
+
+def loose_layers(tree: Tree, outsiders: Collection[LayerId] = ()) -> frozenset[LayerId]:
+    """All loose layers."""
+    return frozenset(layer for layer in tree.layers if is_loose(tree, layer, outsiders))
+
+
+def shared_layers(tree: Tree, outsiders: Collection[LayerId] = ()) -> frozenset[LayerId]:
+    """All shared layers."""
+    return frozenset(layer for layer in tree.layers if is_shared(tree, layer, outsiders))
+
+
+def role(tree: Tree, layer: LayerId, outsiders: Collection[LayerId] = ()) -> str:
+    """What the layer is for: ``snapshot``, ``tip``, ``shared``, ``loose`` or ``foreign``."""
+    if not tree.layers[layer].owned:
+        return "foreign"
+    names = tree.names_on.get(Point(layer), ())
+    if any(name in tree.branches and Point(layer) in tree.branches[name].tips.values() for name in names):
+        return "tip"
+    if names or (tree.internals.get(layer) and not tree.children.get(layer)):
+        return "snapshot"
+    if is_loose(tree, layer, outsiders):
+        return "loose"
+    return "shared"
+
+
+def surviving(tree: Tree, gone: Collection[str], name: str | None) -> str | None:
+    """The nearest ancestor of the named snapshot (or it itself) that is not among those that go."""
+    while name is not None and name in gone:
+        name = tree.snapshots[name].parent
+    return name
+
+
+def without_names(tree: Tree, snapshots: Collection[str], branches: Collection[str] = ()) -> Tree:
+    """The tree without these names; what grew from them moves to the nearest surviving ancestor."""
+    gone = frozenset(snapshots)
+    kept: Mapping[str, object] = {name: one for name, one in tree.snapshots.items() if name not in gone}
+    moved = [
+        replace(tree.snapshots[name], parent=surviving(tree, gone, tree.snapshots[name].parent))
+        for name in kept
+        if tree.snapshots[name].parent in gone
+    ]
+    lines = [
+        replace(branch, parent=surviving(tree, gone, branch.parent))
+        for branch in tree.branches.values()
+        if branch.parent in gone and branch.name not in branches
+    ]
+    return tree.without_snapshots(*gone).with_snapshots(*moved).without_branches(*branches).with_branches(*lines)

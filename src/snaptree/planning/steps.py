@@ -1,0 +1,348 @@
+"""The steps that plans are made of, as data.
+
+A step says what will be done; ``running/carry`` does it. What is on disk after a crash in each kind of step stands in
+``crash``, from which the documentation is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
+
+from snaptree.model.delta import Delta
+from snaptree.model.layer import LayerId
+from snaptree.model.machine import MachineConfig
+
+File: TypeAlias = tuple[str, str]
+"""One image in a chain: ``(path, format)``."""
+
+
+@dataclass(frozen=True, slots=True)
+class MakeOverlay:
+    """Make an empty qcow2 file on a backing file, with owner, mode and labels of ``like``."""
+
+    kind: ClassVar[str] = "make-overlay"
+    crash: ClassVar[str] = "a hidden temporary file or the new empty overlay; nothing refers to it; recovery removes it"
+
+    path: str
+    backing: str
+    backing_format: str
+    virtual_size: int
+    like: str
+    cluster_size: int = 65536
+    refcount_bits: int = 16
+    lazy_refcounts: bool = False
+    extended_l2: bool = False
+    compression: str = "zlib"
+
+    @property
+    def summary(self) -> str:
+        return f"make {self.path}, an empty overlay on {self.backing}"
+
+
+@dataclass(frozen=True, slots=True)
+class BuildFromPoint:
+    """Make a new qcow2 file that shows what an internal snapshot shows, on the same backing file.
+
+    ``below`` is the chain that the source stands on, nearest first.
+    """
+
+    kind: ClassVar[str] = "build-from-point"
+    crash: ClassVar[str] = "a hidden temporary file or the new layer; nothing refers to it; recovery removes it"
+
+    path: str
+    source: str
+    tag: str
+    below: tuple[File, ...]
+    virtual_size: int
+    bytes: int
+    cluster_size: int = 65536
+
+    @property
+    def summary(self) -> str:
+        return f"make {self.path} out of the internal snapshot {self.tag!r} in {self.source}"
+
+
+@dataclass(frozen=True, slots=True)
+class CopyFirmware:
+    """Copy a piece of firmware state whole: aside (a new file) or back over the live one (``replace``)."""
+
+    kind: ClassVar[str] = "copy-firmware"
+    crash: ClassVar[str] = "a hidden temporary copy, or the whole copy; the live state is old or new, never in between"
+
+    role: str
+    source: str
+    target: str
+    replace: bool = False
+
+    @property
+    def summary(self) -> str:
+        return f"copy {self.role} state from {self.source} to {self.target}"
+
+
+@dataclass(frozen=True, slots=True)
+class MakeInternal:
+    """Take an internal snapshot in a layer."""
+
+    kind: ClassVar[str] = "make-internal"
+    crash: ClassVar[str] = "the image with or without the internal snapshot, leaked clusters at worst"
+
+    path: str
+    tag: str
+
+    @property
+    def summary(self) -> str:
+        return f"take the internal snapshot {self.tag!r} in {self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyInternal:
+    """Make the active state of a layer what one of its internal snapshots shows."""
+
+    kind: ClassVar[str] = "apply-internal"
+    crash: ClassVar[str] = (
+        "the layer's active state is undefined, its internal snapshots are whole; recovery applies again"
+    )
+
+    path: str
+    tag: str
+    below: tuple[File, ...]
+
+    @property
+    def summary(self) -> str:
+        return f"go back to the internal snapshot {self.tag!r} in {self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteInternal:
+    """Delete one internal snapshot of a layer; what the layer shows stays the same."""
+
+    kind: ClassVar[str] = "delete-internal"
+    crash: ClassVar[str] = "the image with or without the internal snapshot, leaked clusters at worst"
+
+    path: str
+    tag: str
+
+    @property
+    def summary(self) -> str:
+        return f"delete the internal snapshot {self.tag!r} in {self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class Grow:
+    """Make a layer longer; what is past its old end reads as explicit zeroes, never as what lies beneath."""
+
+    kind: ClassVar[str] = "grow"
+    crash: ClassVar[str] = "the layer is shorter or longer; what stands on it shows the same"
+
+    path: str
+    format: str
+    below: tuple[File, ...]
+    size: int
+
+    @property
+    def summary(self) -> str:
+        return f"grow {self.path} to {self.size} bytes"
+
+
+@dataclass(frozen=True, slots=True)
+class Shrink:
+    """Cut a merged layer to the size of the layer whose contents it took."""
+
+    kind: ClassVar[str] = "shrink"
+    crash: ClassVar[str] = "the lower layer is longer or shorter; it is read only through the upper one until repointed"
+
+    path: str
+    format: str
+    below: tuple[File, ...]
+    size: int
+
+    @property
+    def summary(self) -> str:
+        return f"shrink {self.path} to {self.size} bytes"
+
+
+@dataclass(frozen=True, slots=True)
+class MoveJob:
+    """One merge among those that move together.
+
+    ``row`` is the chain to merge, lowest first; ``below`` what the lowest stands on, nearest first. ``commit`` moves
+    all upper layers' data into ``row[0]``, ``pull`` all lower layers' data into ``row[-1]``. ``bytes`` is what will
+    be copied, ``profile`` the cumulative bytes at equal steps over the guest's address range.
+    """
+
+    name: str
+    way: str
+    disk: str
+    row: tuple[File, ...]
+    below: tuple[File, ...]
+    bytes: int
+    profile: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Move the data of all merges, all disks at once."""
+
+    kind: ClassVar[str] = "move"
+    crash: ClassVar[str] = (
+        "pull: the upper layer holds more clusters and shows the same; commit: the lower layer is half-merged and is "
+        "read only through the one above; gc goes on"
+    )
+
+    jobs: tuple[MoveJob, ...]
+
+    @property
+    def summary(self) -> str:
+        parts = [
+            f"{job.way} {job.bytes} bytes of {job.disk} "
+            + (f"down into {job.row[0][0]}" if job.way == "commit" else f"up into {job.row[-1][0]}")
+            for job in self.jobs
+        ]
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Repoint:
+    """Write another backing name into a layer's header; what the layer shows stays the same."""
+
+    kind: ClassVar[str] = "repoint"
+    crash: ClassVar[str] = "the header has the old or the new backing name; both show the same"
+
+    path: str
+    backing: str | None
+    backing_format: str | None
+
+    @property
+    def summary(self) -> str:
+        return f"point {self.path} at {self.backing or 'nothing'}"
+
+
+@dataclass(frozen=True, slots=True)
+class TakeName:
+    """Let ``target`` name the file that ``source`` names; ``source`` stays until it is unlinked."""
+
+    kind: ClassVar[str] = "take-name"
+    crash: ClassVar[str] = "the target's name shows the old or the merged file; everything kept uses the source's name"
+
+    source: str
+    target: str
+
+    @property
+    def summary(self) -> str:
+        return f"put {self.source} in place as {self.target}"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Change the tree, in one transaction; ``baseline`` are layers whose identity is read and kept now."""
+
+    kind: ClassVar[str] = "record"
+    crash: ClassVar[str] = "the tree before or the tree after"
+
+    delta: Delta
+    baseline: tuple[LayerId, ...] = ()
+    what: str = "record the new tree"
+
+    @property
+    def summary(self) -> str:
+        return self.what
+
+
+@dataclass(frozen=True, slots=True)
+class Unlink:
+    """Remove a file that nothing needs, if it still is the file that the plan saw (device and inode)."""
+
+    kind: ClassVar[str] = "unlink"
+    crash: ClassVar[str] = "the file is there or gone; nothing needs it"
+
+    path: str
+    device: int
+    inode: int
+    freed: int = 0
+
+    @property
+    def summary(self) -> str:
+        return f"remove {self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveFirmware:
+    """Remove a copy of firmware state that nothing refers to."""
+
+    kind: ClassVar[str] = "remove-firmware"
+    crash: ClassVar[str] = "the copy is there, partly there or gone; nothing needs it"
+
+    role: str
+    path: str
+
+    @property
+    def summary(self) -> str:
+        return f"remove the copy of {self.role} state at {self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class Register:
+    """Remember a machine, or what is new of it."""
+
+    kind: ClassVar[str] = "register"
+    crash: ClassVar[str] = "the machine is known as before or as after"
+
+    config: MachineConfig
+
+    @property
+    def summary(self) -> str:
+        return f"remember machine {self.config.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Forget a machine and its tree."""
+
+    kind: ClassVar[str] = "forget"
+    crash: ClassVar[str] = "the machine is known or not"
+
+    name: str
+
+    @property
+    def summary(self) -> str:
+        return f"forget machine {self.name}"
+
+
+Step: TypeAlias = (
+    MakeOverlay
+    | BuildFromPoint
+    | CopyFirmware
+    | MakeInternal
+    | ApplyInternal
+    | DeleteInternal
+    | Grow
+    | Shrink
+    | Move
+    | Repoint
+    | TakeName
+    | Record
+    | Unlink
+    | RemoveFirmware
+    | Register
+    | Forget
+)
+
+STEPS: tuple[type[Step], ...] = (
+    MakeOverlay,
+    BuildFromPoint,
+    CopyFirmware,
+    MakeInternal,
+    ApplyInternal,
+    DeleteInternal,
+    Grow,
+    Shrink,
+    Move,
+    Repoint,
+    TakeName,
+    Record,
+    Unlink,
+    RemoveFirmware,
+    Register,
+    Forget,
+)
