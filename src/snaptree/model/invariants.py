@@ -11,8 +11,8 @@ from snaptree.model.tree import Tree
 def violations(tree: Tree, outsiders: frozenset[LayerId] = frozenset()) -> tuple[str, ...]:
     """Every way in which the tree is not what a tree must be, as sentences; empty when it is sound.
 
-    A tree that was found (made by hand, by virsh) may have some; a tree that a plan leaves has none that the tree before
-    it did not have.
+    A tree that was found (made by hand, by virsh) may have some; a tree that a plan leaves has none that the tree
+    before it did not have.
 
     :param outsiders: layers that something outside the tree stands on, which makes them needed.
     """

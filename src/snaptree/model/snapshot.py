@@ -11,7 +11,7 @@ from snaptree.model.layer import Point
 
 @dataclass(frozen=True, slots=True)
 class FirmwareFile:
-    """A copy of one piece of firmware state: ``role`` is ``nvram`` or ``tpm``, ``path`` the file or folder that holds it."""
+    """A copy of one piece of firmware state: ``role`` is ``nvram`` or ``tpm``, ``path`` where the copy is."""
 
     role: str
     path: str

@@ -13,7 +13,7 @@ from snaptree.model.layer import Identity, LayerId
 
 @dataclass(frozen=True, slots=True)
 class InternalFacts:
-    """One internal snapshot as the image's snapshot table has it. Sizes in bytes, ``created`` in seconds since the epoch."""
+    """One internal snapshot as the image has it. Sizes are in bytes, ``created`` in seconds since the epoch."""
 
     id: str
     name: str
@@ -27,7 +27,7 @@ class LayerFacts:
     """What one image file was found to be.
 
     ``allocated`` is what the file occupies on its file system, ``virtual_size`` what it shows the guest, both in bytes.
-    ``problem`` names what is wrong in one of the words of DESIGN.md (``missing``, ``changed``, ``loop``, …) or is empty;
+    ``problem`` names what is wrong in a word (``missing``, ``changed``, ``loop``, …) or is empty;
     ``detail`` says it in a sentence. ``open_by`` lists processes that have the file open (``name (pid)``).
     """
 
@@ -56,7 +56,7 @@ class LayerFacts:
     bitmaps: tuple[str, ...] = ()
     internals: tuple[InternalFacts, ...] = ()
     written: bool = True
-    """Whether anything has been written since it was made: clusters allocated, or the size differs from the parent's."""
+    """Whether anything has been written since it was made: clusters, internal snapshots or bitmaps."""
     problem: str = ""
     detail: str = ""
     open_by: tuple[str, ...] = ()
@@ -108,13 +108,24 @@ class Outsider:
     what: str
 
 
+@dataclass(frozen=True, slots=True)
+class Stray:
+    """An image file that the tree does not know. ``made``: the journal says that snaptree made it."""
+
+    path: str
+    device: int
+    inode: int
+    allocated: int
+    made: bool
+
+
 @dataclass(frozen=True)
 class Survey:
     """All that was read for one operation.
 
     ``rows`` has the merges that were measured, ``outsiders`` what stands on layers from outside the tree,
-    ``strays`` image files that the journal says snaptree made and that the tree does not know, ``running`` whether the
-    machine runs. ``names`` lists what is in each folder that new files may go to (a folder that is not there is absent).
+    ``strays`` files beside the layers that the tree does not know, ``running`` whether the machine runs. ``names``
+    lists what is in each folder that new files may go to (a folder that is not there is absent).
     ``firmware`` has the live firmware state by role, ``keep`` the folder for copies of it, ``token`` a word that is new
     to every operation, for names of files that nobody chose.
     """
@@ -123,7 +134,7 @@ class Survey:
     rows: Mapping[tuple[LayerId, ...], RowFacts] = field(default_factory=dict)
     file_systems: Mapping[int, FileSystemFacts] = field(default_factory=dict)
     outsiders: tuple[Outsider, ...] = ()
-    strays: tuple[str, ...] = ()
+    strays: tuple[Stray, ...] = ()
     names: Mapping[str, frozenset[str]] = field(default_factory=dict)
     firmware: Mapping[str, str] = field(default_factory=dict)
     keep: str = ""

@@ -30,7 +30,7 @@ class SnapshotRequest:
 
 @dataclass(frozen=True)
 class BranchRequest:
-    """``snaptree branch NAME BRANCH``: grow a line of work from a snapshot, or from here when ``source`` is ``None``."""
+    """``snaptree branch NAME BRANCH``: grow a line of work from a snapshot, or (``source`` is ``None``) from here."""
 
     name: str
     source: str | None = None

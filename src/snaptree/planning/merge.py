@@ -1,0 +1,210 @@
+"""The steps that merge layers: one operation merges a row of each disk at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from snaptree.errors import NoSpaceError
+from snaptree.model.delta import diff
+from snaptree.model.layer import Layer, LayerId, Point
+from snaptree.model.survey import Survey
+from snaptree.model.tree import Tree
+from snaptree.planning.draft import Draft, is_tip, paths_of
+from snaptree.planning.plan import Plan
+from snaptree.planning.settle import settle
+from snaptree.planning.steps import Grow, Move, MoveJob, Record, Repoint, Shrink, Step, TakeName
+from snaptree.planning.ways import Choice, Row, Unmeasured, choose, is_owned_root, room
+
+USUAL_SPEED = 300e6
+"""Bytes a second, for an estimate on a machine on which nothing has been merged yet."""
+
+
+def plan_merges(tree: Tree, survey: Survey, rows: Sequence[Row], way: str) -> tuple[Plan, ...]:
+    """The merges of these rows, as operations that follow one another; one operation merges a row of each disk at once.
+
+    :raise Unmeasured: the survey lacks the figures of some rows.
+    :raise NoSpaceError: there is no room for the data.
+    """
+    measured = set(survey.rows)
+    wanted = tuple(row for row in rows if row not in measured and all(each in survey.layers for each in row))
+    if wanted:
+        raise Unmeasured(wanted)
+    waiting = list(rows)
+    plans: list[Plan] = []
+    while waiting:
+        batch: list[Row] = []
+        for row in list(waiting):
+            if tree.layers[row[0]].disk not in {tree.layers[each[0]].disk for each in batch}:
+                batch.append(row)
+                waiting.remove(row)
+        plan = _merge(tree, survey, batch, way)
+        plans.append(plan)
+        tree = plan.after
+        renamed = {gone: stays for row in batch for gone, stays in _merged_into(row, tree)}
+        waiting = [tuple(dict.fromkeys(renamed.get(each, each) for each in row)) for row in waiting]
+    return tuple(plan for plan in plans if plan.steps or plan.notes)
+
+
+def _merged_into(row: Row, after: Tree) -> list[tuple[LayerId, LayerId]]:
+    if row[-1] in after.layers:
+        return []
+    return [(each, row[0]) for each in row[1:]]
+
+
+def _merge(tree: Tree, survey: Survey, rows: Sequence[Row], way: str) -> Plan:
+    draft = Draft(tree, survey)
+    choices: list[Choice] = []
+    for row in rows:
+        if row not in survey.rows:
+            draft.notes.append(
+                f"{tree.layers[row[0]].path} stays as it is: a layer on it has only just been made; see gc"
+            )
+            continue
+        choice = choose(draft, row, way)
+        if isinstance(choice, str):
+            draft.notes.append(choice)
+        else:
+            choices.append(choice)
+    for need, free in room(draft, choices).values():
+        if need > free:
+            files = ", ".join(tree.layers[each.row[0]].path for each in choices)
+            raise NoSpaceError(
+                f"merging {files} needs {need} bytes of room, and the file system has {free}",
+                "free some room, or use --merge none and run gc later",
+            )
+    if not choices:
+        return Plan("merge", "merge nothing", (), 0, tree, notes=tuple(draft.notes), paths_after=paths_of(tree))
+    return _steps(draft, choices)
+
+
+def _steps(draft: Draft, choices: Sequence[Choice]) -> Plan:
+    tree = draft.tree
+    marks, grows = _marks(draft, choices)
+    marked = draft.tree
+    jobs = tuple(_job(draft, choice, number) for number, choice in enumerate(choices))
+    steps: list[Step] = []
+    if marks:
+        steps.append(Record(diff(tree, marked), (), "note that the lower layers are being written"))
+    steps += [*grows, Move(jobs)]
+    no_return = len(steps)
+    freed = 0
+    for choice in choices:
+        steps += _commit(draft, choice) if choice.way == "commit" else _pull(draft, choice)
+    after = settle(draft.tree, draft.outsiders)
+    cleanup, freed = draft.cleanup(after)
+    baseline = tuple(
+        layer.id
+        for layer in after.layers.values()
+        if layer.owned and layer.identity is None and not layer.half_merged and not is_tip(after, layer.id)
+    )
+    steps += [Record(diff(marked, after), baseline, "the merged layers are one"), *cleanup]
+    copied = sum(choice.bytes for choice in choices)
+    grown = sum(choice.grows for choice in choices)
+    speed = draft.survey.bytes_per_second or USUAL_SPEED
+    ways = sorted({choice.way for choice in choices})
+    return Plan(
+        operation="merge",
+        summary="merge " + ", ".join(tree.layers[choice.row[0]].path for choice in choices),
+        steps=tuple(steps),
+        point_of_no_return=no_return,
+        after=after,
+        bytes_to_copy=copied,
+        peak_extra_bytes=grown,
+        frees_bytes=freed - grown,
+        seconds=0.1 + copied / speed,
+        way="+".join(ways),
+        cancel="pauses" if "commit" in ways else "undoes",
+        paths_after=paths_of(after),
+        notes=tuple(draft.notes),
+        touches=tuple(sorted({tree.layers[each].path for choice in choices for each in choice.row})),
+    )
+
+
+def _marks(draft: Draft, choices: Sequence[Choice]) -> tuple[bool, list[Step]]:
+    """Mark what a commit writes to, and grow layers that are shorter than one above them.
+
+    A layer hides what is beneath past its end. QEMU's jobs forget that once the layer is out of the chain, so that it
+    is first grown with explicit zeroes, which shows the same to everything above.
+    """
+    changed: dict[LayerId, Layer] = {}
+    grows: list[Step] = []
+    for choice in choices:
+        layers = [draft.tree.layers[each] for each in choice.row]
+        if choice.way == "commit":
+            changed[layers[0].id] = replace(layers[0], half_merged=True)
+        for number, layer in enumerate(layers[:-1]):
+            size = max(each.virtual_size for each in layers[number + 1 :])
+            if layer.virtual_size < size:
+                below = draft.files_below(layer.id)
+                grows.append(Grow(layer.path, layer.format, below, size))
+                changed[layer.id] = replace(changed.get(layer.id, layer), virtual_size=size)
+    draft.tree = draft.tree.with_layers(*changed.values())
+    return bool(changed), grows
+
+
+def _job(draft: Draft, choice: Choice, number: int) -> MoveJob:
+    layers = [draft.tree.layers[each] for each in choice.row]
+    facts = choice.facts
+    return MoveJob(
+        name=f"{choice.way}-{layers[0].disk}-{number}",
+        way=choice.way,
+        disk=layers[0].disk,
+        row=tuple((layer.path, layer.format) for layer in layers),
+        below=draft.files_below(choice.row[0]),
+        bytes=choice.bytes,
+        profile=facts.profile_commit if choice.way == "commit" else facts.profile_pull,
+    )
+
+
+def _commit(draft: Draft, choice: Choice) -> list[Step]:
+    tree = draft.tree
+    lowest, top = tree.layers[choice.row[0]], tree.layers[choice.row[-1]]
+    steps: list[Step] = []
+    if top.virtual_size < lowest.virtual_size:
+        steps.append(Shrink(lowest.path, lowest.format, draft.files_below(lowest.id), top.virtual_size))
+    children = [tree.layers[each] for each in tree.children.get(top.id, ())]
+    steps += [Repoint(child.path, lowest.path, lowest.format) for child in children]
+    merged = replace(lowest, virtual_size=top.virtual_size, half_merged=False, identity=None)
+    was, now = Point(top.id), Point(lowest.id)
+    snapshots = [
+        replace(each, points={disk: now if point == was else point for disk, point in each.points.items()})
+        for each in tree.snapshots.values()
+        if was in each.points.values()
+    ]
+    branches = [
+        replace(each, tips={disk: now if point == was else point for disk, point in each.tips.items()})
+        for each in tree.branches.values()
+        if was in each.tips.values()
+    ]
+    draft.tree = (
+        tree.without_layers(frozenset(choice.row[1:]))
+        .with_layers(merged, *(replace(child, parent=lowest.id, identity=None) for child in children))
+        .with_snapshots(*snapshots)
+        .with_branches(*branches)
+    )
+    return steps
+
+
+def _pull(draft: Draft, choice: Choice) -> list[Step]:
+    tree = draft.tree
+    lowest, top = tree.layers[choice.row[0]], tree.layers[choice.row[-1]]
+    below = tree.layers[lowest.parent] if lowest.parent is not None else None
+    steps: list[Step] = [Repoint(top.path, below.path if below else None, below.format if below else None)]
+    merged = replace(top, parent=lowest.parent, identity=None)
+    rooted = is_owned_root(tree, lowest.id)
+    pulled = tree.with_layers(merged)
+    draft.tree = pulled
+    if not rooted or lowest.id in settle(pulled, draft.outsiders).layers:
+        return steps
+    if top.format != lowest.format or top.id in draft.outsiders or draft.facts(lowest.id).block_device:
+        draft.notes.append(f"the root of {top.disk} is now {top.path}")
+        draft.tree = replace(pulled, roots={**pulled.roots, top.disk: (top.path, top.format)})
+        return steps
+    children = [pulled.layers[each] for each in pulled.children.get(top.id, ())]
+    steps.append(TakeName(top.path, lowest.path))
+    steps += [Repoint(child.path, lowest.path, lowest.format) for child in children]
+    draft.tree = pulled.with_layers(
+        replace(merged, path=lowest.path), *(replace(child, identity=None) for child in children)
+    )
+    return steps

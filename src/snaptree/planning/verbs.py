@@ -1,0 +1,134 @@
+"""All verbs behind one door: ``plan(tree, survey, request)``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from snaptree.model.machine import MachineConfig
+from snaptree.model.survey import Survey
+from snaptree.model.tree import Tree
+from snaptree.planning import adopt, create, delete, revert, sweep
+from snaptree.planning.draft import paths_of
+from snaptree.planning.plan import Plan
+from snaptree.planning.steps import Register, Step, Unlink
+
+
+@dataclass(frozen=True)
+class DeleteBranchRequest:
+    """``snaptree delete NAME --branch BRANCH``."""
+
+    name: str
+    merge: str = "auto"
+
+
+@dataclass(frozen=True)
+class RenameRequest:
+    """``snaptree rename NAME OLD NEW``."""
+
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class GcRequest:
+    """``snaptree gc NAME``: merges that wait; with ``delete`` also files that snaptree made and nothing needs."""
+
+    delete: bool = False
+
+
+@dataclass(frozen=True)
+class SetRequest:
+    """``snaptree set NAME …``: what is remembered of the machine besides its tree."""
+
+    config: MachineConfig
+
+
+@dataclass(frozen=True)
+class RemoveRequest:
+    """``snaptree remove NAME``."""
+
+    delete_files: bool = False
+
+
+Request: TypeAlias = (
+    adopt.AttachRequest
+    | adopt.DetachRequest
+    | create.BranchRequest
+    | create.SnapshotRequest
+    | delete.DeleteRequest
+    | revert.RevertRequest
+    | revert.SwitchRequest
+    | sweep.SquashRequest
+    | DeleteBranchRequest
+    | GcRequest
+    | RemoveRequest
+    | RenameRequest
+    | SetRequest
+)
+
+
+def plan(tree: Tree, survey: Survey, request: Request) -> Plan:
+    """The plan for a request, made without touching anything.
+
+    :raise Unmeasured: figures are needed that the survey lacks: read them and ask again.
+    :raise SnaptreeError: the request cannot or must not be carried out.
+    """
+    match request:
+        case create.SnapshotRequest():
+            return create.snapshot(tree, survey, request)
+        case create.BranchRequest():
+            return create.branch(tree, survey, request)
+        case delete.DeleteRequest():
+            return delete.delete(tree, survey, request)
+        case DeleteBranchRequest():
+            return delete.delete_branch(tree, survey, request.name, request.merge)
+        case revert.RevertRequest():
+            return revert.revert(tree, survey, request)
+        case revert.SwitchRequest():
+            return revert.switch(tree, survey, request)
+        case RenameRequest():
+            return create.rename(tree, survey, request.old, request.new)
+        case sweep.SquashRequest():
+            return sweep.squash(tree, survey, request)
+        case GcRequest():
+            return _gc(tree, survey, request)
+        case adopt.AttachRequest():
+            return adopt.attach(tree, survey, request)
+        case adopt.DetachRequest():
+            return adopt.detach(tree, survey, request)
+        case RemoveRequest():
+            return adopt.remove(tree, survey, delete_files=request.delete_files)
+        case SetRequest():
+            return _set(tree, request)
+
+
+def _gc(tree: Tree, survey: Survey, request: GcRequest) -> Plan:
+    steps: list[Step] = []
+    notes: list[str] = []
+    for stray in survey.strays:
+        if request.delete and stray.made:
+            steps.append(Unlink(stray.path, stray.device, stray.inode, stray.allocated))
+        elif stray.made:
+            notes.append(f"nothing needs {stray.path} ({stray.allocated} bytes); --delete removes it")
+        else:
+            notes.append(f"{stray.path} is not snaptree's and stands on nothing that it knows: it is left alone")
+    merges = sweep.gc(tree, survey)
+    return Plan(
+        operation="gc",
+        summary="finish merges that wait" + (" and remove what nothing needs" if steps else ""),
+        steps=tuple(steps),
+        point_of_no_return=0,
+        after=tree,
+        frees_bytes=sum(stray.allocated for stray in survey.strays if stray.made and request.delete),
+        paths_after=paths_of(tree),
+        notes=tuple(notes),
+        then=merges,
+    )
+
+
+def _set(tree: Tree, request: SetRequest) -> Plan:
+    return replace(
+        Plan("set", f"remember machine {tree.machine!r}", (Register(request.config),), 0, tree),
+        paths_after=paths_of(tree),
+    )

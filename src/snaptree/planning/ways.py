@@ -1,0 +1,200 @@
+"""Which layers can be merged with what stands on them, and which way costs least."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from snaptree.model.layer import Layer, LayerId
+from snaptree.model.survey import RowFacts
+from snaptree.model.tree import Tree
+from snaptree.planning.draft import Draft
+from snaptree.planning.settle import is_loose
+
+Row = tuple[LayerId, ...]
+"""Layers to merge, lowest first. All but the last are loose (or, for a copy of a shared layer, shared)."""
+
+WAYS = ("auto", "none", "commit", "pull")
+METADATA_BYTES = 1 << 20
+"""Room kept for tables that grow, when asking whether a merge fits."""
+
+
+class Unmeasured(Exception):
+    """A verb needs the figures of rows that the survey does not have: read them and ask again."""
+
+    def __init__(self, rows: tuple[Row, ...]) -> None:
+        super().__init__(f"{len(rows)} rows are not measured")
+        self.rows = rows
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One merge with the way that was chosen for it."""
+
+    row: Row
+    way: str
+    facts: RowFacts
+
+    @property
+    def bytes(self) -> int:
+        """What it copies."""
+        return self.facts.commit_bytes if self.way == "commit" else self.facts.pull_bytes
+
+    @property
+    def grows(self) -> int:
+        """By how much the file that takes the data grows."""
+        return self.facts.commit_grows if self.way == "commit" else self.facts.pull_grows
+
+
+def row_of(tree: Tree, layer: LayerId, outsiders: Collection[LayerId]) -> Row:
+    """The longest run of loose layers around the loose layer, and the one on which it ends."""
+    lowest = layer
+    while (below := tree.layers[lowest].parent) is not None and is_loose(tree, below, outsiders):
+        lowest = below
+    row = [lowest]
+    while is_loose(tree, row[-1], outsiders):
+        row.append(tree.children[row[-1]][0])
+    return tuple(row)
+
+
+def rows_to_merge(tree: Tree, loose: Collection[LayerId], outsiders: Collection[LayerId]) -> tuple[Row, ...]:
+    """The rows that the loose layers are in, each once."""
+    return tuple(sorted({row_of(tree, layer, outsiders) for layer in loose if layer in tree.layers}))
+
+
+def copies_of_shared(tree: Tree, shared: Collection[LayerId], outsiders: Collection[LayerId]) -> tuple[Row, ...]:
+    """The rows that give each thing on a shared layer a copy of its own; the active line, which is last, keeps the name."""
+    active = {each.id for point in tree.active_branch.tips.values() for each in tree.chain(point.layer)}
+    rows: list[Row] = []
+    for layer in sorted(shared):
+        if layer in outsiders:
+            continue
+        lower = [layer]
+        while (below := tree.layers[lower[0]].parent) is not None and is_loose(tree, below, outsiders):
+            lower.insert(0, below)
+        children = sorted(tree.children.get(layer, ()), key=lambda child: (child in active, child))
+        rows.extend((*lower, child) for child in children)
+    return tuple(rows)
+
+
+# ---- which way ----------------------------------------------------------------------------------------------------
+
+
+def obstacles(draft: Draft, row: Row) -> Mapping[str, str]:
+    """Why the row cannot be merged in each way; a way that is not there is open."""
+    tree, found = draft.tree, {}
+    lowest, top = tree.layers[row[0]], tree.layers[row[-1]]
+    for way, written in (("commit", lowest), ("pull", top)):
+        reason = _common_obstacle(draft, row, written)
+        if not reason:
+            reason = _commit_obstacle(draft, row) if way == "commit" else _pull_obstacle(draft, row)
+        if reason:
+            found[way] = reason
+    return found
+
+
+def _common_obstacle(draft: Draft, row: Row, written: Layer) -> str:
+    tree = draft.tree
+    for layer in (tree.layers[each] for each in row):
+        ailment = draft.ailments.get(layer.id)
+        if ailment is not None and ailment.blocks:
+            return f"{ailment.detail} ({ailment.word})"
+        facts = draft.facts(layer.id)
+        if facts.encrypted:
+            return f"{layer.path} is encrypted"
+        if facts.bitmaps:
+            return f"{layer.path} has persistent bitmaps ({', '.join(facts.bitmaps)}), which a merge would drop"
+        if layer.id not in draft.survey.layers:
+            return f"{layer.path} has only just been made"
+    for layer in tree.chain(row[0]):
+        ailment = draft.ailments.get(layer.id)
+        if ailment is not None and ailment.blocks:
+            return f"{ailment.detail} ({ailment.word})"
+    facts = draft.facts(written.id)
+    if facts.block_device:
+        return f"{written.path} is a block device"
+    if not facts.writable:
+        return f"{written.path} cannot be written to"
+    if facts.links > 1:
+        return f"{written.path} has {facts.links} names (hard links), and the others would see it change"
+    return ""
+
+
+def _commit_obstacle(draft: Draft, row: Row) -> str:
+    tree = draft.tree
+    lowest, top = tree.layers[row[0]], tree.layers[row[-1]]
+    if not is_loose(tree, lowest.id, draft.outsiders):
+        return f"something else stands on {lowest.path}"
+    if top.id in draft.outsiders:
+        who = next(each.what for each in draft.survey.outsiders if each.layer == top.id)
+        return f"{who} stands on {top.path}, which would go"
+    known = {each.name for each in draft.facts(top.id).internals} | set(tree.internals.get(top.id, ()))
+    if known:
+        return f"{top.path} has internal snapshots, which would show the wrong data"
+    facts = draft.facts(lowest.id)
+    if facts.internals and top.virtual_size < lowest.virtual_size:
+        return f"{lowest.path} has internal snapshots and cannot be shrunk to {top.virtual_size} bytes"
+    if facts.internals and facts.version < 3 and top.virtual_size > lowest.virtual_size:
+        return f"{lowest.path} is qcow2 version 2 with internal snapshots and cannot be grown"
+    return ""
+
+
+def _pull_obstacle(draft: Draft, row: Row) -> str:
+    tree = draft.tree
+    top = tree.layers[row[-1]]
+    if draft.facts(top.id).internals or tree.internals.get(top.id):
+        return f"{top.path} has internal snapshots, which need what is below it"
+    if is_owned_root(tree, row[0]) and tree.layers[row[0]].format != top.format:
+        root = tree.layers[row[0]]
+        return f"{root.path} is {root.format} and stays so unless --merge pull says otherwise"
+    if any(tree.internals.get(each) for each in row[:-1]):
+        return "an internal snapshot needs the lower file, which would stay all the same"
+    return ""
+
+
+def is_owned_root(tree: Tree, layer: LayerId) -> bool:
+    """Whether the layer is the lowest owned one of its disk and has the name that the disk came with."""
+    known = tree.layers[layer]
+    below = tree.layers[known.parent] if known.parent is not None else None
+    return known.owned and (below is None or not below.owned) and tree.roots.get(known.disk, ("", ""))[0] == known.path
+
+
+def choose(draft: Draft, row: Row, way: str) -> Choice | str:
+    """The way to merge the row, or the sentence that says why it stays as it is.
+
+    ``auto`` takes the way that copies the fewest bytes among those that are open; an even match keeps the root's file,
+    or else the upper one's path.
+    """
+    facts = draft.survey.rows[row]
+    closed = dict(obstacles(draft, row))
+    if way == "pull" and "stays so unless" in closed.get("pull", ""):
+        del closed["pull"]
+        draft.notes.append(f"the root of {draft.tree.layers[row[0]].disk} becomes qcow2, as --merge pull asks")
+    if way == "pull" and "stay all the same" in closed.get("pull", ""):
+        del closed["pull"]
+    wanted = ("commit", "pull") if way == "auto" else (way,)
+    choices = [Choice(row, each, facts) for each in wanted if each not in closed]
+    if not choices:
+        below = draft.tree.layers[row[0]].path
+        reasons = dict.fromkeys(closed[each] for each in wanted)
+        return f"{below} stays as it is: {'; '.join(reasons)}"
+    rooted = is_owned_root(draft.tree, row[0])
+    fitting = [choice for choice in choices if _fits(draft, [choice])] or choices
+    return min(fitting, key=lambda choice: (choice.bytes, (choice.way != "commit") == rooted))
+
+
+def _fits(draft: Draft, choices: Sequence[Choice]) -> bool:
+    return all(need <= free for need, free in room(draft, choices).values())
+
+
+def room(draft: Draft, choices: Sequence[Choice]) -> dict[int, tuple[int, int]]:
+    """Per file system: bytes needed, bytes free."""
+    room: dict[int, tuple[int, int]] = {}
+    for choice in choices:
+        target = draft.facts(choice.row[0] if choice.way == "commit" else choice.row[-1])
+        if target.identity is None or target.identity.device not in draft.survey.file_systems:
+            continue
+        device = target.identity.device
+        need, free = room.get(device, (METADATA_BYTES, draft.survey.file_systems[device].free))
+        room[device] = (need + choice.grows, free)
+    return room
