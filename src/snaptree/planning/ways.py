@@ -63,7 +63,7 @@ def rows_to_merge(tree: Tree, loose: Collection[LayerId], outsiders: Collection[
 
 
 def copies_of_shared(tree: Tree, shared: Collection[LayerId], outsiders: Collection[LayerId]) -> tuple[Row, ...]:
-    """The rows that give each thing on a shared layer a copy of its own; the active line, which is last, keeps the name."""
+    """The rows that give each thing on a shared layer its own copy; the active line comes last and keeps the name."""
     active = {each.id for point in tree.active_branch.tips.values() for each in tree.chain(point.layer)}
     rows: list[Row] = []
     for layer in sorted(shared):

@@ -1,0 +1,1 @@
+"""What is remembered: SQLite for standalone machines and for the journal."""

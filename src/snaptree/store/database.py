@@ -1,0 +1,135 @@
+"""The state file: SQLite, one for all standalone machines of a state folder."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from snaptree.errors import StateError
+
+SCHEMA = 1
+_TABLES = """
+CREATE TABLE machine (name TEXT PRIMARY KEY, config TEXT NOT NULL, active TEXT NOT NULL);
+CREATE TABLE layer (
+    machine TEXT NOT NULL, id INTEGER NOT NULL, disk TEXT NOT NULL, path TEXT NOT NULL, format TEXT NOT NULL,
+    parent INTEGER, owned INTEGER NOT NULL, virtual_size INTEGER NOT NULL, half_merged INTEGER NOT NULL,
+    made INTEGER NOT NULL, identity TEXT, PRIMARY KEY (machine, id));
+CREATE INDEX layer_path ON layer (path);
+CREATE TABLE snapshot (
+    machine TEXT NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (machine, name));
+CREATE TABLE branch (machine TEXT NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (machine, name));
+CREATE TABLE memory (machine TEXT NOT NULL, id INTEGER NOT NULL, value TEXT NOT NULL, PRIMARY KEY (machine, id));
+CREATE TABLE root (
+    machine TEXT NOT NULL, disk TEXT NOT NULL, path TEXT NOT NULL, format TEXT NOT NULL, PRIMARY KEY (machine, disk));
+CREATE TABLE operation (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, machine TEXT NOT NULL, operation TEXT NOT NULL, summary TEXT NOT NULL,
+    steps TEXT NOT NULL, no_return INTEGER NOT NULL, way TEXT, state TEXT NOT NULL, step INTEGER NOT NULL,
+    started REAL NOT NULL, ended REAL, bytes INTEGER NOT NULL DEFAULT 0, detail TEXT NOT NULL DEFAULT '');
+CREATE INDEX operation_machine ON operation (machine, state);
+CREATE TABLE claim (
+    operation INTEGER NOT NULL, path TEXT NOT NULL, device INTEGER NOT NULL, inode INTEGER NOT NULL,
+    PRIMARY KEY (path, device, inode));
+CREATE TABLE note (operation INTEGER NOT NULL, step INTEGER NOT NULL, value TEXT NOT NULL, PRIMARY KEY (operation, step));
+"""
+
+
+def default_state() -> str:
+    """The state folder: ``$SNAPTREE_STATE``, ``/var/lib/snaptree`` for root, the XDG state folder otherwise."""
+    chosen = os.environ.get("SNAPTREE_STATE")
+    if chosen:
+        return os.path.abspath(chosen)
+    if os.geteuid() == 0:
+        return "/var/lib/snaptree"
+    base = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
+    return os.path.join(base, "snaptree")
+
+
+class Database:
+    """The state file of one state folder.
+
+    WAL with ``synchronous=FULL``: a transaction that has returned is on disk. Nothing is made before the first write:
+    reading commands on an empty state folder leave it as it is.
+
+    :raise StateError: on use, when the folder or file cannot be used or was written by a newer version.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.path = os.path.join(folder, "state.sqlite")
+        self._connection: sqlite3.Connection | None = None
+
+    def exists(self) -> bool:
+        """Whether anything has been remembered yet."""
+        return os.path.exists(self.path)
+
+    def open(self) -> sqlite3.Connection:
+        """The connection, opened (and the file made) on first use."""
+        if self._connection is None:
+            try:
+                self._connection = self._connect()
+            except (OSError, sqlite3.Error) as error:
+                raise StateError(
+                    f"the state folder {self.folder} cannot be used: {error}",
+                    "choose another one with SNAPTREE_STATE, or mend its permissions",
+                ) from error
+        return self._connection
+
+    def close(self) -> None:
+        """Close the file; a later use opens it again."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _connect(self) -> sqlite3.Connection:
+        os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        if not os.access(self.folder, os.W_OK | os.X_OK):
+            raise PermissionError(13, "it is not writable")
+        # SQLite makes its files with the umask; the folder is private, and the file is made so beforehand.
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        connection = sqlite3.connect(self.path, timeout=10.0, isolation_level=None, check_same_thread=False)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA:
+            connection.close()
+            raise StateError(
+                f"{self.path} was written by a newer snaptree (schema {version}, this one knows {SCHEMA})",
+                "use the newer snaptree, or another state folder with SNAPTREE_STATE",
+            )
+        if version < SCHEMA:
+            connection.execute("BEGIN IMMEDIATE")
+            if connection.execute("PRAGMA user_version").fetchone()[0] < SCHEMA:
+                for statement in _TABLES.split(";"):
+                    if statement.strip():
+                        connection.execute(statement)
+                connection.execute(f"PRAGMA user_version={SCHEMA}")
+            connection.execute("COMMIT")
+        return connection
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """One transaction that is on disk when the block has ended, or has not happened."""
+        connection = self.open()
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+            except BaseException:
+                connection.execute("ROLLBACK")
+                raise
+            connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise StateError(
+                f"{self.path} cannot be written: {error}", "free some room or mend the state folder, then try again"
+            ) from error
+
+    def rows(self, query: str, values: tuple[object, ...] = ()) -> list[tuple[object, ...]]:
+        """The rows of a query; none when nothing has been remembered yet."""
+        if self._connection is None and not self.exists():
+            return []
+        try:
+            return self.open().execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise StateError(f"{self.path} cannot be read: {error}", "is it a state file of snaptree?") from error

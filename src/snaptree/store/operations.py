@@ -1,0 +1,124 @@
+"""Operations in the state file: the journal's rows."""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import dataclass
+
+from snaptree.planning.plan import Plan
+from snaptree.planning.steps import Step
+from snaptree.store.codec import dump, load, load_steps
+from snaptree.store.database import Database
+
+RUNNING, DONE, UNDONE, PAUSED = "running", "done", "undone", "paused"
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One operation as the journal has it. ``step`` is the one that was being taken, -1 before the first."""
+
+    id: int
+    machine: str
+    operation: str
+    summary: str
+    no_return: int
+    way: str | None
+    state: str
+    step: int
+    started: float
+    ended: float | None
+    bytes: int
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A file that snaptree made: its path and inode at the time."""
+
+    path: str
+    device: int
+    inode: int
+
+
+_COLUMNS = "id, machine, operation, summary, no_return, way, state, step, started, ended, bytes, detail"
+
+
+def begin(connection: sqlite3.Connection, machine: str, plan: Plan, now: float) -> int:
+    """Put a plan into the journal, before its first step; the number of the operation."""
+    cursor = connection.execute(
+        "INSERT INTO operation (machine, operation, summary, steps, no_return, way, state, step, started)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, -1, ?)",
+        (machine, plan.operation, plan.summary, dump(plan.steps), plan.point_of_no_return, plan.way, RUNNING, now),
+    )
+    assert cursor.lastrowid is not None
+    return cursor.lastrowid
+
+
+def take_step(connection: sqlite3.Connection, operation: int, step: int) -> None:
+    """Say durably that a step is about to be taken."""
+    connection.execute("UPDATE operation SET step=? WHERE id=?", (step, operation))
+
+
+def end(connection: sqlite3.Connection, operation: int, state: str, now: float, moved: int, detail: str = "") -> None:
+    """Close an operation. Its steps and notes are no longer wanted."""
+    connection.execute(
+        "UPDATE operation SET state=?, ended=?, bytes=?, detail=?, steps='[]' WHERE id=?",
+        (state, now, moved, detail, operation),
+    )
+    connection.execute("DELETE FROM note WHERE operation=?", (operation,))
+
+
+def claim(connection: sqlite3.Connection, operation: int, made: Claim) -> None:
+    """Say durably that snaptree made a file."""
+    connection.execute(
+        "INSERT OR REPLACE INTO claim VALUES (?, ?, ?, ?)", (operation, dump(made.path), made.device, made.inode)
+    )
+
+
+def unclaim(connection: sqlite3.Connection, made: Claim) -> None:
+    """Forget a file that is gone."""
+    connection.execute(
+        "DELETE FROM claim WHERE path=? AND device=? AND inode=?", (dump(made.path), made.device, made.inode)
+    )
+
+
+def put_note(connection: sqlite3.Connection, operation: int, step: int, value: str) -> None:
+    """Keep what a step must know to be repeated."""
+    connection.execute("INSERT OR REPLACE INTO note VALUES (?, ?, ?)", (operation, step, value))
+
+
+def note_of(database: Database, operation: int, step: int) -> str | None:
+    """What a step kept, if anything."""
+    rows = database.rows("SELECT value FROM note WHERE operation=? AND step=?", (operation, step))
+    return str(rows[0][0]) if rows else None
+
+
+def claims_of(database: Database, operation: int | None = None) -> tuple[Claim, ...]:
+    """The files that one operation made, or all that snaptree made."""
+    if operation is None:
+        rows = database.rows("SELECT path, device, inode FROM claim")
+    else:
+        rows = database.rows("SELECT path, device, inode FROM claim WHERE operation=?", (operation,))
+    return tuple(Claim(load(str(row[0])), int(str(row[1])), int(str(row[2]))) for row in rows)
+
+
+def unfinished(database: Database, machine: str | None = None) -> tuple[Operation, ...]:
+    """Operations that are running or were killed, oldest first."""
+    if machine is None:
+        rows = database.rows(f"SELECT {_COLUMNS} FROM operation WHERE state=? ORDER BY id", (RUNNING,))
+    else:
+        query = f"SELECT {_COLUMNS} FROM operation WHERE state=? AND machine=? ORDER BY id"
+        rows = database.rows(query, (RUNNING, machine))
+    return tuple(Operation(*row) for row in rows)  # type: ignore[arg-type]
+
+
+def history(database: Database, machine: str) -> tuple[Operation, ...]:
+    """All operations of a machine, oldest first."""
+    rows = database.rows(f"SELECT {_COLUMNS} FROM operation WHERE machine=? ORDER BY id", (machine,))
+    return tuple(Operation(*row) for row in rows)  # type: ignore[arg-type]
+
+
+def steps_of(database: Database, operation: int) -> tuple[Step, ...]:
+    """The steps of an operation that has not ended."""
+    rows = database.rows("SELECT steps FROM operation WHERE id=?", (operation,))
+    return load_steps(str(rows[0][0]))
