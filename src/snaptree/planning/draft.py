@@ -304,8 +304,12 @@ class Draft:
             room = facts.allocated if facts.links == 1 else 0
             freed += room
             steps.append(Unlink(layer.path, facts.identity.device, facts.identity.inode, room))
-        tagged = {**self.before.internals}
-        for layer_id, tags in tagged.items():
+        for layer in self.before.layers.values():
+            now, facts = after.layers.get(layer.id), self.facts(layer.id)
+            if now is not None and now.path != layer.path and facts.identity is not None:
+                # It has taken another name; the old one is a second name of the same file.
+                steps.append(Unlink(layer.path, facts.identity.device, facts.identity.inode))
+        for layer_id, tags in self.before.internals.items():
             if layer_id not in after.layers or not after.layers[layer_id].owned:
                 continue
             kept = set(after.internals.get(layer_id, ()))

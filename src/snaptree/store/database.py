@@ -31,7 +31,8 @@ CREATE INDEX operation_machine ON operation (machine, state);
 CREATE TABLE claim (
     operation INTEGER NOT NULL, path TEXT NOT NULL, device INTEGER NOT NULL, inode INTEGER NOT NULL,
     PRIMARY KEY (path, device, inode));
-CREATE TABLE note (operation INTEGER NOT NULL, step INTEGER NOT NULL, value TEXT NOT NULL, PRIMARY KEY (operation, step));
+CREATE TABLE note (
+    operation INTEGER NOT NULL, step INTEGER NOT NULL, value TEXT NOT NULL, PRIMARY KEY (operation, step));
 """
 
 

@@ -51,29 +51,46 @@ def load_tree(database: Database, name: str) -> Tree:
         connection.execute("COMMIT")
 
 
+def _layer(row: tuple[Any, ...]) -> Layer:
+    return Layer(
+        id=row[0],
+        disk=row[1],
+        path=load(row[2]),
+        format=row[3],
+        parent=row[4],
+        owned=bool(row[5]),
+        virtual_size=row[6],
+        half_merged=bool(row[7]),
+        made=bool(row[8]),
+        identity=load(row[9]) if row[9] is not None else None,
+    )
+
+
+_LAYER = "SELECT id, disk, path, format, parent, owned, virtual_size, half_merged, made, identity FROM layer"
+
+
+def layer_by_id(database: Database, name: str, number: LayerId) -> Layer | None:
+    """One layer as it is stored."""
+    rows = database.rows(f"{_LAYER} WHERE machine=? AND id=?", (name, number))
+    return _layer(rows[0]) if rows else None
+
+
+def frozen_at(database: Database, name: str, paths: tuple[str, ...]) -> tuple[Layer, ...]:
+    """The layers at these paths whose identity is kept."""
+    found = [
+        row
+        for path in paths
+        for row in database.rows(f"{_LAYER} WHERE machine=? AND path=? AND identity IS NOT NULL", (name, dump(path)))
+    ]
+    return tuple(_layer(row) for row in found)
+
+
 def _read(connection: sqlite3.Connection, name: str) -> Tree:
     def rows(query: str) -> list[tuple[Any, ...]]:
         return connection.execute(query, (name,)).fetchall()
 
     active = rows("SELECT active FROM machine WHERE name=?")[0][0]
-    layers = [
-        Layer(
-            id=row[0],
-            disk=row[1],
-            path=load(row[2]),
-            format=row[3],
-            parent=row[4],
-            owned=bool(row[5]),
-            virtual_size=row[6],
-            half_merged=bool(row[7]),
-            made=bool(row[8]),
-            identity=load(row[9]) if row[9] is not None else None,
-        )
-        for row in rows(
-            "SELECT id, disk, path, format, parent, owned, virtual_size, half_merged, made, identity"
-            " FROM layer WHERE machine=?"
-        )
-    ]
+    layers = [_layer(row) for row in rows(f"{_LAYER} WHERE machine=?")]
     snapshots: list[Snapshot] = [load(row[0]) for row in rows("SELECT value FROM snapshot WHERE machine=?")]
     branches: list[Branch] = [load(row[0]) for row in rows("SELECT value FROM branch WHERE machine=?")]
     memories: list[Memory] = [load(row[0]) for row in rows("SELECT value FROM memory WHERE machine=?")]

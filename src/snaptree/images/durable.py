@@ -1,0 +1,356 @@
+"""Making, replacing and removing files so that they are on disk when a function has returned.
+
+This module does this and nothing else may. A new file has its name only once it is whole, synced, and has the owner,
+mode, ACL and label that it should have; it is never more readable than that, not even for a moment. An fsync that fails is
+final: Linux forgets the dirty pages, so that a second one says nothing (fsyncgate).
+
+It promises what the file system promises for fsync and rename; on network file systems without them it promises less.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TypeAlias
+
+from snaptree.errors import ExistsError, IoError, NoSpaceError, RefusedError, SnaptreeError
+
+Claim: TypeAlias = Callable[[str, int, int], None]
+"""Told of a new file before it has its name: its temporary path, device and inode."""
+
+_RENAME_NOREPLACE = 1
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+_LABELS = ("system.posix_acl_access", "security.selinux")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def explain(error: OSError, path: str, doing: str) -> SnaptreeError:
+    """The error of ours that says what the system's error means."""
+    reason = error.strerror or str(error)
+    if error.errno in _FULL:
+        return NoSpaceError(f"no room to {doing} {path}: {reason}", "free some room on that file system")
+    if error.errno == errno.EEXIST:
+        return ExistsError(f"{path} exists already", "move it away, or choose another name")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return RefusedError(f"not allowed to {doing} {path}: {reason}", "check its owner and mode, or use sudo")
+    return IoError(f"cannot {doing} {path}: {reason}", "look at the kernel's log for the device")
+
+
+@contextmanager
+def explained(path: str, doing: str) -> Iterator[None]:
+    """Turn the system's errors of the block into ours."""
+    try:
+        yield
+    except OSError as error:
+        raise explain(error, path, doing) from error
+
+
+# ---- syncing ------------------------------------------------------------------------------------------------------
+
+
+def sync(descriptor: int, path: str) -> None:
+    """Bring a file's data and size to disk. A failure is final."""
+    with explained(path, "sync"):
+        os.fsync(descriptor)
+
+
+def sync_file(path: str) -> None:
+    """Bring to disk what another program wrote to the file."""
+    with explained(path, "sync"):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sync_folder(path: str) -> None:
+    """Bring the names in the file's folder to disk."""
+    folder = os.path.dirname(path)
+    with explained(folder, "sync"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# ---- making files -------------------------------------------------------------------------------------------------
+
+
+def temporary_path(path: str, token: str) -> str:
+    """The hidden name under which the operation makes the file of that path; the same after a crash."""
+    folder, base = os.path.split(path)
+    short = os.fsdecode(os.fsencode(base)[-80:])
+    return os.path.join(folder, f".snaptree-{token}-{short}")
+
+
+def inode_of(path: str) -> tuple[int, int]:
+    """Device and inode of the file itself."""
+    with explained(path, "look at"):
+        status = os.lstat(path)
+    return status.st_dev, status.st_ino
+
+
+def copy_rights(descriptor: int, like: str) -> None:
+    """Give an open file the owner, group, ACL, label and mode of another, the owner before the mode.
+
+    Without the right to give a file away, owner and group stay ours and group and others get nothing more than there.
+    """
+    status = os.stat(like)
+    mode = stat.S_IMODE(status.st_mode) & 0o777
+    mine = os.fstat(descriptor)
+    if (mine.st_uid, mine.st_gid) != (status.st_uid, status.st_gid):
+        try:
+            os.fchown(descriptor, status.st_uid, status.st_gid)
+        except PermissionError:
+            try:
+                os.fchown(descriptor, -1, status.st_gid)
+            except PermissionError:
+                mode &= 0o700
+    for label in _LABELS:
+        with suppress(OSError):
+            os.setxattr(descriptor, label, os.getxattr(like, label))
+    os.fchmod(descriptor, mode)
+
+
+def prepare_file(path: str, like: str, token: str, writes: Iterable[tuple[int, bytes]], length: int) -> str:
+    """Make the hidden file that will have the path, with rights and first contents; its temporary path."""
+    temporary = temporary_path(path, token)
+    with explained(path, "make"):
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            copy_rights(descriptor, like)
+            os.ftruncate(descriptor, length)
+            for offset, data in writes:
+                write_all(descriptor, offset, data)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    return temporary
+
+
+def publish(temporary: str, path: str) -> None:
+    """Give a prepared file its name, unless something has it.
+
+    :raise ExistsError: something has it.
+    """
+    sync_file(temporary)
+    with explained(path, "make"):
+        rename_new(temporary, path)
+    sync_folder(path)
+
+
+def make_file(path: str, writes: Iterable[tuple[int, bytes]], length: int, like: str, claim: Claim, token: str) -> None:
+    """Make a whole file and then give it its name.
+
+    :param like: the file whose owner, mode, ACL and label it gets.
+    :param claim: is told of the file before it has its name.
+    :raise ExistsError: something has the name.
+    :raise NoSpaceError: there is no room.
+    """
+    temporary = prepare_file(path, like, token, writes, length)
+    try:
+        claim(temporary, *inode_of(temporary))
+        with explained(path, "make"):
+            rename_new(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    sync_folder(path)
+
+
+def write_all(descriptor: int, offset: int, data: bytes) -> None:
+    """Write all of the data at the offset."""
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(descriptor, view, offset)
+        view = view[count:]
+        offset += count
+
+
+@contextmanager
+def opened_for_writing(path: str) -> Iterator[int]:
+    """A descriptor for changing a file in place; never follows a link, never makes a file."""
+    with explained(path, "open"):
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def write_in_place(descriptor: int, offset: int, data: bytes, path: str) -> None:
+    """Change bytes of a file that is there."""
+    with explained(path, "write to"):
+        write_all(descriptor, offset, data)
+
+
+# ---- names --------------------------------------------------------------------------------------------------------
+
+_libc = None
+
+
+def _renameat2(source: str, target: str, flags: int) -> None:
+    global _libc
+    if _libc is None:
+        _libc = ctypes.CDLL(None, use_errno=True)
+    done = _libc.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), ctypes.c_uint(flags))
+    if done != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), source, None, target)
+
+
+def rename_new(source: str, target: str) -> None:
+    """Rename, unless something has the target's name.
+
+    :raise FileExistsError: something has.
+    """
+    try:
+        _renameat2(source, target, _RENAME_NOREPLACE)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS):
+            raise
+        # The file system cannot; a hard link is as exclusive.
+        os.link(source, target, follow_symlinks=False)
+        os.unlink(source)
+
+
+def put_in_place(source: str, target: str) -> None:
+    """Let ``target`` name the file that ``source`` names, replacing what it named, in one rename; ``source`` stays.
+
+    Doing it twice is the same as once.
+    """
+    with explained(target, "replace"):
+        if os.path.exists(target) and os.path.samestat(os.lstat(source), os.lstat(target)):
+            sync_folder(target)
+            return
+        hidden = temporary_path(target, "name")
+        with suppress(FileNotFoundError):
+            os.unlink(hidden)
+        os.link(source, hidden, follow_symlinks=False)
+        os.rename(hidden, target)
+    sync_folder(target)
+
+
+def remove(path: str, identity: tuple[int, int] | None) -> bool:
+    """Remove a file if it still is the one meant (device and inode); whether it was there.
+
+    What is gone already, or is another file by now, is left alone.
+    """
+    with explained(path, "remove"):
+        try:
+            status = os.lstat(path)
+        except FileNotFoundError:
+            return False
+        if identity is not None and (status.st_dev, status.st_ino) != identity:
+            return False
+        os.unlink(path)
+    sync_folder(path)
+    return True
+
+
+def discard_temporary(path: str, token: str) -> None:
+    """Remove what an operation had prepared for the path, if anything."""
+    remove_small(temporary_path(path, token))
+
+
+# ---- small files and folders --------------------------------------------------------------------------------------
+
+
+def copy_small(source: str, target: str, like: str, token: str) -> None:
+    """Copy a small file or a folder of small files whole, to a name that nothing has.
+
+    Links are not followed: they are copied as links.
+    """
+    temporary = temporary_path(target, token)
+    remove_small(temporary)
+    with explained(target, "copy to"):
+        _copy(source, temporary)
+        _sync_tree(temporary)
+        rename_new(temporary, target)
+    sync_folder(target)
+
+
+def replace_small(source: str, target: str, token: str) -> None:
+    """Put a copy of a small file or folder in the place of another, in one rename; the old one goes."""
+    temporary = temporary_path(target, token)
+    remove_small(temporary)
+    with explained(target, "replace"):
+        _copy(source, temporary)
+        if os.path.lexists(target):
+            _rights_of_top(temporary, target)
+        _sync_tree(temporary)
+        if os.path.isdir(target) and not os.path.islink(target):
+            _renameat2(temporary, target, _RENAME_EXCHANGE)
+        else:
+            os.rename(temporary, target)
+    sync_folder(target)
+    remove_small(temporary)
+
+
+def remove_small(path: str) -> None:
+    """Remove a small file or a folder; what is gone already is no error."""
+    with explained(path, "remove"):
+        try:
+            mode = os.lstat(path).st_mode
+        except FileNotFoundError:
+            return
+        if stat.S_ISDIR(mode):
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
+    sync_folder(path)
+
+
+def _copy(source: str, target: str) -> None:
+    mode = os.lstat(source).st_mode
+    if stat.S_ISLNK(mode):
+        os.symlink(os.readlink(source), target)
+    elif stat.S_ISDIR(mode):
+        os.mkdir(target, 0o700)
+        for name in sorted(os.listdir(source)):
+            _copy(os.path.join(source, name), os.path.join(target, name))
+        _rights_of_top(target, source)
+    elif stat.S_ISREG(mode):
+        reading = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            writing = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                copy_rights(writing, source)
+                while data := os.read(reading, 1 << 20):
+                    view = memoryview(data)
+                    while view:
+                        view = view[os.write(writing, view) :]
+            finally:
+                os.close(writing)
+        finally:
+            os.close(reading)
+
+
+def _rights_of_top(path: str, like: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        copy_rights(descriptor, like)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(path: str) -> None:
+    if os.path.islink(path):
+        return
+    if os.path.isdir(path):
+        for name in os.listdir(path):
+            _sync_tree(os.path.join(path, name))
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,165 @@
+"""What an image file is, read cheaply: one open and a few reads."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from dataclasses import replace
+
+from snaptree.errors import SnaptreeError
+from snaptree.images.header import (
+    Header,
+    header_hash,
+    is_qcow2,
+    read_bitmaps,
+    read_header,
+    read_internals,
+)
+from snaptree.model.layer import Identity
+from snaptree.model.survey import LayerFacts
+
+QCOW2_ENDINGS = (".qcow2", ".qcow", ".q2")
+_OFFSET = 0x00FFFFFFFFFFFE00
+_CHUNK = 1 << 20
+
+
+def open_to_read(path: str) -> int:
+    """A descriptor for reading that follows no link in the last place and waits for no FIFO.
+
+    :raise OSError: it cannot be opened, or is neither a regular file nor a block device.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is neither a regular file nor a block device", path)
+    return descriptor
+
+
+def guess_format(path: str, head: bytes) -> str | None:
+    """``qcow2`` when name and magic agree; otherwise ``None``: a guest can write what it likes into a raw disk."""
+    return "qcow2" if path.lower().endswith(QCOW2_ENDINGS) and is_qcow2(head) else None
+
+
+def read_facts(path: str, image_format: str | None) -> LayerFacts:
+    """What the file at the path is. A bad image raises nothing: its facts have a ``problem``.
+
+    ``backing`` is the name as the header has it; ``written`` does not look at the parent.
+
+    :param image_format: ``qcow2`` or ``raw``; ``None`` to take it from name and magic.
+    """
+    facts = LayerFacts(path=path, format=image_format or "qcow2")
+    try:
+        descriptor = open_to_read(path)
+    except FileNotFoundError:
+        return replace(facts, exists=False, problem="missing", detail=f"{path} is not there")
+    except OSError as error:
+        return replace(facts, problem="unreadable", detail=f"{path} cannot be read: {error.strerror or error}")
+    try:
+        return _read(descriptor, facts, image_format)
+    except OSError as error:
+        return replace(facts, problem="unreadable", detail=f"{path} cannot be read: {error.strerror or error}")
+    finally:
+        os.close(descriptor)
+
+
+def _read(descriptor: int, facts: LayerFacts, image_format: str | None) -> LayerFacts:
+    path = facts.path
+    status = os.fstat(descriptor)
+    device = stat.S_ISBLK(status.st_mode)
+    size = os.lseek(descriptor, 0, os.SEEK_END) if device else status.st_size
+    identity = Identity(status.st_dev, status.st_ino, size, status.st_mtime_ns)
+    facts = replace(
+        facts,
+        identity=identity,
+        file_size=size,
+        allocated=size if device else status.st_blocks * 512,
+        links=status.st_nlink,
+        block_device=device,
+        writable=os.access(path, os.W_OK),
+    )
+    if image_format is None:
+        image_format = guess_format(path, os.pread(descriptor, 4, 0))
+        if image_format is None:
+            return replace(
+                facts,
+                problem="unknown-format",
+                detail=f"{path}: its format is not known (its name does not end in .qcow2, or its content disagrees)",
+            )
+    if image_format != "qcow2":
+        return replace(facts, format=image_format, virtual_size=-(-size // 512) * 512, written=True, cluster_size=65536)
+    try:
+        header = read_header(descriptor, path)
+        return _qcow2(descriptor, facts, identity, header)
+    except SnaptreeError as error:
+        word = "not-qcow2" if not is_qcow2(os.pread(descriptor, 4, 0)) else "damaged"
+        return replace(facts, problem=word, detail=error.message)
+
+
+def _qcow2(descriptor: int, facts: LayerFacts, identity: Identity, header: Header) -> LayerFacts:
+    path = facts.path
+    entries = read_internals(descriptor, header, path)
+    bitmaps = read_bitmaps(descriptor, header, path)
+    facts = replace(
+        facts,
+        format="qcow2",
+        identity=replace(identity, header=header_hash(descriptor, header)),
+        version=header.version,
+        virtual_size=header.virtual_size,
+        cluster_size=header.cluster_size,
+        refcount_bits=header.refcount_bits,
+        backing=header.backing,
+        backing_format=header.backing_format,
+        dirty=header.dirty,
+        corrupt=header.corrupt,
+        encrypted=header.encrypted,
+        external_data=header.external_data,
+        extended_l2=header.extended_l2,
+        lazy_refcounts=header.lazy_refcounts,
+        compression=header.compression,
+        bitmaps=bitmaps,
+        internals=tuple(entry.facts for entry in entries),
+    )
+    if header.corrupt:
+        return replace(facts, problem="corrupt", detail=f"{path} is marked as corrupt by QEMU")
+    if header.external_data:
+        return replace(facts, problem="external-data", detail=f"{path} keeps its data in another file")
+    if header.l1_table_offset + header.l1_size * 8 > facts.file_size:
+        return replace(facts, problem="truncated", detail=f"{path} is cut: its L1 table lies past its end")
+    written = bool(entries or bitmaps) or _any_allocated(descriptor, header)
+    same = tuple(
+        entry.facts.name
+        for entry in entries
+        if entry.facts.virtual_size == header.virtual_size
+        and _l1(descriptor, entry.l1_table_offset, entry.l1_size)
+        == _l1(descriptor, header.l1_table_offset, header.l1_size)
+    )
+    return replace(facts, written=written, unchanged_since=same)
+
+
+def _any_allocated(descriptor: int, header: Header) -> bool:
+    """Whether any L1 entry is in use."""
+    at, left = header.l1_table_offset, header.l1_size * 8
+    while left > 0:
+        data = os.pread(descriptor, min(left, _CHUNK), at)
+        if data.strip(b"\0"):
+            return True
+        if not data:
+            return False
+        at += len(data)
+        left -= len(data)
+    return False
+
+
+def _l1(descriptor: int, offset: int, entries: int) -> tuple[int, ...]:
+    """The L1 table without its flags and without the unused entries at its end.
+
+    The first write after an internal snapshot copies the L2 table that it changes, so that equal tables mean that
+    nothing was written since.
+    """
+    data = os.pread(descriptor, entries * 8, offset)
+    table = [int.from_bytes(data[at : at + 8], "big") & _OFFSET for at in range(0, len(data), 8)]
+    while table and not table[-1]:
+        table.pop()
+    return tuple(table)

@@ -1,0 +1,243 @@
+"""Locks on image files: QEMU's own, and one of snaptree's.
+
+QEMU marks what it does with an image by open-file-description locks on single bytes (``block/file-posix.c``): byte
+100 + i says that permission i is used, 200 + i that it is not shared with others; i is 0 consistent read, 1 write,
+2 write unchanged, 3 resize. All are read locks, so that several can hold them; conflicts are found by asking whether
+somebody holds the counterpart.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+import time
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from snaptree.errors import BusyError, IoError, NotFoundError, RefusedError
+
+_F_OFD_GETLK, _F_OFD_SETLK = 36, 37
+_FLOCK = struct.Struct("hhqqi4x")
+_USED, _UNSHARED = 100, 200
+_PERMISSIONS = range(4)
+_MODES: dict[str, tuple[frozenset[int], frozenset[int]]] = {
+    # mode: (permissions used, permissions not shared)
+    "read": (frozenset({0}), frozenset({1, 3})),
+    "write": (frozenset({0, 1, 3}), frozenset({1, 3})),
+    "exclusive": (frozenset({0, 1, 3}), frozenset({0, 1, 2, 3})),
+}
+OWN_BYTE = 0x736E6170
+"""snaptree's own lock is on this byte ("snap"), far from QEMU's; images may be shorter than that."""
+
+
+def _lock(descriptor: int, kind: int, byte: int, command: int = _F_OFD_SETLK) -> tuple[int, int]:
+    """Set, release or test a lock on one byte; the type and process that a test finds."""
+    request = _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0)
+    found = fcntl.fcntl(descriptor, command, request)
+    kind, _, _, _, process = _FLOCK.unpack(found)
+    return kind, process
+
+
+def _held(descriptor: int, byte: int) -> bool:
+    """Whether somebody else holds a lock on the byte."""
+    return _lock(descriptor, fcntl.F_WRLCK, byte, _F_OFD_GETLK)[0] != fcntl.F_UNLCK
+
+
+class ImageLock:
+    """QEMU's image locks on one file, held until :meth:`release`.
+
+    ``read`` keeps writers away, ``write`` also other writers, ``exclusive`` everybody.
+
+    :raise BusyError: another process uses the file in a way that does not go with it.
+    :raise OSError: the file cannot be opened.
+    """
+
+    def __init__(self, path: str, mode: str) -> None:
+        self.path = path
+        self.mode = mode
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        used, unshared = _MODES[mode]
+        try:
+            for permission in used:
+                _lock(self._descriptor, fcntl.F_RDLCK, _USED + permission)
+            for permission in unshared:
+                _lock(self._descriptor, fcntl.F_RDLCK, _UNSHARED + permission)
+            for permission in used:
+                if _held(self._descriptor, _UNSHARED + permission):
+                    raise BusyError(f"{path} is in use by another process")
+            for permission in unshared:
+                if _held(self._descriptor, _USED + permission):
+                    raise BusyError(f"{path} is in use by another process")
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Give the locks up."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """How another process uses an image."""
+
+    reading: bool
+    writing: bool
+
+
+def probe(path: str) -> Conflict | None:
+    """How other processes use the image by QEMU's locks; ``None`` when nobody does. Nothing is locked."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        used = [_held(descriptor, _USED + permission) for permission in _PERMISSIONS]
+    finally:
+        os.close(descriptor)
+    if not any(used):
+        return None
+    return Conflict(reading=used[0], writing=used[1] or used[3])
+
+
+class MachineLock:
+    """snaptree's own lock on a machine: on the images themselves, so that two state folders exclude each other.
+
+    It is a write lock on one byte that QEMU does not use; where a file cannot be opened for writing it is ``flock``.
+    Files are locked in the order of their inodes, all or none.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[int, int], int] = {}
+
+    def acquire(self, paths: Collection[str], wait: float = 0.0) -> None:
+        """Lock all the files, waiting for so many seconds at most.
+
+        :raise BusyError: another operation has one of them.
+        """
+        deadline = time.monotonic() + max(0.0, wait)
+        while True:
+            taken = self._try(paths)
+            if taken is None:
+                return
+            if time.monotonic() >= deadline:
+                hint = "try again later, or wait for it with --wait SECONDS"
+                raise BusyError(f"another snaptree operation works on {taken}", hint)
+            time.sleep(min(0.05, max(0.0, deadline - time.monotonic())))
+
+    def extend(self, paths: Iterable[str]) -> None:
+        """Lock more files, without waiting.
+
+        :raise BusyError: another operation has one of them.
+        """
+        self.acquire(list(paths), 0.0)
+
+    def _try(self, paths: Collection[str]) -> str | None:
+        """Lock all; the path that is taken, if any (then none of these is locked)."""
+        opened: dict[tuple[int, int], tuple[int, str, bool]] = {}
+        try:
+            for path in paths:
+                descriptor, writable = _open_for_lock(path)
+                status = os.fstat(descriptor)
+                key = (status.st_dev, status.st_ino)
+                if key in self._held or key in opened:
+                    os.close(descriptor)
+                else:
+                    opened[key] = (descriptor, path, writable)
+            for key in sorted(opened):
+                descriptor, path, writable = opened[key]
+                if not _take(descriptor, writable=writable):
+                    return path
+            self._held.update({key: descriptor for key, (descriptor, _, _) in opened.items()})
+            opened = {}
+            return None
+        finally:
+            for descriptor, _, _ in opened.values():
+                os.close(descriptor)
+
+    def release(self) -> None:
+        """Give everything up."""
+        for descriptor in self._held.values():
+            os.close(descriptor)
+        self._held.clear()
+
+
+def _open_for_lock(path: str) -> tuple[int, bool]:
+    flags = os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(path, os.O_RDWR | flags), True
+    except (PermissionError, OSError) as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY):
+            raise _unlockable(path, error) from error
+    try:
+        return os.open(path, os.O_RDONLY | flags), False
+    except OSError as error:
+        raise _unlockable(path, error) from error
+
+
+def _unlockable(path: str, error: OSError) -> Exception:
+    if error.errno == errno.ENOENT:
+        return NotFoundError(f"there is no {path}", "check the path; 'snaptree verify' says what is missing")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return RefusedError(f"not allowed to open {path}", "check its owner and mode, or use sudo")
+    return IoError(f"{path} cannot be locked: {error.strerror}")
+
+
+def _take(descriptor: int, *, writable: bool) -> bool:
+    try:
+        if writable:
+            _lock(descriptor, fcntl.F_WRLCK, OWN_BYTE)
+        else:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK):
+            return False
+        raise
+    return True
+
+
+def who_has_open(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The other processes that have each file open, as ``name (pid)``, as far as we may see them."""
+    wanted: dict[tuple[int, int], str] = {}
+    for path in paths:
+        try:
+            status = os.stat(path)
+        except OSError:
+            continue
+        wanted[status.st_dev, status.st_ino] = path
+    found: dict[str, list[str]] = {}
+    for process in os.listdir("/proc"):
+        if not process.isdigit() or int(process) == os.getpid():
+            continue
+        for path in _open_files(process, wanted):
+            found.setdefault(path, []).append(f"{_name_of(process)} ({process})")
+    return {path: tuple(sorted(set(names))) for path, names in found.items()}
+
+
+def _open_files(process: str, wanted: dict[tuple[int, int], str]) -> set[str]:
+    found: set[str] = set()
+    folder = f"/proc/{process}/fd"
+    try:
+        descriptors = os.listdir(folder)
+    except OSError:
+        return found
+    for descriptor in descriptors:
+        try:
+            status = os.stat(f"{folder}/{descriptor}")
+        except OSError:
+            continue
+        if (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)) and (
+            path := wanted.get((status.st_dev, status.st_ino))
+        ):
+            found.add(path)
+    return found
+
+
+def _name_of(process: str) -> str:
+    try:
+        with open(f"/proc/{process}/comm", encoding="utf-8", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return "a process"

@@ -1,0 +1,170 @@
+"""Running qemu-img, on graphs that name every driver: it neither probes a format nor follows a header."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from snaptree.errors import CancelledError, NoSpaceError, ToolError
+
+Graph = dict[str, Any]
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def find_tool(name: str) -> str:
+    """The path of one of QEMU's programs.
+
+    :raise ToolError: it is not installed.
+    """
+    found = shutil.which(name)
+    if found is None:
+        raise ToolError(f"{name} is not installed", "install QEMU's tools (qemu-utils on Debian and Ubuntu)")
+    return found
+
+
+def die_with_parent() -> None:
+    """In a new process: end when the process that started it does, so that no tool works on without its journal."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def image_name(graph: Graph) -> str:
+    """The graph as a file name for qemu-img."""
+    return "json:" + json.dumps(graph)
+
+
+def _fail(arguments: Sequence[str], said: str) -> Exception:
+    line = next((each for each in said.strip().splitlines() if each), "it gave no reason")
+    line = re.sub(r"json:\{.*?\}(?=[:'\s]|$)", "the image", line)
+    if "No space left" in said or "Disk quota exceeded" in said:
+        return NoSpaceError(f"qemu-img {arguments[0]} ran out of room: {line}", "free some room on that file system")
+    return ToolError(f"qemu-img {arguments[0]} failed: {line}")
+
+
+def run(arguments: Sequence[str], *, good: Sequence[int] = (0,)) -> str:
+    """Run qemu-img to its end; what it printed.
+
+    :raise ToolError: it failed.
+    """
+    done = subprocess.run(
+        [find_tool("qemu-img"), *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+        check=False,
+    )
+    if done.returncode not in good:
+        raise _fail(arguments, done.stderr)
+    return done.stdout
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """What ``qemu-img check`` counted. ``errors`` are wrong reference counts and worse, ``leaks`` lost clusters."""
+
+    errors: int
+    leaks: int
+    repaired: int = 0
+
+
+def check(graph: Graph, *, repair: str | None = None) -> CheckResult:
+    """Check an image's reference counts and tables, and repair ``leaks`` or ``all`` if told so.
+
+    :raise ToolError: it could not be checked.
+    """
+    repairing = ["-r", repair] if repair is not None else []
+    said = run(["check", "--output=json", *repairing, image_name(graph)], good=(0, 2, 3))
+    try:
+        found = json.loads(said)
+    except ValueError as error:
+        raise ToolError(f"qemu-img check gave no answer: {said[:200]!r}") from error
+    fixed = found.get("corruptions-fixed", 0) + found.get("leaks-fixed", 0)
+    errors = found.get("corruptions", 0) + found.get("check-errors", 0)
+    return CheckResult(errors, found.get("leaks", 0), fixed)
+
+
+def snapshot_create(graph: Graph, tag: str) -> None:
+    """Take an internal snapshot."""
+    run(["snapshot", "-c", tag, image_name(graph)])
+
+
+def snapshot_apply(graph: Graph, tag: str) -> None:
+    """Make the active state what the internal snapshot shows, its size too."""
+    run(["snapshot", "-a", tag, image_name(graph)])
+
+
+def snapshot_delete(graph: Graph, tag: str) -> None:
+    """Delete an internal snapshot."""
+    run(["snapshot", "-d", tag, image_name(graph)])
+
+
+def resize(graph: Graph, image_format: str, size: int, *, shrink: bool = False) -> None:
+    """Give an image another virtual size, in bytes; what a longer backing file would show past the old end is zeroed."""
+    del image_format
+    run(["resize", "-q", *(["--shrink"] if shrink else []), image_name(graph), str(size)])
+
+
+def convert_point(
+    source: Graph,
+    tag: str,
+    target: Graph,
+    *,
+    progress: Callable[[float], None] = lambda done: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> None:
+    """Copy what an internal snapshot has of its own into an empty overlay on the same backing file.
+
+    :param progress: is told the part done, from 0 to 1.
+    :raise CancelledError: ``cancelled`` said so; the target is worthless.
+    """
+    backing = source.get("backing")
+    arguments = ["convert", "-p", "-n", "-l", f"snapshot.name={tag}"]
+    if backing is not None:
+        arguments += ["-B", image_name(backing)]
+    arguments += [image_name(source), image_name(target)]
+    process = subprocess.Popen(
+        [find_tool("qemu-img"), *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+    )
+    try:
+        _follow(process, progress, cancelled)
+    except BaseException:
+        process.kill()
+        process.communicate()
+        raise
+    _, said = process.communicate()
+    if process.returncode != 0:
+        raise _fail(arguments, said.decode(errors="replace"))
+
+
+def _follow(process: subprocess.Popen[bytes], progress: Callable[[float], None], cancelled: Callable[[], bool]) -> None:
+    assert process.stdout is not None
+    descriptor = process.stdout.fileno()
+    while True:
+        if cancelled():
+            raise CancelledError("stopped while a new layer was being made")
+        ready, _, _ = select.select([descriptor], [], [], 0.1)
+        if not ready:
+            continue
+        data = os.read(descriptor, 4096)
+        if not data:
+            return
+        parts = re.findall(rb"\((\d+(?:\.\d+)?)/100%\)", data)
+        if parts:
+            progress(float(parts[-1]) / 100)

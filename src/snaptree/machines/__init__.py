@@ -1,0 +1,1 @@
+"""Machines: what is asked of a machine, and the kinds that there are."""

@@ -1,0 +1,29 @@
+"""What a user says of a machine that is to be looked after."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class DiskOption:
+    """One ``--disk [TARGET=]PATH[,format=F]``; the path is absolute."""
+
+    target: str
+    path: str
+    format: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AddOptions:
+    """The options of ``snaptree add``; paths are absolute. ``from_xml`` is a folder of libvirt's domainsnapshot XML."""
+
+    name: str
+    disks: tuple[DiskOption, ...]
+    bases: tuple[str, ...] = ()
+    nvram: str | None = None
+    tpm: str | None = None
+    qmp: str | None = None
+    start: str | None = None
+    adopt: bool = False
+    from_xml: str | None = None

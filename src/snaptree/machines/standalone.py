@@ -1,0 +1,223 @@
+"""Standalone machines: QEMU by itself, the tree in snaptree's own state file."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from snaptree.errors import BusyError, RefusedError
+from snaptree.images.locks import MachineLock
+from snaptree.machines.finding import find_disk
+from snaptree.machines.findings import Finding
+from snaptree.machines.options import DiskOption
+from snaptree.machines.survey import measure, read_survey
+from snaptree.model.layer import LayerId
+from snaptree.model.machine import MachineConfig
+from snaptree.model.survey import Survey
+from snaptree.model.tree import Tree
+from snaptree.planning import verbs
+from snaptree.planning.adopt import AttachRequest
+from snaptree.planning.health import Ailment, ailments
+from snaptree.planning.plan import Plan
+from snaptree.planning.settle import loose_layers
+from snaptree.planning.verbs import Request
+from snaptree.planning.ways import Unmeasured
+from snaptree.running.journal import LogEntry, log
+from snaptree.running.progress import Report, silent
+from snaptree.store import operations, trees
+from snaptree.store.database import Database
+
+
+@dataclass(frozen=True)
+class View:
+    """A machine as it is now: what is remembered and what was read. ``state`` is ``off``, ``running`` or ``unknown``.
+
+    ``pending`` says in sentences what an interrupted operation or a waiting merge has left to do.
+    """
+
+    config: MachineConfig
+    tree: Tree
+    survey: Survey
+    ailments: Mapping[LayerId, Ailment]
+    pending: tuple[str, ...]
+    state: str
+
+
+class Standalone:
+    """One machine that was added. Making the object reads its configuration only."""
+
+    def __init__(self, database: Database, name: str) -> None:
+        self.database = database
+        self.config = trees.load_config(database, name)
+
+    @property
+    def name(self) -> str:
+        """The machine's name."""
+        return self.config.name
+
+    def tree(self) -> Tree:
+        """The tree as it is remembered; no image is read."""
+        return trees.load_tree(self.database, self.name)
+
+    def survey(self, tree: Tree, folders: Iterable[str] = (), *, beside: bool = True) -> Survey:
+        """Read the machine's files and what surrounds them."""
+        return read_survey(self.database, self.config, tree, folders, beside=beside)
+
+    def view(self, *, deep: bool = False) -> View:
+        """The machine as it is now; takes no lock.
+
+        :param deep: also look for overlays beside the layers.
+        """
+        tree = self.tree()
+        survey = self.survey(tree, beside=deep)
+        found = ailments(tree, survey)
+        return View(
+            config=self.config,
+            tree=tree,
+            survey=survey,
+            ailments=found,
+            pending=self._pending(tree, survey),
+            state="running" if survey.running else "off",
+        )
+
+    def _pending(self, tree: Tree, survey: Survey) -> tuple[str, ...]:
+        outsiders = frozenset(each.layer for each in survey.outsiders)
+        unfinished = [
+            f"{each.summary}: under way, or interrupted ('snaptree recover {self.name}' finishes or undoes it)"
+            for each in operations.unfinished(self.database, self.name)
+        ]
+        waiting = [
+            f"{tree.layers[number].path} waits to be merged ('snaptree gc {self.name}')"
+            for number in sorted(loose_layers(tree, outsiders))
+        ]
+        return (*unfinished, *waiting)
+
+    # ---- planning and running -------------------------------------------------------------------------------------
+
+    def plan(self, request: Request) -> Plan:
+        """The plan for a request; takes no lock and touches nothing."""
+        tree = self.tree()
+        return self._plan(tree, self.survey(tree, _folders(request)), request)
+
+    def _plan(self, tree: Tree, survey: Survey, request: Request) -> Plan:
+        if survey.running and not isinstance(request, verbs.RenameRequest | verbs.SetRequest):
+            raise RefusedError(
+                f"machine {self.name} is running: another process has its disk open",
+                "stop the machine first; running machines are not handled yet",
+            )
+        while True:
+            try:
+                return verbs.plan(tree, survey, request)
+            except Unmeasured as wanted:
+                survey = measure(tree, survey, wanted.rows)
+
+    def run(
+        self,
+        request: Request,
+        *,
+        wait: float = 0.0,
+        progress: Report | None = None,
+        confirm: Callable[[Plan], bool] | None = None,
+        cancelled: threading.Event | None = None,
+    ) -> Plan:
+        """Lock, recover, survey, plan, confirm, run.
+
+        :param wait: for how many seconds to wait while another operation has the machine.
+        :param confirm: is shown the plan; when it says no, nothing is touched.
+        :raise BusyError: another operation has the machine, or another process one of its images.
+        :raise CancelledError: it was stopped, or ``confirm`` said no.
+        """
+        import asyncio
+
+        return asyncio.run(self.operate(request, wait=wait, progress=progress, confirm=confirm, cancelled=cancelled))
+
+    async def operate(
+        self,
+        request: Request,
+        *,
+        wait: float = 0.0,
+        progress: Report | None = None,
+        confirm: Callable[[Plan], bool] | None = None,
+        cancelled: threading.Event | None = None,
+    ) -> Plan:
+        """As :meth:`run`, in an event loop that runs already."""
+        from snaptree.errors import CancelledError
+        from snaptree.running import executor, recovery
+
+        with self._locked(wait) as lock:
+            await recovery.recover(self.database, self.name)
+            self.config = trees.load_config(self.database, self.name)
+            tree = self.tree()
+            lock.extend(_anchors(tree))
+            plan = self._plan(tree, self.survey(tree, _folders(request)), request)
+            if confirm is not None and not confirm(plan):
+                raise CancelledError("nothing was done", "")
+            lock.extend([path for each in plan.every() for path in each.touches if os.path.exists(path)])
+            await executor.run(self.database, self.name, plan, report=progress or silent, cancelled=cancelled)
+            return plan
+
+    @contextmanager
+    def _locked(self, wait: float) -> Iterator[MachineLock]:
+        lock = MachineLock()
+        try:
+            lock.acquire(_anchors(self.tree()), wait)
+            yield lock
+        finally:
+            lock.release()
+
+    def recover(self, *, wait: float = 0.0) -> tuple[str, ...]:
+        """Finish or undo what was killed; a sentence for each operation."""
+        import asyncio
+
+        from snaptree.running import recovery
+
+        if not operations.unfinished(self.database, self.name):
+            return ()
+        with self._locked(wait):
+            return asyncio.run(recovery.recover(self.database, self.name))
+
+    # ---- looking --------------------------------------------------------------------------------------------------
+
+    def attach_request(self, disk: DiskOption, bases: tuple[str, ...] = (), *, adopt: bool = False) -> AttachRequest:
+        """Read a disk that is to be attached.
+
+        :raise BusyError: another machine owns it.
+        """
+        found = find_disk(disk, (*self.config.bases, *bases), adopt=adopt)
+        for path in {each.path for each in (found.chain if adopt else found.chain[:1])}:
+            owners = trees.owners_of(self.database, path)
+            if owners:
+                raise BusyError(f"{path} belongs to machine {owners[0]!r}", "make an overlay on it and add that")
+        return AttachRequest(found, adopt)
+
+    def verify(self) -> tuple[Finding, ...]:
+        """Check the files against the tree."""
+        from snaptree.machines.verify import verify
+
+        return verify(self)
+
+    def log(self) -> tuple[LogEntry, ...]:
+        """The machine's operations, oldest first."""
+        return log(self.database, self.name)
+
+
+def _anchors(tree: Tree) -> list[str]:
+    """The images that stand for the machine: the owned roots and the active tips.
+
+    Whoever works on the machine, from whatever state folder, locks these first.
+    """
+    found: set[str] = set()
+    for point in tree.active_branch.tips.values():
+        found.add(tree.layers[point.layer].path)
+        root = tree.owned_root(point.layer)
+        if root is not None:
+            found.add(root.path)
+    return sorted(path for path in found if os.path.exists(path))
+
+
+def _folders(request: Request) -> list[str]:
+    files: Mapping[str, str] = getattr(request, "files", {})
+    return [os.path.dirname(path) for path in files.values()]

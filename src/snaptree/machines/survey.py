@@ -1,0 +1,171 @@
+"""Reading everything that a plan rests on."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+
+from snaptree.errors import SnaptreeError, UnhealthyError
+from snaptree.images import gate
+from snaptree.images.facts import read_facts
+from snaptree.images.locks import probe
+from snaptree.model.layer import LayerId
+from snaptree.model.machine import MachineConfig
+from snaptree.model.survey import FileSystemFacts, LayerFacts, Outsider, RowFacts, Stray, Survey
+from snaptree.model.tree import Tree
+from snaptree.store import operations, trees
+from snaptree.store.database import Database
+
+
+def read_survey(
+    database: Database, config: MachineConfig, tree: Tree, folders: Iterable[str] = (), *, beside: bool = True
+) -> Survey:
+    """Read the machine's layers and what surrounds them.
+
+    :param folders: folders besides the layers' own that new files may go to.
+    :param beside: also look for overlays in the layers' folders that the tree does not know.
+    """
+    facts = {layer.id: _facts_of(tree, layer.id) for layer in tree.layers.values()}
+    places = sorted({os.path.dirname(layer.path) for layer in tree.layers.values()} | set(folders))
+    return Survey(
+        layers=facts,
+        file_systems=_file_systems(facts.values()),
+        outsiders=_outsiders(database, tree, facts, beside=beside),
+        strays=_strays(database, tree) if beside else (),
+        names=_names(places),
+        running=_running(tree),
+        now=time.time(),
+        firmware=dict(config.firmware),
+        keep=os.path.join(database.folder, "firmware"),
+        token=secrets.token_hex(6),
+        bytes_per_second=_speed(database, config.name),
+    )
+
+
+def _facts_of(tree: Tree, number: LayerId) -> LayerFacts:
+    layer = tree.layers[number]
+    facts = read_facts(layer.path, layer.format)
+    if facts.backing is None:
+        return facts
+    try:
+        return replace(facts, backing=gate.resolve_backing(layer.path, facts.backing))
+    except SnaptreeError as error:
+        return replace(facts, problem=facts.problem or "changed", detail=facts.detail or error.message)
+
+
+def _file_systems(facts: Iterable[LayerFacts]) -> dict[int, FileSystemFacts]:
+    found: dict[int, FileSystemFacts] = {}
+    for each in facts:
+        if each.identity is None or each.identity.device in found:
+            continue
+        try:
+            status = os.statvfs(each.path)
+        except OSError:
+            continue
+        free = status.f_bavail if os.geteuid() else status.f_bfree
+        found[each.identity.device] = FileSystemFacts(each.identity.device, free * status.f_frsize)
+    return found
+
+
+def _outsiders(
+    database: Database, tree: Tree, facts: dict[LayerId, LayerFacts], *, beside: bool
+) -> tuple[Outsider, ...]:
+    """What stands on owned layers from outside: other machines that were added, and overlays beside the layers."""
+    owned = {layer.path: layer for layer in tree.layers.values() if layer.owned}
+    found: dict[tuple[LayerId, str], Outsider] = {}
+    for machine, path in trees.others_on(database, tree.machine, tuple(owned)):
+        layer = owned[path]
+        found[layer.id, machine] = Outsider(layer.id, f"machine {machine!r}")
+    if not beside:
+        return tuple(found.values())
+    inodes = {
+        (each.identity.device, each.identity.inode): number
+        for number, each in facts.items()
+        if each.identity is not None and tree.layers[number].owned
+    }
+    mine = {layer.path for layer in tree.layers.values()}
+    made = {claim.path for claim in operations.claims_of(database)}
+    folders = sorted({os.path.dirname(path) for path in owned})
+    for overlay, backing in gate.find_overlays(folders, set(inodes)):
+        if overlay in mine or (overlay in made and not trees.owners_of(database, overlay)):
+            continue
+        try:
+            status = os.stat(backing)
+        except OSError:
+            continue
+        number = inodes.get((status.st_dev, status.st_ino))
+        if number is not None:
+            found[number, overlay] = Outsider(number, overlay)
+    return tuple(found.values())
+
+
+def _strays(database: Database, tree: Tree) -> tuple[Stray, ...]:
+    """Files that the journal says snaptree made beside this machine's layers, and that no tree knows."""
+    folders = {os.path.dirname(layer.path) for layer in tree.layers.values() if layer.owned}
+    busy = {operation.id for operation in operations.unfinished(database)}
+    found: list[Stray] = []
+    for claim in operations.claims_of(database):
+        if os.path.dirname(claim.path) not in folders or trees.owners_of(database, claim.path):
+            continue
+        try:
+            status = os.lstat(claim.path)
+        except OSError:
+            continue
+        if (status.st_dev, status.st_ino) == (claim.device, claim.inode) and not busy:
+            found.append(Stray(claim.path, claim.device, claim.inode, status.st_blocks * 512, made=True))
+    return tuple(found)
+
+
+def _names(folders: Iterable[str]) -> dict[str, frozenset[str]]:
+    found: dict[str, frozenset[str]] = {}
+    for folder in folders:
+        try:
+            found[folder] = frozenset(os.listdir(folder))
+        except OSError:
+            continue
+    return found
+
+
+def _running(tree: Tree) -> bool:
+    """Whether another process has a tip of the active branch open for writing."""
+    for point in tree.active_branch.tips.values():
+        path = tree.layers[point.layer].path
+        try:
+            conflict = probe(path)
+        except (OSError, SnaptreeError):
+            continue
+        if conflict is not None and conflict.writing:
+            return True
+    return False
+
+
+def _speed(database: Database, machine: str) -> float:
+    """Bytes a second over the machine's latest merges of more than 64 MiB; 0 when there was none."""
+    merges = [
+        each
+        for each in operations.history(database, machine)
+        if each.bytes > 1 << 26 and each.ended is not None and each.state == operations.DONE
+    ][-5:]
+    seconds = sum((each.ended or each.started) - each.started for each in merges)
+    return sum(each.bytes for each in merges) / seconds if seconds > 0 else 0.0
+
+
+def measure(tree: Tree, survey: Survey, rows: Collection[tuple[LayerId, ...]]) -> Survey:
+    """The survey with the figures of these rows."""
+    from snaptree.images.measure import measure_row
+
+    figures: dict[tuple[LayerId, ...], RowFacts] = dict(survey.rows)
+    for row in rows:
+        layers = [(tree.layers[each].path, tree.layers[each].format) for each in row]
+        below = [(each.path, each.format) for each in list(tree.chain(row[0]))[1:]]
+        try:
+            figures[row] = measure_row(layers, below)
+        except UnhealthyError as error:
+            # The row cannot be merged; the rest of the plan can go on without it.
+            figures[row] = RowFacts(0, 0, 0, 0, 0)
+            worst = replace(survey.layers[row[0]], problem="damaged", detail=error.message)
+            survey = replace(survey, layers={**survey.layers, row[0]: worst})
+    return replace(survey, rows=figures)

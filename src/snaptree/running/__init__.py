@@ -1,0 +1,1 @@
+"""Carrying out plans: the executor, the journal, recovery, locks, progress."""

@@ -1,0 +1,82 @@
+"""How each kind of step is carried out: ``do`` takes it, ``undo`` takes it back.
+
+``do`` can be repeated: what was done already is found out from the files and not done again.
+"""
+
+from __future__ import annotations
+
+from snaptree.planning.steps import (
+    ApplyInternal,
+    BuildFromPoint,
+    CopyFirmware,
+    DeleteInternal,
+    Forget,
+    Grow,
+    MakeInternal,
+    MakeOverlay,
+    Move,
+    Record,
+    Register,
+    RemoveFirmware,
+    Repoint,
+    Shrink,
+    Step,
+    TakeName,
+    Unlink,
+)
+from snaptree.running.carry import firmware, headers, internals, making, moving, tree
+from snaptree.running.context import Context
+
+
+async def do(step: Step, context: Context) -> None:
+    """Take the step."""
+    match step:
+        case MakeOverlay():
+            making.make_overlay(step, context)
+        case BuildFromPoint():
+            making.build_from_point(step, context)
+        case CopyFirmware():
+            firmware.copy(step, context)
+        case RemoveFirmware():
+            firmware.remove(step)
+        case MakeInternal():
+            internals.make(step, context)
+        case ApplyInternal():
+            internals.apply(step, context)
+        case DeleteInternal():
+            internals.delete(step, context)
+        case Grow() | Shrink():
+            moving.resize(step, context)
+        case Move():
+            await moving.move(step, context)
+        case Repoint():
+            headers.repoint(step, context)
+        case TakeName():
+            making.take_name(step)
+        case Unlink():
+            making.unlink(step, context)
+        case Record():
+            tree.record(step, context)
+        case Register():
+            tree.register(step, context)
+        case Forget():
+            context.journal.forget(step)
+
+
+async def undo(step: Step, context: Context) -> None:
+    """Take the step back; before the point of no return only.
+
+    What has no way back there needs none: growing a layer shows the same to everything, and a mark that a layer is
+    being written to stays true.
+    """
+    match step:
+        case MakeOverlay() | BuildFromPoint():
+            making.unmake(step.path, context)
+        case CopyFirmware():
+            firmware.uncopy(step, context)
+        case MakeInternal():
+            internals.unmake(step, context)
+        case Move():
+            moving.unmove(step, context)
+        case _:
+            pass

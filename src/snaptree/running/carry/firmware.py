@@ -1,0 +1,35 @@
+"""Steps on firmware state: UEFI variables (a file) and TPM state (a folder)."""
+
+from __future__ import annotations
+
+import os
+
+from snaptree.errors import NotFoundError
+from snaptree.images import durable
+from snaptree.planning.steps import CopyFirmware, RemoveFirmware
+from snaptree.running.context import Context
+
+
+def copy(step: CopyFirmware, context: Context) -> None:
+    """Copy a piece of firmware state whole."""
+    if not os.path.lexists(step.source):
+        raise NotFoundError(
+            f"there is no {step.role} state at {step.source}", "give its path with 'snaptree set --nvram' or '--tpm'"
+        )
+    if step.replace:
+        durable.replace_small(step.source, step.target, context.token)
+    else:
+        os.makedirs(os.path.dirname(step.target), mode=0o700, exist_ok=True)
+        durable.copy_small(step.source, step.target, step.source, context.token)
+
+
+def uncopy(step: CopyFirmware, context: Context) -> None:
+    """Remove a copy that was made aside; one over the live state is made after the point of no return only."""
+    if not step.replace:
+        durable.discard_temporary(step.target, context.token)
+        durable.remove_small(step.target)
+
+
+def remove(step: RemoveFirmware) -> None:
+    """Remove a copy that nothing refers to."""
+    durable.remove_small(step.path)

@@ -1,0 +1,54 @@
+"""Steps on internal snapshots, done by qemu-img."""
+
+from __future__ import annotations
+
+from snaptree.images import gate, qemu_img
+from snaptree.images.facts import read_facts
+from snaptree.planning.steps import ApplyInternal, DeleteInternal, MakeInternal
+from snaptree.running.context import Context
+
+
+def tags_of(path: str) -> tuple[str, ...]:
+    """The tags of the internal snapshots that the image has."""
+    return tuple(each.name for each in read_facts(path, "qcow2").internals)
+
+
+def _mend(path: str) -> None:
+    """Give back clusters that a killed qemu-img may have leaked."""
+    qemu_img.check(gate.blockdev(path, "qcow2", None, None, read_only=False), repair="leaks")
+
+
+def make(step: MakeInternal, context: Context) -> None:
+    """Take an internal snapshot."""
+    with context.holding.handed_over([step.path]):
+        qemu_img.snapshot_create(gate.blockdev(step.path, "qcow2", None, None, read_only=False), step.tag)
+
+
+def unmake(step: MakeInternal, context: Context) -> None:
+    """Take an internal snapshot back."""
+    with context.holding.handed_over([step.path]):
+        if context.recovering:
+            _mend(step.path)
+        if step.tag in tags_of(step.path):
+            qemu_img.snapshot_delete(gate.blockdev(step.path, "qcow2", None, None, read_only=False), step.tag)
+
+
+def apply(step: ApplyInternal, context: Context) -> None:
+    """Make the active state what an internal snapshot shows."""
+    files = [step.path, *(path for path, _ in step.below)]
+    with context.holding.handed_over(files):
+        if context.recovering:
+            _mend(step.path)
+        graph = gate.graph([(step.path, "qcow2"), *step.below], read_only=False)
+        qemu_img.snapshot_apply(graph, step.tag)
+        if context.recovering:
+            _mend(step.path)
+
+
+def delete(step: DeleteInternal, context: Context) -> None:
+    """Delete an internal snapshot."""
+    with context.holding.handed_over([step.path]):
+        if context.recovering:
+            _mend(step.path)
+        if step.tag in tags_of(step.path):
+            qemu_img.snapshot_delete(gate.blockdev(step.path, "qcow2", None, None, read_only=False), step.tag)

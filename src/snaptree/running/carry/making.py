@@ -1,0 +1,76 @@
+"""Steps that make, replace and remove image files."""
+
+from __future__ import annotations
+
+import os
+
+from snaptree.images import durable, gate, layout, qemu_img
+from snaptree.planning.steps import BuildFromPoint, MakeOverlay, TakeName, Unlink
+from snaptree.running.context import Context
+from snaptree.store.operations import Claim
+
+
+def _claimer(path: str, context: Context) -> durable.Claim:
+    def claim(_temporary: str, device: int, inode: int) -> None:
+        context.journal.claim(path, device, inode)
+
+    return claim
+
+
+def make_overlay(step: MakeOverlay, context: Context) -> None:
+    """Make an empty overlay; it has its name only once it is whole and on disk."""
+    writes, length = layout.empty_overlay(
+        step.virtual_size,
+        cluster_bits=step.cluster_size.bit_length() - 1,
+        refcount_bits=step.refcount_bits,
+        backing_name=gate.relative_backing_name(step.path, step.backing),
+        backing_format=step.backing_format,
+        lazy_refcounts=step.lazy_refcounts,
+        extended_l2=step.extended_l2,
+        compression=step.compression,
+    )
+    durable.make_file(step.path, writes, length, step.like, _claimer(step.path, context), context.token)
+
+
+def build_from_point(step: BuildFromPoint, context: Context) -> None:
+    """Make a new layer out of an internal snapshot."""
+    backing = step.below[0] if step.below else None
+    writes, length = layout.empty_overlay(
+        step.virtual_size,
+        cluster_bits=step.cluster_size.bit_length() - 1,
+        backing_name=gate.relative_backing_name(step.path, backing[0]) if backing else None,
+        backing_format=backing[1] if backing else None,
+    )
+    temporary = durable.prepare_file(step.path, step.source, context.token, writes, length)
+    _claimer(step.path, context)(temporary, *durable.inode_of(temporary))
+    with context.holding.handed_over([step.source, *(path for path, _ in step.below)]):
+        qemu_img.convert_point(
+            gate.graph([(step.source, "qcow2"), *step.below]),
+            step.tag,
+            gate.graph([(temporary, "qcow2"), *step.below]),
+            progress=lambda done: context.moved(int(done * step.bytes), step.bytes),
+            cancelled=context.cancelled.is_set,
+        )
+    context.journal.moved += step.bytes
+    durable.publish(temporary, step.path)
+
+
+def unmake(path: str, context: Context) -> None:
+    """Remove what was made for the path, whole or not, and nothing else."""
+    durable.discard_temporary(path, context.token)
+    for made in context.journal.claims(path):
+        durable.remove(path, (made.device, made.inode))
+        context.journal.unclaim(made)
+
+
+def take_name(step: TakeName) -> None:
+    """Put the merged file in place under another name as well."""
+    if os.path.exists(step.source):
+        durable.put_in_place(step.source, step.target)
+
+
+def unlink(step: Unlink, context: Context) -> None:
+    """Remove a file that nothing needs, if it still is the one that the plan saw."""
+    identity = (step.device, step.inode) if step.inode else None
+    durable.remove(step.path, identity)
+    context.journal.unclaim(Claim(step.path, step.device, step.inode))

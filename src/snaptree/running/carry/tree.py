@@ -1,0 +1,41 @@
+"""Steps that change what is remembered."""
+
+from __future__ import annotations
+
+from snaptree.errors import IoError
+from snaptree.images.facts import read_facts
+from snaptree.model.layer import Identity, Layer, LayerId
+from snaptree.planning.steps import Record, Register
+from snaptree.running.context import Context
+
+
+def record(step: Record, context: Context) -> None:
+    """Change the tree, and keep what newly frozen layers look like."""
+    identities: dict[LayerId, Identity] = {}
+    for number in step.baseline:
+        layer = step.delta.layers.get(number) or context.journal.layer(number)
+        if layer is not None:
+            identities[number] = identity_of(layer)
+    context.journal.record(step, identities)
+
+
+def identity_of(layer: Layer) -> Identity:
+    """What the layer's file looks like now."""
+    facts = read_facts(layer.path, layer.format)
+    if facts.identity is None:
+        raise IoError(f"{layer.path} cannot be read: {facts.detail}", "mend it, then run 'snaptree recover'")
+    return facts.identity
+
+
+def register(step: Register, context: Context) -> None:
+    """Remember a machine."""
+    known = context.journal.machine_known()
+    context.journal.register(step, new=not known and not context.recovering)
+
+
+def refresh(paths: tuple[str, ...], context: Context) -> None:
+    """Keep anew what frozen layers look like that a step has written to, as it may."""
+    for layer in context.journal.frozen_at(paths):
+        facts = read_facts(layer.path, layer.format)
+        if facts.identity is not None:
+            context.journal.remember(layer.id, facts.identity)

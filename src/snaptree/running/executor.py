@@ -1,0 +1,104 @@
+"""Carrying out a plan: each step is said to the journal, then taken."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from snaptree.errors import CancelledError, SnaptreeError
+from snaptree.planning.plan import Plan
+from snaptree.planning.steps import Move, Record, Step
+from snaptree.running import carry
+from snaptree.running.carry.tree import refresh
+from snaptree.running.context import Context
+from snaptree.running.holding import Holding, written_by
+from snaptree.running.journal import Journal
+from snaptree.running.progress import Progress, Report, silent
+from snaptree.store import operations
+from snaptree.store.database import Database
+
+
+async def run(
+    database: Database,
+    machine: str,
+    plan: Plan,
+    *,
+    report: Report = silent,
+    cancelled: threading.Event | None = None,
+) -> None:
+    """Carry out the plan and then the merges that follow it, each as an operation of its own.
+
+    :param cancelled: set it to stop: before the point of no return the operation is undone, after it it is finished;
+        merges that have not begun wait for ``gc``.
+    :raise CancelledError: it was stopped; all that is kept is whole.
+    :raise SnaptreeError: a step failed; what was before the point of no return has been undone.
+    """
+    stop = cancelled or threading.Event()
+    for number, each in enumerate(plan.every()):
+        if not each.steps:
+            continue
+        if number and stop.is_set():
+            raise CancelledError(
+                f"stopped before the merge: {plan.summary} is done, and what is loose waits",
+                f"'snaptree gc {machine}' merges it",
+            )
+        await _carry_out(database, machine, each, report, stop)
+
+
+async def _carry_out(database: Database, machine: str, plan: Plan, report: Report, stop: threading.Event) -> None:
+    holding = Holding()
+    holding.take(plan)
+    try:
+        journal = Journal.begin(database, machine, plan)
+        context = Context(journal=journal, holding=holding, cancelled=stop)
+        try:
+            for number, step in enumerate(plan.steps):
+                if stop.is_set() and number < plan.point_of_no_return:
+                    raise CancelledError(f"stopped: {plan.summary}")
+                journal.take(number)
+                progress = Progress(plan.operation, number + 1, len(plan.steps), step.summary, 0, plan.bytes_to_copy)
+                report(progress)
+                context.moved = _reporter(report, progress)
+                await take(step, context)
+            journal.end(operations.DONE)
+        except BaseException as error:
+            if journal.step < plan.point_of_no_return:
+                state = await undo_all(plan.steps[: journal.step + 1], context, str(error))
+                if state == operations.PAUSED and isinstance(error, SnaptreeError):
+                    error.hint = error.hint or f"everything kept is whole; 'snaptree gc {machine}' goes on"
+            elif isinstance(error, SnaptreeError):
+                error.hint = (error.hint + "; " if error.hint else "") + (
+                    f"'snaptree recover {machine}' finishes what was begun"
+                )
+            raise
+    finally:
+        holding.release()
+
+
+def _reporter(report: Report, progress: Progress) -> Callable[[int, int], None]:
+    def moved(done: int, total: int) -> None:
+        report(
+            Progress(progress.operation, progress.step, progress.steps, progress.summary, done, total or progress.total)
+        )
+
+    return moved
+
+
+async def take(step: Step, context: Context) -> None:
+    """Take one step, and keep what frozen layers look like that it has written to."""
+    await carry.do(step, context)
+    refresh(written_by(step), context)
+
+
+async def undo_all(steps: tuple[Step, ...], context: Context, why: str) -> str:
+    """Take back, last first, the steps that were begun, and close the operation.
+
+    :return: ``undone``, or ``paused`` when data that went down stays there.
+    """
+    for step in reversed(steps):
+        await carry.undo(step, context)
+        refresh(written_by(step), context)
+    moved = any(isinstance(step, Move) for step in steps)
+    state = operations.PAUSED if moved and any(isinstance(step, Record) for step in steps) else operations.UNDONE
+    context.journal.end(state, why)
+    return state

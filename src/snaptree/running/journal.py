@@ -1,0 +1,152 @@
+"""The journal of one operation: each step is said durably before it is taken."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from dataclasses import dataclass
+
+from snaptree.model.layer import Identity, Layer, LayerId
+from snaptree.planning.plan import Plan
+from snaptree.planning.steps import Forget, Record, Register
+from snaptree.store import operations, trees
+from snaptree.store.database import Database
+from snaptree.store.operations import Claim
+
+
+@dataclass(frozen=True, slots=True)
+class LogEntry:
+    """One operation of the past, for ``snaptree log``.
+
+    ``state`` is ``done``, ``undone``, ``paused`` or ``running`` (also of one that was killed); times are in seconds
+    since the epoch, ``bytes`` is what was moved.
+    """
+
+    id: int
+    operation: str
+    summary: str
+    state: str
+    started: float
+    ended: float | None
+    bytes: int
+    detail: str
+
+
+def log(database: Database, machine: str) -> tuple[LogEntry, ...]:
+    """The machine's operations, oldest first."""
+    return tuple(
+        LogEntry(each.id, each.operation, each.summary, each.state, each.started, each.ended, each.bytes, each.detail)
+        for each in operations.history(database, machine)
+    )
+
+
+class Journal:
+    """What the executor tells of one operation. Every method returns when its word is on disk.
+
+    Identities of frozen layers that a step has written to are kept together with the word that the next step begins: a
+    crash between the two repeats the step, and with it the reading of the identity.
+    """
+
+    def __init__(self, database: Database, machine: str, operation: int, token: str) -> None:
+        self.database = database
+        self.machine = machine
+        self.operation = operation
+        self.token = token
+        self.step = -1
+        self.moved = 0
+        self._identities: dict[LayerId, Identity] = {}
+
+    @classmethod
+    def begin(cls, database: Database, machine: str, plan: Plan) -> Journal:
+        """Put the plan into the journal."""
+        now = time.time()
+        with database.transaction() as connection:
+            number = operations.begin(connection, machine, plan, now)
+        return cls(database, machine, number, token_of(number, now))
+
+    @classmethod
+    def resume(cls, database: Database, operation: operations.Operation) -> Journal:
+        """Go on with an operation that was killed."""
+        journal = cls(database, operation.machine, operation.id, token_of(operation.id, operation.started))
+        journal.step = operation.step
+        return journal
+
+    def layer(self, number: LayerId) -> Layer | None:
+        """One layer of the stored tree."""
+        return trees.layer_by_id(self.database, self.machine, number)
+
+    def frozen_at(self, paths: tuple[str, ...]) -> tuple[Layer, ...]:
+        """The layers of the stored tree at these paths whose identity is kept."""
+        return trees.frozen_at(self.database, self.machine, paths)
+
+    def machine_known(self) -> bool:
+        """Whether the machine is in the state file."""
+        return self.machine in trees.names(self.database)
+
+    def take(self, step: int) -> None:
+        """A step is about to be taken."""
+        with self.database.transaction() as connection:
+            self._flush(connection)
+            operations.take_step(connection, self.operation, step)
+        self.step = step
+
+    def end(self, state: str, detail: str = "") -> None:
+        """The operation has come to an end."""
+        with self.database.transaction() as connection:
+            self._flush(connection)
+            operations.end(connection, self.operation, state, time.time(), self.moved, detail)
+
+    def remember(self, layer: LayerId, identity: Identity) -> None:
+        """Keep, with the next word, what a frozen layer looks like now."""
+        self._identities[layer] = identity
+
+    def _flush(self, connection: sqlite3.Connection) -> None:
+        for layer, identity in self._identities.items():
+            trees.put_identity(connection, self.machine, layer, identity)
+        self._identities.clear()
+
+    def record(self, step: Record, identities: dict[LayerId, Identity]) -> None:
+        """Change the tree."""
+        with self.database.transaction() as connection:
+            self._flush(connection)
+            trees.apply_delta(connection, self.machine, step.delta)
+            for layer, identity in identities.items():
+                trees.put_identity(connection, self.machine, layer, identity)
+
+    def register(self, step: Register, *, new: bool) -> None:
+        """Remember a machine."""
+        with self.database.transaction() as connection:
+            trees.register(connection, step.config, new=new)
+
+    def forget(self, step: Forget) -> None:
+        """Forget a machine."""
+        with self.database.transaction() as connection:
+            trees.forget(connection, step.name)
+
+    def claim(self, path: str, device: int, inode: int) -> None:
+        """A file was made that will have the path."""
+        with self.database.transaction() as connection:
+            operations.claim(connection, self.operation, Claim(path, device, inode))
+
+    def claims(self, path: str) -> tuple[Claim, ...]:
+        """What this operation made at the path."""
+        return tuple(each for each in operations.claims_of(self.database, self.operation) if each.path == path)
+
+    def unclaim(self, made: Claim) -> None:
+        """A file that was made is gone."""
+        with self.database.transaction() as connection:
+            operations.unclaim(connection, made)
+
+    def note(self, value: str) -> None:
+        """Keep what the step that is being taken must know to be repeated."""
+        with self.database.transaction() as connection:
+            operations.put_note(connection, self.operation, self.step, value)
+
+    def noted(self) -> str | None:
+        """What the step kept before it was interrupted."""
+        return operations.note_of(self.database, self.operation, self.step)
+
+
+def token_of(operation: int, started: float) -> str:
+    """A word that names the operation's temporary files, the same after a crash."""
+    return f"{operation:x}-{int(started * 1e6):x}"
