@@ -1,8 +1,8 @@
 """Making, replacing and removing files so that they are on disk when a function has returned.
 
 This module does this and nothing else may. A new file has its name only once it is whole, synced, and has the owner,
-mode, ACL and label that it should have; it is never more readable than that, not even for a moment. An fsync that fails is
-final: Linux forgets the dirty pages, so that a second one says nothing (fsyncgate).
+mode, ACL and label that it should have; it is never more readable than that, not even for a moment. An fsync that
+fails is final: Linux forgets the dirty pages, so that a second one says nothing (fsyncgate).
 
 It promises what the file system promises for fsync and rename; on network file systems without them it promises less.
 """

@@ -110,9 +110,8 @@ def snapshot_delete(graph: Graph, tag: str) -> None:
     run(["snapshot", "-d", tag, image_name(graph)])
 
 
-def resize(graph: Graph, image_format: str, size: int, *, shrink: bool = False) -> None:
-    """Give an image another virtual size, in bytes; what a longer backing file would show past the old end is zeroed."""
-    del image_format
+def resize(graph: Graph, size: int, *, shrink: bool = False) -> None:
+    """Give an image another size, in bytes; what a longer backing file would show past the old end is zeroed."""
     run(["resize", "-q", *(["--shrink"] if shrink else []), image_name(graph), str(size)])
 
 
@@ -130,7 +129,7 @@ def convert_point(
     :raise CancelledError: ``cancelled`` said so; the target is worthless.
     """
     backing = source.get("backing")
-    arguments = ["convert", "-p", "-n", "-l", f"snapshot.name={tag}"]
+    arguments = ["convert", "-p", "-n", "-O", "qcow2", "-l", f"snapshot.name={tag}"]
     if backing is not None:
         arguments += ["-B", image_name(backing)]
     arguments += [image_name(source), image_name(target)]

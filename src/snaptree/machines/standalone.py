@@ -85,15 +85,18 @@ class Standalone:
 
     def _pending(self, tree: Tree, survey: Survey) -> tuple[str, ...]:
         outsiders = frozenset(each.layer for each in survey.outsiders)
-        unfinished = [
-            f"{each.summary}: under way, or interrupted ('snaptree recover {self.name}' finishes or undoes it)"
-            for each in operations.unfinished(self.database, self.name)
-        ]
         waiting = [
             f"{tree.layers[number].path} waits to be merged ('snaptree gc {self.name}')"
             for number in sorted(loose_layers(tree, outsiders))
         ]
-        return (*unfinished, *waiting)
+        return (*self.unfinished(), *waiting)
+
+    def unfinished(self) -> tuple[str, ...]:
+        """A sentence for each operation that is under way or was killed."""
+        return tuple(
+            f"{each.summary}: under way, or interrupted ('snaptree recover {self.name}' finishes or undoes it)"
+            for each in operations.unfinished(self.database, self.name)
+        )
 
     # ---- planning and running -------------------------------------------------------------------------------------
 

@@ -1,0 +1,154 @@
+"""What merging a row of layers moves, counted from their tables."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from snaptree.images.facts import open_to_read
+from snaptree.images.tables import DATA, UNALLOCATED, ZERO, Allocation, Classes, Qcow2Allocation, open_allocation
+from snaptree.model.survey import RowFacts
+
+WINDOW_GRANULES = 1 << 20
+"""So many units of allocation are looked at together: a few mebibytes for each layer."""
+STEPS = 256
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass
+class _Way:
+    """What one way to merge adds up to."""
+
+    unit: int
+    copied: int = 0
+    zeroes: int = 0
+    grows: int = 0
+    extents: int = 0
+    last: int = -1
+    profile: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(STEPS + 1))
+
+
+def measure_row(layers: Sequence[tuple[str, str]], below: Sequence[tuple[str, str]] = ()) -> RowFacts:
+    """Count what merging the row would move, as QEMU's jobs do it.
+
+    A commit copies in units of the lower file's clusters, from 4 KiB to 64 KiB (the mirror's granularity), a pull in
+    whole clusters of the upper file (copy on read).
+
+    :param layers: ``(path, format)``, lowest first.
+    :param below: what the lowest stands on; it is not read.
+    :raise UnhealthyError: a table is damaged.
+    """
+    with contextlib.ExitStack() as stack:
+        row: list[Allocation] = []
+        for path, image_format in layers:
+            descriptor = open_to_read(path)
+            stack.callback(os.close, descriptor)
+            row.append(open_allocation(descriptor, path, image_format))
+        return _measure(row, has_below=bool(below))
+
+
+def _measure(row: Sequence[Allocation], *, has_below: bool) -> RowFacts:
+    granule = min(each.granule for each in row)
+    largest = max(each.cluster for each in row)
+    window = max(WINDOW_GRANULES * granule // largest, 1) * largest
+    length = max(each.virtual_size for each in row)
+    lowest, top = row[0], row[-1]
+    base_unit = lowest.cluster if isinstance(lowest, Qcow2Allocation) else 65536
+    down = _Way(unit=max(granule, min(max(base_unit, 4096), 65536)))
+    up = _Way(unit=max(granule, top.cluster))
+    busy = sorted(set().union(*(each.busy(window) for each in row)))
+    for number in busy:
+        start = number * window
+        end = min(start + window, -(-length // largest) * largest)
+        if start >= end:
+            continue
+        classes = [_seen(each, start, end, granule) for each in row]
+        _count(down, start, granule, length, _topmost(classes[1:]), classes[0], lowest, top.virtual_size)
+        lower = np.where(classes[-1] == UNALLOCATED, _topmost(classes[:-1]), UNALLOCATED).astype(np.uint8)
+        _count(up, start, granule, length, lower, classes[-1], top, top.virtual_size)
+    if isinstance(lowest, Qcow2Allocation) and lowest.header.version < 3 and has_below:
+        down.copied += down.zeroes  # Version 2 has no zero clusters: they are written out.
+    return RowFacts(
+        commit_bytes=down.copied,
+        commit_zeroes=down.zeroes,
+        commit_grows=down.grows,
+        pull_bytes=up.copied,
+        pull_grows=up.grows,
+        extents=(down.extents, up.extents),
+        profile_commit=tuple(int(each) for each in np.cumsum(down.profile)),
+        profile_pull=tuple(int(each) for each in np.cumsum(up.profile)),
+    )
+
+
+def _seen(layer: Allocation, start: int, end: int, granule: int) -> Classes:
+    """What the layer has; past its end it hides what is beneath with zeroes."""
+    found = layer.classes(start, end, granule)
+    inside = max(0, -(-layer.virtual_size // granule) - start // granule)
+    if inside < len(found):
+        found = found.copy()
+        found[inside:] = ZERO
+    return found
+
+
+def _topmost(classes: Sequence[Classes]) -> Classes:
+    """What shows through layers, lowest first, where any has something."""
+    seen = classes[-1]
+    for lower in reversed(classes[:-1]):
+        seen = np.where(seen == UNALLOCATED, lower, seen)
+    return seen
+
+
+def _count(
+    way: _Way, start: int, granule: int, length: int, moved: Classes, there: Classes, target: Allocation, size: int
+) -> None:
+    """Add what moves in one window.
+
+    :param moved: what moves, ``there`` what the target has, ``size`` where the merged layer ends.
+    """
+    inside = max(0, -(-size // granule) - start // granule)
+    moved = moved.copy()
+    moved[inside:] = UNALLOCATED
+    data = (moved != UNALLOCATED) & (moved != ZERO)
+    units = _any(data, way.unit // granule)
+    way.copied += int(units.sum()) * way.unit
+    zeroes = _any(moved == ZERO, way.unit // granule) & ~units
+    way.zeroes += int(zeroes.sum()) * way.unit
+    starts = np.flatnonzero(units & ~np.concatenate([[False], units[:-1]]))
+    way.extents += len(starts) - (1 if len(starts) and units[0] and way.last == start // way.unit - 1 else 0)
+    if units.any():
+        way.last = start // way.unit + int(np.flatnonzero(units)[-1])
+        places = (start + np.flatnonzero(units) * way.unit) * STEPS // max(length, 1)
+        way.profile += np.bincount(np.minimum(places, STEPS - 1) + 1, minlength=STEPS + 1) * float(way.unit)
+    if isinstance(target, Qcow2Allocation):
+        clusters = _any(np.repeat(units, way.unit // granule)[: len(moved)], max(1, target.cluster // granule))
+        held = _any((there == DATA), max(1, target.cluster // granule))
+        way.grows += int((clusters & ~held).sum()) * target.cluster
+        end = start + len(moved) * granule
+        needed = _tables(clusters, start, target)
+        way.grows += int((needed & ~target.table_there(start, end)[: len(needed)]).sum()) * target.cluster
+    else:
+        way.grows += int((data & (there == ZERO)).sum()) * granule
+
+
+def _tables(clusters: Mask, start: int, target: Qcow2Allocation) -> Mask:
+    """Which L2 tables the clusters need, from the one that covers ``start`` on."""
+    first = start // target.cluster
+    used = (first + np.flatnonzero(clusters)) // target.per_table - first // target.per_table
+    count = -(-(first % target.per_table + len(clusters)) // target.per_table)
+    found = np.zeros(count, dtype=bool)
+    found[np.unique(used)] = True
+    return found
+
+
+def _any(mask: Mask, factor: int) -> Mask:
+    """The mask in units that are ``factor`` times as large; a unit counts when any of its parts does."""
+    if factor <= 1:
+        return mask
+    padded = np.concatenate([mask, np.zeros(-len(mask) % factor, dtype=bool)])
+    found: Mask = padded.reshape(-1, factor).any(axis=1)
+    return found

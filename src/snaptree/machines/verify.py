@@ -1,0 +1,88 @@
+"""Checking the files of a machine against its tree."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from snaptree.errors import SnaptreeError
+from snaptree.images import gate, qemu_img
+from snaptree.machines.findings import Finding
+from snaptree.model.invariants import violations
+from snaptree.model.layer import LayerId
+from snaptree.model.tree import Tree
+from snaptree.planning.health import ailments
+
+if TYPE_CHECKING:
+    from snaptree.machines.standalone import Standalone
+
+_HINTS = {
+    "missing": "put the file back; what needs it cannot be used until then",
+    "changed": "restore the file from a backup, or delete what needs it",
+    "damaged": "restore the file from a backup, or try 'qemu-img check -r all' on a copy",
+    "corrupt": "try 'qemu-img check -r all' on a copy",
+    "half-merged": "",
+}
+
+
+def verify(machine: Standalone) -> tuple[Finding, ...]:
+    """Everything in which files and tree differ, worst first."""
+    tree = machine.tree()
+    survey = machine.survey(tree)
+    found: list[Finding] = []
+    sick = ailments(tree, survey)
+    for number, ailment in sick.items():
+        layer = tree.layers[number]
+        severity = "error" if ailment.blocks else "warning"
+        hint = _HINTS.get(ailment.word, "repair the image first")
+        if ailment.word == "half-merged":
+            hint = f"'snaptree gc {machine.name}' goes on"
+        found.append(Finding(ailment.word, layer.path, ailment.detail, affected(tree, number), hint, severity))
+    for layer in tree.layers.values():
+        facts = survey.layers[layer.id]
+        blocked = layer.id in sick and sick[layer.id].blocks
+        if layer.format == "qcow2" and facts.exists and not blocked:
+            found += _check(tree, layer.id, dirty=facts.dirty)
+    for sentence in violations(tree, frozenset(each.layer for each in survey.outsiders)):
+        found.append(Finding("tree", "", sentence, (), "run 'snaptree recover', then tell the authors"))
+    for outsider in survey.outsiders:
+        path = tree.layers[outsider.layer].path
+        detail = f"{outsider.what} stands on {path}, which is left as it is therefore"
+        found.append(Finding("outsider", path, detail, affected(tree, outsider.layer), "", "warning"))
+    for stray in survey.strays:
+        detail = f"nothing needs {stray.path} ({stray.allocated} bytes)"
+        found.append(
+            Finding("over", stray.path, detail, (), f"'snaptree gc {machine.name} --delete' removes it", "warning")
+        )
+    for sentence in machine.unfinished():
+        found.append(Finding("unfinished", "", sentence, (), f"run 'snaptree recover {machine.name}'", "warning"))
+    return tuple(sorted(found, key=lambda each: (each.severity, each.path)))
+
+
+def _check(tree: Tree, number: LayerId, *, dirty: bool) -> list[Finding]:
+    layer = tree.layers[number]
+    who = affected(tree, number)
+    try:
+        result = qemu_img.check(gate.blockdev(layer.path, "qcow2", None, None))
+    except SnaptreeError as error:
+        return [Finding("damaged", layer.path, error.message, who, _HINTS["damaged"])]
+    if dirty:
+        hint = f"run 'qemu-img check -r all {layer.path}'"
+        return [Finding("dirty", layer.path, f"{layer.path} was not closed cleanly", who, hint, "warning")]
+    if result.errors:
+        detail = f"{layer.path} has {result.errors} wrong reference counts or tables"
+        return [Finding("damaged", layer.path, detail, who, _HINTS["damaged"])]
+    if result.leaks:
+        detail = f"{layer.path} has {result.leaks} leaked clusters; nothing is lost but room"
+        return [Finding("leaks", layer.path, detail, (), f"'qemu-img check -r leaks {layer.path}'", "warning")]
+    return []
+
+
+def affected(tree: Tree, number: LayerId) -> tuple[str, ...]:
+    """The snapshots and branches that cannot be shown without the layer."""
+    found = {
+        name
+        for point, names in tree.names_on.items()
+        if any(each.id == number for each in tree.chain(point.layer))
+        for name in names
+    }
+    return tuple(sorted(found))

@@ -1,0 +1,104 @@
+"""qemu-storage-daemon: QEMU's block layer without a machine, for one operation."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from types import TracebackType
+from typing import Any
+
+from snaptree.errors import ToolError
+from snaptree.qemu.session import QmpSession
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _die_with_parent() -> None:
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class StorageDaemon:
+    """A daemon that lives as long as the ``async with`` block, and dies with us.
+
+    Its monitor is one end of a socket pair: there is no file to protect, and nobody else can connect.
+    """
+
+    def __init__(self) -> None:
+        self.qmp = QmpSession("qemu-storage-daemon")
+        self._process: subprocess.Popen[bytes] | None = None
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the daemon
+
+    @property
+    def pid(self) -> int:
+        """The daemon's process."""
+        assert self._process is not None
+        return self._process.pid
+
+    async def __aenter__(self) -> StorageDaemon:
+        program = shutil.which("qemu-storage-daemon")
+        if program is None:
+            raise ToolError(
+                "qemu-storage-daemon is not installed", "install QEMU's tools (qemu-utils on Debian and Ubuntu)"
+            )
+        ours, theirs = socket.socketpair()
+        try:
+            self._process = subprocess.Popen(
+                [program, "--chardev", f"socket,id=m,fd={theirs.fileno()}", "--monitor", "chardev=m"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._said,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+        finally:
+            theirs.close()
+        try:
+            await self.qmp.connect(ours)
+        except BaseException:
+            self._kill()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._process is not None
+        try:
+            if kind is None:
+                await self.qmp.execute("quit", seconds=30.0)
+        except ToolError:
+            # It may close the connection before its answer has come through.
+            pass
+        finally:
+            await self.qmp.close()
+            await self._wait(60.0 if kind is None else 5.0)
+
+    async def _wait(self, seconds: float) -> None:
+        assert self._process is not None
+        deadline = asyncio.get_running_loop().time() + seconds
+        while self._process.poll() is None:
+            if asyncio.get_running_loop().time() > deadline:
+                self._kill()
+                return
+            await asyncio.sleep(0.002)
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    async def add(self, blockdev: dict[str, Any]) -> None:
+        """Open an image, given as ``BlockdevOptions``."""
+        await self.qmp.execute("blockdev-add", **blockdev)
+
+    def last_words(self) -> str:
+        """What it wrote to its standard error."""
+        self._said.seek(0)
+        return self._said.read(4096).decode(errors="replace").strip()

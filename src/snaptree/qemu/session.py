@@ -1,0 +1,69 @@
+"""A QMP session: commands with deadlines, and waits that end when the peer goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Any
+
+from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError
+from snaptree.errors import NoSpaceError, SnaptreeError, ToolError
+
+GREETING_SECONDS = 10.0
+COMMAND_SECONDS = 60.0
+
+
+class QmpSession:
+    """A monitor that has greeted us.
+
+    :param name: who is at the other end, for messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._client = QMPClient(name)
+
+    async def connect(self, address: str | socket.socket) -> None:
+        """Connect, and wait for the greeting.
+
+        A monitor serves one client: a second one is connected and hears nothing, hence the deadline.
+
+        :raise ToolError: nothing greets us.
+        """
+        try:
+            await asyncio.wait_for(self._client.connect(address), GREETING_SECONDS)
+        except (TimeoutError, ConnectError, QMPError, OSError) as error:
+            raise ToolError(
+                f"{self.name} does not answer on its monitor: {error or 'no greeting'}", "is another client connected?"
+            ) from error
+
+    async def execute(self, command: str, *, seconds: float = COMMAND_SECONDS, **arguments: Any) -> Any:
+        """Carry out one command.
+
+        :param arguments: the command's arguments; an underscore stands for a dash.
+        :raise ToolError: it was refused, or the peer went away, or did not answer in time.
+        :raise NoSpaceError: it ran out of room.
+        """
+        named = {key.replace("_", "-"): value for key, value in arguments.items()}
+        try:
+            return await asyncio.wait_for(self._client.execute(command, named or None), seconds)
+        except TimeoutError as error:
+            raise ToolError(f"{self.name} did not answer {command} within {seconds:.0f} s") from error
+        except ExecuteError as error:
+            raise explain(f"{self.name} refused {command}", str(error)) from error
+        except (ExecInterruptedError, QMPError, OSError) as error:
+            raise ToolError(f"{self.name} went away during {command}") from error
+
+    async def close(self) -> None:
+        """Close the connection; one that is broken already is no error."""
+        try:
+            await asyncio.wait_for(self._client.disconnect(), 2.0)
+        except (Exception, asyncio.CancelledError):
+            return
+
+
+def explain(doing: str, reason: str) -> SnaptreeError:
+    """The error of ours that says what QEMU's words mean."""
+    if "No space left" in reason or "Disk quota exceeded" in reason:
+        return NoSpaceError(f"{doing}: {reason}", "free some room on that file system")
+    return ToolError(f"{doing}: {reason}")

@@ -1,0 +1,85 @@
+"""Steps that move data and change sizes, done by QEMU's block layer."""
+
+from __future__ import annotations
+
+import os
+
+from snaptree.images import durable, gate, qemu_img
+from snaptree.images.facts import read_facts
+from snaptree.planning.steps import Grow, Move, MoveJob, Repoint, Shrink
+from snaptree.qemu.daemon import StorageDaemon
+from snaptree.qemu.jobs import Commit, JobProgress, Pull, run_jobs
+from snaptree.running.carry import headers
+from snaptree.running.context import Context
+
+
+def resize(step: Grow | Shrink, context: Context) -> None:
+    """Give a layer another virtual size."""
+    if read_facts(step.path, step.format).virtual_size == step.size:
+        return
+    with context.holding.handed_over([step.path, *(path for path, _ in step.below)]):
+        graph = gate.graph([(step.path, step.format), *step.below], read_only=False)
+        qemu_img.resize(graph, step.size, shrink=isinstance(step, Shrink))
+    durable.sync_file(step.path)
+
+
+async def move(step: Move, context: Context) -> None:
+    """Move the data of all jobs at once, by a storage daemon that dies with us."""
+    files = [path for job in step.jobs for path, _ in (*job.row, *job.below)]
+    total = sum(job.bytes for job in step.jobs)
+
+    def report(state: dict[str, JobProgress]) -> None:
+        context.moved(sum(bytes_moved(job, state.get(job.name)) for job in step.jobs), total)
+
+    with context.holding.handed_over(files):
+        async with StorageDaemon() as daemon:
+            jobs = [await _open(daemon, job, number) for number, job in enumerate(step.jobs)]
+            ended = await run_jobs(daemon.qmp, jobs, progress=report, cancelled=context.cancelled)
+        for job in step.jobs:
+            durable.sync_file(job.row[0][0] if job.way == "commit" else job.row[-1][0])
+    for job in step.jobs:
+        context.journal.moved += ended[job.name].current if job.way == "commit" else job.bytes
+    context.moved(total, total)
+
+
+async def _open(daemon: StorageDaemon, job: MoveJob, number: int) -> Commit | Pull:
+    """Open the job's chain, lowest first, with nodes of its own."""
+    chain = [*reversed(job.below), *job.row]
+    below: str | None = None
+    nodes: list[str] = []
+    for place, (path, image_format) in enumerate(chain):
+        node = f"j{number}n{place}"
+        await daemon.add(gate.blockdev(path, image_format, node, below))
+        nodes.append(node)
+        below = node
+    lowest = nodes[len(job.below)]
+    if job.way == "commit":
+        return Commit(job.name, nodes[-1], lowest)
+    base = nodes[len(job.below) - 1] if job.below else None
+    name = gate.relative_backing_name(job.row[-1][0], job.below[0][0]) if job.below else None
+    return Pull(job.name, nodes[-1], base, name)
+
+
+def bytes_moved(job: MoveJob, state: JobProgress | None) -> int:
+    """How many of the job's bytes have moved.
+
+    A commit counts what it has to copy; a stream counts the guest's address range, which the job's profile turns into
+    bytes.
+    """
+    if state is None or state.total <= 0:
+        return 0
+    part = min(1.0, state.current / state.total)
+    if job.way == "commit" or not job.profile:
+        return int(job.bytes * part)
+    return job.profile[min(len(job.profile) - 1, int(part * (len(job.profile) - 1)))]
+
+
+def unmove(step: Move, context: Context) -> None:
+    """Take back what can be: a pull that has come to its end points at its old backing file again.
+
+    What a commit has written stays: the lower layer is marked and is read only through the upper one.
+    """
+    for job in step.jobs:
+        if job.way == "pull" and os.path.exists(job.row[-1][0]):
+            below = job.row[-2]
+            headers.repoint(Repoint(job.row[-1][0], below[0], below[1]), context)
