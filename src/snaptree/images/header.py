@@ -21,6 +21,8 @@ MAX_SNAPSHOTS = 65_536
 MAX_SNAPSHOT_TABLE_BYTES = 64 << 20
 MAX_BACKING_NAME = 1023
 MAX_BITMAP_DIRECTORY = 16 << 20
+MAX_OFFSET = 1 << 56
+"""Offsets in a qcow2 file have 56 bits."""
 
 EXTENSION_END = 0x00000000
 EXTENSION_BACKING_FORMAT = 0xE2792ACA
@@ -103,6 +105,11 @@ class Header:
         return bool(self.compatible & COMPATIBLE_LAZY)
 
     @property
+    def has_bitmaps(self) -> bool:
+        """Whether the image has persistent bitmaps that are in force."""
+        return bool(self.autoclear & AUTOCLEAR_BITMAPS) and self.extension(EXTENSION_BITMAPS) is not None
+
+    @property
     def encrypted(self) -> bool:
         """Whether guest data is encrypted."""
         return self.crypt_method != 0
@@ -155,14 +162,20 @@ def read_header(descriptor: int, path: str) -> Header:
         raise _bad(path, f"a header of {header_length} bytes")
     if compression == "unknown":
         raise UnhealthyError(f"{path} has a compression type that is not known", "use a newer version")
+    if crypt > 2:
+        raise UnhealthyError(f"{path} is encrypted in a way that is not known ({crypt})", "use a newer version")
     _check_tables(path, cluster, size, l1_size, l1_offset, rt_offset, rt_clusters, extended=bool(incompatible & 16))
-    if nb_snapshots > MAX_SNAPSHOTS or (nb_snapshots and (snapshots_offset % cluster or not snapshots_offset)):
+    if nb_snapshots > MAX_SNAPSHOTS or (
+        nb_snapshots and (snapshots_offset % cluster or not 0 < snapshots_offset < MAX_OFFSET)
+    ):
         raise _bad(path, f"a table of {nb_snapshots} internal snapshots at {snapshots_offset}")
-    if backing_offset and (backing_size > MAX_BACKING_NAME or backing_offset + backing_size > cluster):
+    if backing_offset and (
+        backing_size > MAX_BACKING_NAME or not header_length <= backing_offset <= cluster - backing_size
+    ):
         raise _bad(path, f"a backing file name of {backing_size} bytes at {backing_offset}")
     # Extensions lie between the header and the backing file's name, or the end of the first cluster.
     region = os.pread(descriptor, cluster, 0)
-    limit = min(backing_offset if backing_offset >= header_length else cluster, len(region))
+    limit = min(backing_offset or cluster, len(region))
     extensions, end = _extensions(path, region, header_length, limit)
     backing = None
     if backing_offset:
@@ -170,7 +183,11 @@ def read_header(descriptor: int, path: str) -> Header:
         if len(name) < backing_size or not name or b"\0" in name:
             raise _bad(path, "an empty or cut backing file name")
         backing = os.fsdecode(name)
-    form = next((data for magic, _, data in extensions if magic == EXTENSION_BACKING_FORMAT), None)
+    formats = [data for magic, _, data in extensions if magic == EXTENSION_BACKING_FORMAT]
+    if len(formats) > 1:
+        # QEMU takes the last; a reader that takes the first would judge another chain than QEMU opens.
+        raise _bad(path, "it says the format of its backing file twice")
+    form = formats[0] if formats else None
     return Header(
         version=version,
         cluster_bits=cluster_bits,
@@ -214,11 +231,11 @@ def _check_tables(
         raise _bad(path, f"an L1 table of {l1_size} entries")
     if l1_size < -(-size // per_table):
         raise _bad(path, f"an L1 table of {l1_size} entries is too small for {size} bytes")
-    if l1_size and (l1_offset % cluster or not l1_offset or l1_offset >= 1 << 56):
+    if l1_size and (l1_offset % cluster or not l1_offset or l1_offset >= MAX_OFFSET):
         raise _bad(path, f"an L1 table at {l1_offset}")
     if rt_clusters * cluster > MAX_REFCOUNT_TABLE_BYTES:
         raise _bad(path, f"a refcount table of {rt_clusters} clusters")
-    if rt_offset % cluster or not rt_offset or rt_offset >= 1 << 56 or not rt_clusters:
+    if rt_offset % cluster or not rt_offset or rt_offset >= MAX_OFFSET or not rt_clusters:
         raise _bad(path, f"a refcount table at {rt_offset} with {rt_clusters} clusters")
 
 
@@ -242,7 +259,8 @@ def header_hash(descriptor: int, header: Header) -> str:
 
     It covers the fields that QEMU changes when it writes (sizes, tables, internal snapshots) and the active L1 table,
     of which more than a mebibyte is taken at both ends only. The backing file's name is left out: it may be changed
-    without changing what the image shows.
+    without changing what the image shows. So are the dirty and the corrupt bit: they are facts of their own, and
+    repairing refcounts clears the one without changing what the image shows.
     """
     digest = hashlib.sha256()
     fields = (
@@ -256,7 +274,7 @@ def header_hash(descriptor: int, header: Header) -> str:
         header.refcount_table_clusters,
         header.nb_snapshots,
         header.snapshots_offset,
-        header.incompatible,
+        header.incompatible & ~(INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT),
         header.compatible,
     )
     digest.update(repr(fields).encode())
@@ -294,7 +312,7 @@ def read_internals(descriptor: int, header: Header, path: str) -> tuple[Internal
         )
         if extra_size > 1024:
             raise _bad(path, f"an internal snapshot with {extra_size} bytes of extra data")
-        if l1_size * 8 > MAX_L1_BYTES or l1_offset % header.cluster_size:
+        if l1_size * 8 > MAX_L1_BYTES or l1_offset % header.cluster_size or l1_offset >= MAX_OFFSET:
             raise _bad(path, f"an internal snapshot with an L1 table of {l1_size} entries at {l1_offset}")
         rest = os.pread(descriptor, extra_size + id_size + name_size, at + 40)
         if len(rest) < extra_size + id_size + name_size:
@@ -329,13 +347,13 @@ def read_bitmaps(descriptor: int, header: Header, path: str) -> tuple[str, ...]:
     :raise UnhealthyError: the bitmap directory is not one that may be.
     """
     data = header.extension(EXTENSION_BITMAPS)
-    if data is None or not header.autoclear & AUTOCLEAR_BITMAPS:
+    if data is None or not header.has_bitmaps:
         return ()
     if len(data) < 24:
         raise _bad(path, "the bitmaps extension is cut")
     count, _, directory_size, directory_offset = struct.unpack_from(">IIQQ", data)
-    if directory_size > MAX_BITMAP_DIRECTORY or count > 65_535:
-        raise _bad(path, f"a bitmap directory of {directory_size} bytes")
+    if directory_size > MAX_BITMAP_DIRECTORY or count > 65_535 or directory_offset >= MAX_OFFSET:
+        raise _bad(path, f"a bitmap directory of {directory_size} bytes at {directory_offset}")
     directory = os.pread(descriptor, directory_size, directory_offset)
     names: list[str] = []
     at = 0
@@ -344,6 +362,8 @@ def read_bitmaps(descriptor: int, header: Header, path: str) -> tuple[str, ...]:
             raise _bad(path, "the bitmap directory is cut")
         _, _, _, _, _, name_size, extra_size = struct.unpack_from(">QIIBBHI", directory, at)
         start = at + 24 + extra_size
+        if start + name_size > len(directory):
+            raise _bad(path, "the bitmap directory is cut")
         names.append(os.fsdecode(directory[start : start + name_size]))
         at = (start + name_size + 7) & ~7
     return tuple(names)
