@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 
@@ -10,12 +9,12 @@ from snaptree.errors import BusyError, ExistsError
 from snaptree.images.locks import MachineLock, probe, who_has_open
 from snaptree.machines.finding import find_disk
 from snaptree.machines.options import AddOptions
-from snaptree.machines.standalone import Standalone
+from snaptree.machines.standalone import Standalone, existing
 from snaptree.machines.survey import read_survey
 from snaptree.model.machine import MachineConfig
 from snaptree.planning.adopt import AddRequest, FoundDisk, FoundSnapshot, add, empty
 from snaptree.planning.plan import Plan
-from snaptree.store import trees
+from snaptree.store import operations, trees
 from snaptree.store.database import Database, default_state
 
 
@@ -54,8 +53,8 @@ class Connection:
         config = MachineConfig(
             name=options.name,
             bases=options.bases,
-            nvram=_existing(options.nvram),
-            tpm=_existing(options.tpm),
+            nvram=existing(options.nvram),
+            tpm=existing(options.tpm),
             qmp=options.qmp,
             start=options.start,
             created=time.time(),
@@ -64,6 +63,8 @@ class Connection:
         plan = add(survey, AddRequest(config, disks, options.adopt, records))
         if only_plan:
             return plan
+        import asyncio
+
         from snaptree.running import executor
 
         lock = MachineLock()
@@ -73,6 +74,22 @@ class Connection:
         finally:
             lock.release()
         return plan
+
+    def recover(self, name: str | None = None, *, wait: float = 0.0) -> tuple[str, ...]:
+        """Finish or undo what was killed, on one machine or on all; a sentence for each operation."""
+        if name is not None:
+            return self.machine(name).recover(wait=wait)
+        import asyncio
+
+        from snaptree.running import recovery
+
+        said: list[str] = []
+        for each in dict.fromkeys(operation.machine for operation in operations.unfinished(self.database)):
+            if each in self.names():
+                said += self.machine(each).recover(wait=wait)
+            else:
+                said += asyncio.run(recovery.recover(self.database, each))
+        return tuple(said)
 
     def _require_free(self, disks: tuple[FoundDisk, ...], options: AddOptions) -> None:
         """Refuse disks that another machine owns or that a program has open for writing."""
@@ -89,11 +106,3 @@ class Connection:
                 if conflict is not None and conflict.writing:
                     who = ", ".join(who_has_open((facts.path,)).get(facts.path, ())) or "another process"
                     raise BusyError(f"{facts.path} is open for writing by {who}", "stop it, then add the machine")
-
-
-def _existing(path: str | None) -> str | None:
-    if path is not None and not os.path.lexists(path):
-        from snaptree.errors import NotFoundError
-
-        raise NotFoundError(f"there is no {path}", "give the path of the machine's firmware state")
-    return path

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from snaptree.errors import BusyError, RefusedError
+from snaptree.errors import BusyError, NotFoundError, RefusedError
 from snaptree.images.locks import MachineLock
 from snaptree.machines.finding import find_disk
 from snaptree.machines.findings import Finding
@@ -224,3 +224,13 @@ def _anchors(tree: Tree) -> list[str]:
 def _folders(request: Request) -> list[str]:
     files: Mapping[str, str] = getattr(request, "files", {})
     return [os.path.dirname(path) for path in files.values()]
+
+
+def existing(path: str | None) -> str | None:
+    """The path, if something is there.
+
+    :raise NotFoundError: nothing is.
+    """
+    if path is not None and not os.path.lexists(path):
+        raise NotFoundError(f"there is no {path}", "give the path of the machine's firmware state")
+    return path

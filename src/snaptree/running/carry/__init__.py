@@ -24,7 +24,8 @@ from snaptree.planning.steps import (
     TakeName,
     Unlink,
 )
-from snaptree.running.carry import firmware, headers, internals, making, moving, tree
+from snaptree.running.carry import firmware, headers, internals, making, tree
+from snaptree.running.carry import moving as moving
 from snaptree.running.context import Context
 
 

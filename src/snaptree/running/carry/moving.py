@@ -9,7 +9,7 @@ from snaptree.images.facts import read_facts
 from snaptree.planning.steps import Grow, Move, MoveJob, Repoint, Shrink
 from snaptree.qemu.daemon import StorageDaemon
 from snaptree.qemu.jobs import Commit, JobProgress, Pull, run_jobs
-from snaptree.running.carry import headers
+from snaptree.running.carry.headers import repoint
 from snaptree.running.context import Context
 
 
@@ -82,4 +82,4 @@ def unmove(step: Move, context: Context) -> None:
     for job in step.jobs:
         if job.way == "pull" and os.path.exists(job.row[-1][0]):
             below = job.row[-2]
-            headers.repoint(Repoint(job.row[-1][0], below[0], below[1]), context)
+            repoint(Repoint(job.row[-1][0], below[0], below[1]), context)

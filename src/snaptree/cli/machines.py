@@ -1,0 +1,210 @@
+"""``add``, ``set``, ``disk``, ``remove``, ``list``, ``path``: machines and their disks."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+import click
+
+from snaptree.cli.output import carry_out, done, print_json, print_plan
+from snaptree.cli.parsing import absolute, changing, disk_options, json_option, machine_argument
+from snaptree.errors import NotFoundError, UsageError
+from snaptree.machines.connection import Connection
+from snaptree.machines.options import AddOptions
+from snaptree.machines.standalone import existing
+from snaptree.planning.adopt import DetachRequest
+from snaptree.planning.verbs import RemoveRequest, SetRequest
+
+_base = click.option(
+    "--base", "bases", multiple=True, metavar="PATH", help="Allow a backing file in another folder than the disk."
+)
+_nvram = click.option("--nvram", metavar="PATH", help="The file with the machine's UEFI variables.")
+_tpm = click.option("--tpm", metavar="DIR", help="The folder with the machine's TPM state.")
+
+
+@click.command("add")
+@click.argument("machine")
+@click.option(
+    "--disk", "disks", multiple=True, metavar="[TARGET=]PATH[,format=F]", help="A disk of the machine; may be repeated."
+)
+@_base
+@_nvram
+@_tpm
+@click.option("--adopt", is_flag=True, help="Own the chain beneath the disks too, and overlays found beside it.")
+@click.option("--from-xml", metavar="DIR", help="A folder of libvirt's snapshot XML to take the snapshots from.")
+@changing
+def add_command(
+    machine: str,
+    disks: tuple[str, ...],
+    bases: tuple[str, ...],
+    nvram: str | None,
+    tpm: str | None,
+    adopt: bool,
+    from_xml: str | None,
+    only_plan: bool,
+    as_json: bool,
+    wait: float,
+) -> None:
+    """Look after a machine. A chain beneath a disk is foreign: it is read and never written to, unless --adopt."""
+    if not disks:
+        raise UsageError("a machine needs at least one disk", "name it with --disk vda=PATH")
+    options = AddOptions(
+        name=machine,
+        disks=disk_options(disks),
+        bases=tuple(absolute(base) or "" for base in bases),
+        nvram=absolute(nvram),
+        tpm=absolute(tpm),
+        adopt=adopt or from_xml is not None,
+        from_xml=absolute(from_xml),
+    )
+    plan = Connection().add(options, only_plan=only_plan, wait=wait)
+    if only_plan:
+        print_plan(plan, as_json=as_json)
+    else:
+        done(plan, as_json=as_json)
+
+
+@click.command("set")
+@machine_argument
+@_base
+@_nvram
+@_tpm
+@changing
+def set_command(
+    machine: str,
+    bases: tuple[str, ...],
+    nvram: str | None,
+    tpm: str | None,
+    only_plan: bool,
+    as_json: bool,
+    wait: float,
+) -> None:
+    """Change what is remembered of a machine. An empty value forgets it."""
+    found = Connection().machine(machine)
+    changes: dict[str, Any] = {}
+    if bases:
+        changes["bases"] = tuple(dict.fromkeys((*found.config.bases, *(absolute(base) or "" for base in bases))))
+    for key, value in (("nvram", nvram), ("tpm", tpm)):
+        if value is not None:
+            changes[key] = existing(absolute(value)) if value else None
+    if not changes:
+        raise UsageError("nothing to set", "give --base, --nvram or --tpm")
+    request = SetRequest(dataclasses.replace(found.config, **changes))
+    carry_out(found, request, only_plan=only_plan, as_json=as_json, wait=wait)
+
+
+@click.group("disk")
+def disk_command() -> None:
+    """Attach and detach disks."""
+
+
+@disk_command.command("attach")
+@machine_argument
+@click.argument("disk", metavar="TARGET=PATH[,format=F]")
+@_base
+@click.option("--adopt", is_flag=True, help="Own the chain beneath the disk too, and overlays found beside it.")
+@changing
+def attach_command(
+    machine: str, disk: str, bases: tuple[str, ...], adopt: bool, only_plan: bool, as_json: bool, wait: float
+) -> None:
+    """Look after one more disk of a machine."""
+    if "=" not in disk:
+        raise UsageError(f"{disk!r} is not TARGET=PATH", "use vdb=PATH")
+    found = Connection().machine(machine)
+    allowed = tuple(absolute(base) or "" for base in bases)
+    request = found.attach_request(disk_options([disk])[0], allowed, adopt=adopt)
+    carry_out(found, request, only_plan=only_plan, as_json=as_json, wait=wait)
+
+
+@disk_command.command("detach")
+@machine_argument
+@click.argument("target")
+@click.option("--delete-files", is_flag=True, help="Remove the files that nothing needs then.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@changing
+def detach_command(
+    machine: str, target: str, delete_files: bool, yes: bool, only_plan: bool, as_json: bool, wait: float
+) -> None:
+    """Let a disk go. Its files stay where they are unless --delete-files."""
+    found = Connection().machine(machine)
+    request = DetachRequest(target, delete_files)
+    if delete_files and not only_plan:
+        _ask(f"Remove the files of disk {target} of {machine}?", yes=yes)
+    carry_out(found, request, only_plan=only_plan, as_json=as_json, wait=wait)
+
+
+@click.command("remove")
+@machine_argument
+@click.option("--delete-files", is_flag=True, help="Remove all files that the machine owns.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@changing
+def remove_command(machine: str, delete_files: bool, yes: bool, only_plan: bool, as_json: bool, wait: float) -> None:
+    """Forget a machine. Its files stay where they are unless --delete-files."""
+    found = Connection().machine(machine)
+    if delete_files and not only_plan:
+        _ask(f"Remove all files of machine {machine}?", yes=yes)
+    carry_out(found, RemoveRequest(delete_files), only_plan=only_plan, as_json=as_json, wait=wait)
+
+
+def _ask(question: str, *, yes: bool) -> None:
+    """Ask before files are removed, on a terminal only."""
+    if not yes and sys.stdin.isatty():
+        click.confirm(question, abort=True)
+
+
+@click.command("list")
+@json_option
+def list_command(as_json: bool) -> None:
+    """List the machines."""
+    connection = Connection()
+    rows: list[dict[str, Any]] = []
+    for name in connection.names():
+        machine = connection.machine(name)
+        tree = machine.tree()
+        rows.append(
+            {
+                "machine": name,
+                "provider": machine.config.provider,
+                "disks": list(tree.disks),
+                "snapshots": len(tree.snapshots),
+                "branches": len(tree.branches),
+                "active_branch": tree.active,
+                "pending": list(machine.unfinished()),
+            }
+        )
+    if as_json:
+        print_json(rows)
+        return
+    if not rows:
+        click.echo("no machines yet; add one with 'snaptree add NAME --disk vda=PATH'")
+        return
+    width = max(len("MACHINE"), *(len(str(row["machine"])) for row in rows))
+    click.echo(f"{'MACHINE':{width}}  {'DISKS':12}  SNAPSHOTS  BRANCHES  ACTIVE")
+    for row in rows:
+        disks = ",".join(row["disks"])
+        click.echo(
+            f"{row['machine']:{width}}  {disks:12}  {row['snapshots']:9d}  {row['branches']:8d}  {row['active_branch']}"
+        )
+
+
+@click.command("path")
+@machine_argument
+@click.argument("disk", required=False)
+@json_option
+def path_command(machine: str, disk: str | None, as_json: bool) -> None:
+    """Print where the active tip of a disk is: the file to start the machine with."""
+    tree = Connection().machine(machine).tree()
+    paths = {target: tree.layers[point.layer].path for target, point in sorted(tree.active_branch.tips.items())}
+    if disk is not None and disk not in paths:
+        raise NotFoundError(f"machine {machine} has no disk {disk!r}", f"its disks: {', '.join(paths)}")
+    if as_json:
+        print_json(paths if disk is None else {disk: paths[disk]})
+    elif disk is not None:
+        click.echo(paths[disk])
+    elif len(paths) == 1:
+        click.echo(next(iter(paths.values())))
+    else:
+        for target, path in paths.items():
+            click.echo(f"{target} {path}")

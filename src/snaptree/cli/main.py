@@ -1,0 +1,110 @@
+"""The ``snaptree`` command: finds the command that is meant and turns errors into messages and exit statuses."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from snaptree import __version__
+from snaptree.errors import SnaptreeError
+
+COMMANDS = {
+    "add": "machines",
+    "set": "machines",
+    "disk": "machines",
+    "remove": "machines",
+    "list": "machines",
+    "path": "machines",
+    "tree": "looking",
+    "show": "looking",
+    "log": "looking",
+    "branches": "looking",
+    "snapshot": "snapshots",
+    "delete": "snapshots",
+    "revert": "snapshots",
+    "branch": "branching",
+    "switch": "branching",
+    "rename": "branching",
+    "squash": "upkeep",
+    "verify": "upkeep",
+    "recover": "upkeep",
+    "gc": "upkeep",
+}
+"""Each command and the module that has it; a module is imported only when one of its commands is used."""
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command's module when the command is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        module = COMMANDS.get(cmd_name)
+        if module is None:
+            return None
+        found = getattr(importlib.import_module(f"snaptree.cli.{module}"), f"{cmd_name}_command")
+        assert isinstance(found, click.Command)
+        return found
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="snaptree")
+def cli() -> None:
+    """Snapshots of QEMU machines as a tree: take, go back, branch, and delete any of them in any order."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its status."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line; its exit status."""
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        result = cli.main(args=words, prog_name="snaptree", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except SnaptreeError as error:
+        return _said(error, as_json="--json" in words)
+    except click.exceptions.Exit as error:
+        return int(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("snaptree: stopped", err=True)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone; Python would complain once more at its own end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get("SNAPTREE_DEBUG"):
+            raise
+        click.echo(f"snaptree: something unforeseen happened: {type(error).__name__}: {error}", err=True)
+        click.echo("  hint: run it again with SNAPTREE_DEBUG=1 and report what it prints", err=True)
+        return 1
+
+
+def _said(error: SnaptreeError, *, as_json: bool) -> int:
+    """Tell the user of an error: a message for people on stderr, with ``--json`` also an object on stdout."""
+    if as_json:
+        import json
+
+        fields: dict[str, Any] = {
+            "code": error.code,
+            "status": error.status,
+            "message": error.message,
+            "hint": error.hint,
+        }
+        click.echo(json.dumps({"error": fields}))
+    click.echo(f"snaptree: {error.message}", err=True)
+    if error.hint:
+        click.echo(f"  hint: {error.hint}", err=True)
+    return error.status

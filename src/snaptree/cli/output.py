@@ -1,0 +1,148 @@
+"""What the user sees: sizes, plans, progress, and what an operation did."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from snaptree.machines.report import readable as size
+
+if TYPE_CHECKING:
+    from snaptree.machines.standalone import Standalone
+    from snaptree.planning.plan import Plan
+    from snaptree.planning.verbs import Request
+    from snaptree.running.progress import Progress, Report
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def cost(plan: Plan) -> str:
+    """What a plan costs, in a line."""
+    public = plan.public()
+    parts = []
+    if public["bytes_to_copy"]:
+        way = f" by {public['way']}" if public["way"] else ""
+        parts.append(f"copies {size(public['bytes_to_copy'])}{way}, in about {max(0.1, public['seconds']):.1f} s")
+    if public["peak_extra_bytes"]:
+        parts.append(f"needs up to {size(public['peak_extra_bytes'])} of room meanwhile")
+    if public["frees_bytes"] > 0:
+        parts.append(f"frees {size(public['frees_bytes'])}")
+    return "; ".join(parts) or "costs next to nothing"
+
+
+def print_plan(plan: Plan, *, as_json: bool) -> None:
+    """Print a plan that is not carried out."""
+    if as_json:
+        print_json(plan.public())
+        return
+    click.echo(f"{plan.summary}:")
+    number = 0
+    for each in plan.every():
+        if each is not plan and each.steps:
+            click.echo(f"  then {each.summary}:")
+        for place, step in enumerate(each.steps):
+            number += 1
+            if place == each.point_of_no_return and place:
+                click.echo("     -- point of no return --")
+            click.echo(f"  {number:2d}. {step.summary}")
+    if not number:
+        click.echo("  nothing to do")
+    click.echo(f"  {cost(plan)}")
+    public = plan.public()
+    if public["bytes_to_copy"]:
+        click.echo(f"  Ctrl-C {public['cancel']} it")
+    for disk, path in public["paths_after"].items():
+        click.echo(f"  afterwards {disk} is {path}")
+    for note in public["notes"]:
+        click.echo(f"  note: {note}")
+
+
+@contextmanager
+def stoppable() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set, so that the operation ends in order."""
+    event = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if not event.is_set():
+            click.echo("\nstopping ...", err=True)
+        event.set()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def progress_bar(*, wanted: bool) -> Iterator[Report]:
+    """A progress bar on a terminal, once data moves; nothing elsewhere."""
+    if not (wanted and sys.stderr.isatty()):
+        yield lambda progress: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TransferSpeedColumn())
+    with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def report(progress: Progress) -> None:
+            if progress.total <= 0:
+                return
+            key = f"{progress.operation} {progress.step}"
+            if progress.done and key not in tasks:
+                tasks[key] = bar.add_task(progress.operation, total=progress.total)
+            if key in tasks:
+                bar.update(tasks[key], completed=progress.done, total=progress.total)
+
+        yield report
+
+
+def carry_out(machine: Standalone, request: Request, *, only_plan: bool, as_json: bool, wait: float) -> None:
+    """Plan a request and carry it out, or only print the plan; then say what was done."""
+    if only_plan:
+        print_plan(machine.plan(request), as_json=as_json)
+        return
+
+    def confirm(plan: Plan) -> bool:
+        if plan.total_bytes and not as_json:
+            ends = plan.public()["cancel"]
+            click.echo(f"{plan.summary}: {cost(plan)} (Ctrl-C {ends})", err=True)
+        return True
+
+    with stoppable() as stop, progress_bar(wanted=not as_json) as report:
+        plan = machine.run(request, wait=wait, progress=report, confirm=confirm, cancelled=stop)
+    done(plan, as_json=as_json)
+
+
+def done(plan: Plan, *, as_json: bool) -> None:
+    """Say what was done."""
+    public = plan.public()
+    if as_json:
+        print_json(public)
+        return
+    click.echo(f"{plan.summary}: done" + (f" ({cost(plan)})" if public["frees_bytes"] > 0 else ""))
+    moved = {
+        disk: path
+        for disk, path in public["paths_after"].items()
+        if plan.operation in ("snapshot", "revert", "switch", "add", "attach") or plan.then or plan.way
+        if path
+    }
+    for disk, path in moved.items():
+        click.echo(f"  {disk} is {path}")
+    for note in public["notes"]:
+        click.echo(f"  note: {note}")

@@ -1,0 +1,100 @@
+"""``snapshot``, ``delete``, ``revert``."""
+
+from __future__ import annotations
+
+import click
+
+from snaptree.cli.output import carry_out
+from snaptree.cli.parsing import changing, file_option, file_options, machine_argument, merge_option, snapshot_argument
+from snaptree.errors import UsageError
+from snaptree.machines.connection import Connection
+from snaptree.planning.create import SnapshotRequest
+from snaptree.planning.delete import DeleteRequest
+from snaptree.planning.revert import RevertRequest
+from snaptree.planning.verbs import DeleteBranchRequest
+
+
+@click.command("snapshot")
+@machine_argument
+@click.argument("snapshot")
+@click.option("--internal", is_flag=True, help="Keep the point within the image, where its format can.")
+@click.option("--exclude", multiple=True, metavar="TARGET", help="Leave a disk out; may be repeated.")
+@file_option
+@click.option("--description", default="", metavar="TEXT", help="What the snapshot is for.")
+@changing
+def snapshot_command(
+    machine: str,
+    snapshot: str,
+    internal: bool,
+    exclude: tuple[str, ...],
+    files: tuple[str, ...],
+    description: str,
+    only_plan: bool,
+    as_json: bool,
+    wait: float,
+) -> None:
+    """Take a snapshot of the machine as it is now."""
+    request = SnapshotRequest(snapshot, internal, exclude, file_options(files), description)
+    carry_out(Connection().machine(machine), request, only_plan=only_plan, as_json=as_json, wait=wait)
+
+
+@click.command("delete")
+@machine_argument
+@snapshot_argument("snapshots", nargs=-1)
+@merge_option
+@click.option("--children", is_flag=True, help="Also delete the snapshots that grew from it.")
+@click.option("--children-only", is_flag=True, help="Delete only the snapshots that grew from it.")
+@click.option("--with-branches", is_flag=True, help="Also delete parked branches that grew from what is deleted.")
+@click.option("--memory-only", is_flag=True, help="Delete only the memory; the disks' points stay.")
+@click.option("--branch", metavar="BRANCH", help="Delete a parked branch instead.")
+@changing
+def delete_command(
+    machine: str,
+    snapshots: tuple[str, ...],
+    merge: str,
+    children: bool,
+    children_only: bool,
+    with_branches: bool,
+    memory_only: bool,
+    branch: str | None,
+    only_plan: bool,
+    as_json: bool,
+    wait: float,
+) -> None:
+    """Delete snapshots: the names go at once, then layers that nothing needs by themselves are merged."""
+    found = Connection().machine(machine)
+    if branch is not None:
+        if snapshots or children or children_only or with_branches or memory_only:
+            raise UsageError("--branch deletes a branch and nothing else", "leave out the snapshots and their options")
+        request: DeleteBranchRequest | DeleteRequest = DeleteBranchRequest(branch, merge)
+    elif not snapshots:
+        raise UsageError("no snapshot is named", f"see 'snaptree tree {machine}'")
+    else:
+        request = DeleteRequest(snapshots, merge, children, children_only, with_branches, memory_only)
+    carry_out(found, request, only_plan=only_plan, as_json=as_json, wait=wait)
+
+
+@click.command("revert")
+@machine_argument
+@snapshot_argument()
+@click.option("--discard", is_flag=True, help="Drop the work of now instead of parking it.")
+@click.option("--keep-as", metavar="BRANCH", help="The name for the parked work of now.")
+@click.option("--delete", is_flag=True, help="Delete the snapshot as well.")
+@click.option("--children", is_flag=True, help="With --discard: delete the snapshots that grew from it.")
+@file_option
+@changing
+def revert_command(
+    machine: str,
+    snapshot: str,
+    discard: bool,
+    keep_as: str | None,
+    delete: bool,
+    children: bool,
+    files: tuple[str, ...],
+    only_plan: bool,
+    as_json: bool,
+    wait: float,
+) -> None:
+    """Go back to a snapshot. The work of now is parked as a branch unless --discard."""
+    request = RevertRequest(snapshot, discard, keep_as, delete, children, file_options(files))
+    carry_out(Connection().machine(machine), request, only_plan=only_plan, as_json=as_json, wait=wait)

@@ -1,0 +1,88 @@
+"""``squash``, ``verify``, ``recover``, ``gc``."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from snaptree.cli.output import carry_out, print_json
+from snaptree.cli.parsing import changing, json_option, machine_argument, merge_option
+from snaptree.errors import FindingsError
+from snaptree.machines.connection import Connection
+from snaptree.planning.sweep import SquashRequest
+from snaptree.planning.verbs import GcRequest
+
+
+@click.command("squash")
+@machine_argument
+@click.option("--disk", default="vda", show_default=True, metavar="TARGET", help="The disk whose layers are merged.")
+@click.option("--top", metavar="PATH", help="The highest layer to merge; without it, the active tip.")
+@click.option("--base", metavar="PATH", help="The lowest layer to merge; without it, as deep as can be.")
+@merge_option
+@changing
+def squash_command(
+    machine: str,
+    disk: str,
+    top: str | None,
+    base: str | None,
+    merge: str,
+    only_plan: bool,
+    as_json: bool,
+    wait: float,
+) -> None:
+    """Make one layer of all from --base up to --top, both included; never across a point that a name needs."""
+    highest = os.path.realpath(top) if top is not None else None
+    lowest = os.path.realpath(base) if base is not None else None
+    request = SquashRequest(disk, highest, lowest, merge)
+    carry_out(Connection().machine(machine), request, only_plan=only_plan, as_json=as_json, wait=wait)
+
+
+@click.command("verify")
+@machine_argument
+@json_option
+def verify_command(machine: str, as_json: bool) -> None:
+    """Check the machine's files against its tree."""
+    findings = Connection().machine(machine).verify()
+    errors = [each for each in findings if each.severity == "error"]
+    if as_json:
+        keys = ("kind", "path", "detail", "affects", "hint", "severity")
+        print_json({"machine": machine, "findings": [{key: getattr(each, key) for key in keys} for each in findings]})
+    else:
+        for each in findings:
+            click.echo(f"{each.severity}: {each.detail} ({each.kind})")
+            if each.affects:
+                click.echo(f"  needed by: {', '.join(each.affects)}")
+            if each.hint:
+                click.echo(f"  hint: {each.hint}")
+        if not findings:
+            click.echo(f"{machine}: all files are as the tree says")
+    if errors:
+        count = len(errors)
+        raise FindingsError(f"{machine}: {count} thing{'s are' if count > 1 else ' is'} not as the tree says")
+
+
+@click.command("recover")
+@click.argument("machine", required=False)
+@click.option("--wait", type=click.FloatRange(0), default=0.0, metavar="SECONDS", help="Wait for another operation.")
+@json_option
+def recover_command(machine: str | None, wait: float, as_json: bool) -> None:
+    """Finish or undo what was killed, on one machine or on all."""
+    sentences = Connection().recover(machine, wait=wait)
+    if as_json:
+        print_json({"recovered": list(sentences)})
+        return
+    for sentence in sentences:
+        click.echo(sentence)
+    if not sentences:
+        click.echo("nothing to recover")
+
+
+@click.command("gc")
+@machine_argument
+@click.option("--delete", is_flag=True, help="Also remove files that snaptree made and nothing needs.")
+@changing
+def gc_command(machine: str, delete: bool, only_plan: bool, as_json: bool, wait: float) -> None:
+    """Do the merges that wait, and list the files that nothing needs."""
+    found = Connection().machine(machine)
+    carry_out(found, GcRequest(delete), only_plan=only_plan, as_json=as_json, wait=wait)
