@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,15 +68,25 @@ class Link:
     facts: LayerFacts
 
 
-def read_chain(path: str, image_format: str | None, *, bases: Collection[str] = ()) -> tuple[Link, ...]:
+def read_chain(
+    path: str,
+    image_format: str | None,
+    *,
+    bases: Collection[str] = (),
+    formats: Mapping[str, str] | None = None,
+) -> tuple[Link, ...]:
     """Read an image and all beneath it, headers only, top first.
 
-    :param bases: backing files outside the images' own folders that the user allows.
+    :param bases: backing files outside the disk's folder that the user allows, or that the tree knows.
+    :param formats: formats of backing files by path, where a header does not say it.
     :raise NotFoundError: the image is not there.
     :raise RefusedError: a backing file is somewhere that the user did not allow, or is not a plain file.
     :raise UnhealthyError: an image is damaged, missing, in a loop, or of another format than it should be.
     """
     at: str | None = os.path.realpath(path)
+    assert at is not None
+    folder = os.path.dirname(at)
+    said = {os.path.realpath(each): value for each, value in (formats or {}).items()}
     allowed = {os.path.realpath(each) for each in bases}
     links: list[Link] = []
     seen: set[tuple[int, int]] = set()
@@ -84,7 +94,7 @@ def read_chain(path: str, image_format: str | None, *, bases: Collection[str] = 
     while at is not None:
         above = links[-1].path if links else None
         if above is not None:
-            _require_allowed(at, above, allowed)
+            _require_allowed(at, above, folder, allowed)
         facts = read_facts(at, wanted)
         _require_sound(facts, above, wanted)
         assert facts.identity is not None
@@ -97,15 +107,32 @@ def read_chain(path: str, image_format: str | None, *, bases: Collection[str] = 
         backing = resolve_backing(at, facts.backing) if facts.backing is not None else None
         links.append(Link(at, replace(facts, backing=backing)))
         if backing is not None:
-            wanted = _backing_format(at, backing, facts.backing_format)
+            if above is None:
+                _require_one_meaning(path, backing, facts.backing)
+            wanted = _backing_format(at, backing, facts.backing_format or said.get(backing))
         at = backing
     return tuple(links)
 
 
-def _require_allowed(path: str, above: str, allowed: Collection[str]) -> None:
-    if os.path.dirname(path) != os.path.dirname(above) and path not in allowed:
+def _require_allowed(path: str, above: str, folder: str, allowed: Collection[str]) -> None:
+    if os.path.dirname(path) != folder and path not in allowed:
         raise RefusedError(
             f"{above} stands on {path}, which is in another folder", f"if that is right, allow it with --base {path}"
+        )
+
+
+def _require_one_meaning(opened: str, backing: str, name: str | None) -> None:
+    """QEMU looks for a relative name beside the path that it was given, even when that is a symbolic link.
+
+    snaptree opens canonical paths only. Where the two are different files the guest has used the other one.
+    """
+    if name is None or os.path.isabs(name) or not os.path.islink(opened):
+        return
+    beside = os.path.join(os.path.dirname(os.path.abspath(opened)), name)
+    if os.path.exists(beside) and not (os.path.exists(backing) and os.path.samefile(beside, backing)):
+        raise RefusedError(
+            f"{opened} is a symbolic link, and beside the link {name} is another file than beside the image",
+            "give the path of the image itself, with an absolute backing name in its header",
         )
 
 
@@ -123,7 +150,8 @@ def _require_sound(facts: LayerFacts, above: str | None, wanted: str | None) -> 
         raise UnhealthyError(facts.detail, "it cannot be looked after as it is; see 'qemu-img check'")
     if facts.format not in ("qcow2", "raw"):
         raise RefusedError(f"{path} is {facts.format}, and only qcow2 and raw are handled", "convert it with qemu-img")
-    if facts.dirty:
+    if facts.dirty and above is not None:
+        # The top may belong to a running machine, whose QEMU sets the bit while it has lazy refcounts.
         raise UnhealthyError(f"{path} was not closed cleanly", f"run 'qemu-img check -r all {path}' first")
 
 

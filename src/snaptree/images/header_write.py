@@ -38,8 +38,10 @@ def repoint_writes(descriptor: int, path: str, name: str | None, image_format: s
     :raise RefusedError: the name does not fit into the first cluster.
     """
     header = read_header(descriptor, path)
-    if header.backing == name and header.backing_format == image_format:
+    if header.backing == name and (name is None or header.backing_format == image_format):
         return None
+    if name is not None and (not name or "\0" in name):
+        raise RefusedError(f"{name!r} cannot be the name of a backing file of {path}", "use a plain file name")
     old = os.pread(descriptor, header.cluster_size, 0).ljust(header.cluster_size, b"\0")
     return _in_place(header, old, path, name, image_format) or _rearranged(header, old, path, name, image_format)
 
@@ -47,24 +49,20 @@ def repoint_writes(descriptor: int, path: str, name: str | None, image_format: s
 def _in_place(
     header: Header, old: bytes, path: str, name: str | None, image_format: str | None
 ) -> RepointWrites | None:
-    """The way without rearranging: the name goes to a free place, then one sector says so."""
-    found = next(((at, data) for magic, at, data in header.extensions if magic == EXTENSION_BACKING_FORMAT), None)
-    sector = bytearray(old[:SECTOR])
-    if image_format != header.backing_format:
-        if image_format is None or found is None:
-            return None
-        at, data = found
-        value = image_format.encode("ascii")
-        room = -(-len(data) // 8) * 8
-        if at + room > SECTOR or -(-len(value) // 8) * 8 != room:
-            return None
-        sector[at - 4 : at + room] = struct.pack(">I", len(value)) + value.ljust(room, b"\0")
+    """The way without a journal: the name goes to a free place, then one sector says so."""
+    if not _terminated(header, old):
+        # Nothing but the old name ends the extensions; without it what follows would be taken for one.
+        return None
+    new = _new_sector(header, old, name, image_format)
+    if new is None:
+        return None
+    sector, reserved = new
     if name is None:
         sector[8:20] = bytes(12)
         return RepointWrites(((0, bytes(sector)),), True, b"")
     data = os.fsencode(name)
     taken = (header.backing_offset, header.backing_offset + len(os.fsencode(header.backing or "")))
-    place = _free_place(header, taken, len(data))
+    place = _free_place(header, taken, reserved, len(data))
     if place is None or len(data) > MAX_BACKING_NAME:
         return None
     if place < SECTOR:
@@ -75,28 +73,70 @@ def _in_place(
     return RepointWrites(((place, data), (0, bytes(sector))), True, b"")
 
 
-def _free_place(header: Header, taken: tuple[int, int], length: int) -> int | None:
-    """Where in the first cluster a name of that length overlaps neither the extensions nor the old name."""
-    start = header.extensions_end
+def _terminated(header: Header, old: bytes) -> bool:
+    """Whether an end mark follows the last extension."""
+    at = header.header_length
+    for _, _, data in header.extensions:
+        at += 8 + _padded(len(data))
+    return header.extensions_end == at + 8 and old[at : at + 4] == bytes(4)
+
+
+def _new_sector(header: Header, old: bytes, name: str | None, image_format: str | None) -> tuple[bytearray, int] | None:
+    """The first sector with the new format, and where what it says about extensions ends.
+
+    ``None`` when the format cannot be said by changing this sector only.
+    """
+    sector = bytearray(old[:SECTOR])
+    if image_format == header.backing_format or (name is None and header.backing_format is not None):
+        # Without a backing file its format says nothing, and may stay.
+        return sector, header.extensions_end
+    found = next(((at, data) for magic, at, data in header.extensions if magic == EXTENSION_BACKING_FORMAT), None)
+    if found is not None and image_format is not None:
+        at, data = found
+        value = image_format.encode("ascii")
+        room = _padded(len(data))
+        if at + room <= SECTOR and _padded(len(value)) == room:
+            sector[at - 4 : at + room] = struct.pack(">I", len(value)) + value.ljust(room, b"\0")
+            return sector, header.extensions_end
+    # All extensions anew, when they fit into the sector; what they leave behind them is past the end mark.
+    extensions = _extensions(header, image_format)
+    end = header.header_length + len(extensions)
+    if end > SECTOR:
+        return None
+    sector[header.header_length : end] = extensions
+    return sector, end
+
+
+def _free_place(header: Header, taken: tuple[int, int], reserved: int, length: int) -> int | None:
+    """Where in the first cluster a name of that length overlaps neither extensions, old or new, nor the old name."""
+    start = max(header.extensions_end, reserved)
     if taken[0] == 0:
         return start if start + length <= header.cluster_size else None
     if start + length <= taken[0]:
         return start
-    after = (taken[1] + 7) & ~7
+    after = max(start, _padded(taken[1]))
     return after if after + length <= header.cluster_size else None
+
+
+def _padded(length: int) -> int:
+    return -(-length // 8) * 8
+
+
+def _extensions(header: Header, image_format: str | None) -> bytes:
+    """All header extensions with the end mark: the backing format first, the others as they are."""
+    extensions = b""
+    if image_format is not None:
+        value = image_format.encode("ascii")
+        extensions += struct.pack(">II", EXTENSION_BACKING_FORMAT, len(value)) + value.ljust(_padded(len(value)), b"\0")
+    for magic, _, data in header.extensions:
+        if magic != EXTENSION_BACKING_FORMAT:
+            extensions += struct.pack(">II", magic, len(data)) + data.ljust(_padded(len(data)), b"\0")
+    return extensions + bytes(8)
 
 
 def _rearranged(header: Header, old: bytes, path: str, name: str | None, image_format: str | None) -> RepointWrites:
     """The whole head of the file anew, with all other extensions kept."""
-    extensions = b""
-    if image_format is not None:
-        value = image_format.encode("ascii")
-        padded = value.ljust(-(-len(value) // 8) * 8, b"\0")
-        extensions += struct.pack(">II", EXTENSION_BACKING_FORMAT, len(value)) + padded
-    for magic, _, data in header.extensions:
-        if magic != EXTENSION_BACKING_FORMAT:
-            extensions += struct.pack(">II", magic, len(data)) + data.ljust(-(-len(data) // 8) * 8, b"\0")
-    extensions += bytes(8)
+    extensions = _extensions(header, image_format)
     place = header.header_length + len(extensions)
     data = os.fsencode(name) if name is not None else b""
     if len(data) > MAX_BACKING_NAME or place + len(data) > header.cluster_size:

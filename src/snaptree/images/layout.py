@@ -41,6 +41,16 @@ def empty_overlay(
 
     :raise UsageError: the size is more than clusters of that size can address, or the name does not fit.
     """
+    if not (14 if extended_l2 else 9) <= cluster_bits <= 21:
+        raise UsageError(
+            f"clusters of 2^{cluster_bits} bytes cannot be", "use 512 bytes (16 KiB with subclusters) to 2 MiB"
+        )
+    if refcount_bits not in (1, 2, 4, 8, 16, 32, 64):
+        raise UsageError(f"reference counts of {refcount_bits} bits cannot be", "use 1, 2, 4, 8, 16, 32 or 64")
+    if virtual_size < 0 or virtual_size % 512:
+        raise UsageError(f"a disk of {virtual_size} bytes cannot be", "use a multiple of 512")
+    if compression not in ("zlib", "zstd"):
+        raise UsageError(f"compression {compression!r} is not known", "use zlib or zstd")
     cluster = 1 << cluster_bits
     per_l2 = cluster // (16 if extended_l2 else 8) * cluster
     l1_entries = max(1, -(-virtual_size // per_l2))

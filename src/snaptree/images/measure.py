@@ -150,5 +150,4 @@ def _any(mask: Mask, factor: int) -> Mask:
     if factor <= 1:
         return mask
     padded = np.concatenate([mask, np.zeros(-len(mask) % factor, dtype=bool)])
-    found: Mask = padded.reshape(-1, factor).any(axis=1)
-    return found
+    return np.asarray(padded.reshape(-1, factor).any(axis=1), dtype=bool)

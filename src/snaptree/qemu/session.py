@@ -7,6 +7,7 @@ import socket
 from typing import Any
 
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError
+
 from snaptree.errors import NoSpaceError, SnaptreeError, ToolError
 
 GREETING_SECONDS = 10.0
