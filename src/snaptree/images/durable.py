@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeAlias
 
-from snaptree.errors import ExistsError, IoError, NoSpaceError, RefusedError, SnaptreeError
+from snaptree.errors import CancelledError, ExistsError, IoError, NoSpaceError, RefusedError, SnaptreeError
 
 Claim: TypeAlias = Callable[[str, int, int], None]
 """Told of a new file before it has its name: its temporary path, device and inode."""
@@ -27,6 +27,7 @@ _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _LABELS = ("system.posix_acl_access", "security.selinux")
+_COPIED_AT_ONCE = 64 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -165,6 +166,50 @@ def make_file(path: str, writes: Iterable[tuple[int, bytes]], length: int, like:
             os.unlink(temporary)
         raise
     sync_folder(path)
+
+
+def copy_into(source: str, target: str, *, cancelled: Callable[[], bool] = lambda: False) -> None:
+    """Copy what the source file holds into an empty file, holes as holes, with shared blocks where the system can.
+
+    :raise CancelledError: ``cancelled`` said so.
+    """
+    with opened_for_writing(target) as writing, explained(target, "copy to"):
+        reading = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            length = os.fstat(reading).st_size
+            os.ftruncate(writing, length)
+            at = 0
+            while at < length:
+                try:
+                    at = os.lseek(reading, at, os.SEEK_DATA)
+                except OSError as error:
+                    if error.errno == errno.ENXIO:
+                        break
+                    raise
+                end = os.lseek(reading, at, os.SEEK_HOLE)
+                while at < end:
+                    if cancelled():
+                        raise CancelledError(f"stopped while {source} was being copied")
+                    at += _copy_range(reading, writing, at, min(end - at, _COPIED_AT_ONCE))
+            os.fsync(writing)
+        finally:
+            os.close(reading)
+
+
+def _copy_range(reading: int, writing: int, at: int, length: int) -> int:
+    try:
+        count = os.copy_file_range(reading, writing, length, at, at)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        count = 0
+    if count:
+        return count
+    data = os.pread(reading, length, at)
+    if not data:
+        raise OSError(errno.EIO, "the file became shorter while it was being copied")
+    write_all(writing, at, data)
+    return len(data)
 
 
 def write_all(descriptor: int, offset: int, data: bytes) -> None:

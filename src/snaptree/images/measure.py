@@ -11,12 +11,23 @@ import numpy as np
 import numpy.typing as npt
 
 from snaptree.images.facts import open_to_read
-from snaptree.images.tables import DATA, UNALLOCATED, ZERO, Allocation, Classes, Qcow2Allocation, open_allocation
+from snaptree.images.tables import (
+    DATA,
+    UNALLOCATED,
+    ZERO,
+    Allocation,
+    Classes,
+    Qcow2Allocation,
+    RawAllocation,
+    open_allocation,
+)
 from snaptree.model.survey import RowFacts
 
 WINDOW_GRANULES = 1 << 20
 """So many units of allocation are looked at together: a few mebibytes for each layer."""
 STEPS = 256
+STREAM_CHUNK = 512 << 10
+"""So much QEMU's stream job looks at together (``STREAM_CHUNK`` in ``block/stream.c``)."""
 Mask = npt.NDArray[np.bool_]
 
 
@@ -37,7 +48,7 @@ def measure_row(layers: Sequence[tuple[str, str]], below: Sequence[tuple[str, st
     """Count what merging the row would move, as QEMU's jobs do it.
 
     A commit copies in units of the lower file's clusters, from 4 KiB to 64 KiB (the mirror's granularity), a pull in
-    whole clusters of the upper file (copy on read).
+    whole clusters (or subclusters) of the upper file (copy on read), where data that is all zero becomes zero clusters.
 
     :param layers: ``(path, format)``, lowest first.
     :param below: what the lowest stands on; it is not read.
@@ -60,7 +71,7 @@ def _measure(row: Sequence[Allocation], *, has_below: bool) -> RowFacts:
     lowest, top = row[0], row[-1]
     base_unit = lowest.cluster if isinstance(lowest, Qcow2Allocation) else 65536
     down = _Way(unit=max(granule, min(max(base_unit, 4096), 65536)))
-    up = _Way(unit=max(granule, top.cluster))
+    up = _Way(unit=max(granule, top.granule))
     busy = sorted(set().union(*(each.busy(window) for each in row)))
     for number in busy:
         start = number * window
@@ -70,9 +81,13 @@ def _measure(row: Sequence[Allocation], *, has_below: bool) -> RowFacts:
         classes = [_seen(each, start, end, granule) for each in row]
         _count(down, start, granule, length, _topmost(classes[1:]), classes[0], lowest, top.virtual_size)
         lower = np.where(classes[-1] == UNALLOCATED, _topmost(classes[:-1]), UNALLOCATED).astype(np.uint8)
+        if isinstance(lowest, RawAllocation):
+            hidden = _topmost(classes[1:]) != UNALLOCATED
+            lower = np.where(_streamed(lower, ~hidden, STREAM_CHUNK // granule), DATA, lower).astype(np.uint8)
         _count(up, start, granule, length, lower, classes[-1], top, top.virtual_size)
     if isinstance(lowest, Qcow2Allocation) and lowest.header.version < 3 and has_below:
-        down.copied += down.zeroes  # Version 2 has no zero clusters: they are written out.
+        # Version 2 has no zero clusters: they are written out.
+        down.copied, down.zeroes = down.copied + down.zeroes, 0
     return RowFacts(
         commit_bytes=down.copied,
         commit_zeroes=down.zeroes,
@@ -83,6 +98,21 @@ def _measure(row: Sequence[Allocation], *, has_below: bool) -> RowFacts:
         profile_commit=tuple(int(each) for each in np.cumsum(down.profile)),
         profile_pull=tuple(int(each) for each in np.cumsum(up.profile)),
     )
+
+
+def _streamed(lower: Classes, raw: Mask, chunk: int) -> Mask:
+    """Which holes of a raw file a stream copies as data: those that share one of its chunks with data.
+
+    To a stream all of a raw file is allocated; it writes a chunk as zeroes only when all of it reads so.
+    """
+    starts = raw & ~np.concatenate([[False], raw[:-1]])
+    at = np.arange(len(raw))
+    start = np.maximum.accumulate(np.where(starts, at, 0))
+    # The start of the chunk that each place is in names the chunk.
+    name = start + (at - start) // chunk * chunk
+    data = np.zeros(len(raw), dtype=bool)
+    data[name[raw & (lower == DATA)]] = True
+    return np.asarray(raw & data[name], dtype=bool)
 
 
 def _seen(layer: Allocation, start: int, end: int, granule: int) -> Classes:

@@ -147,8 +147,6 @@ def detach(tree: Tree, survey: Survey, request: DetachRequest) -> Plan:
         replace(active, tips={disk: tip for disk, tip in active.tips.items() if disk != target})
     )
     after = settle(draft.tree, draft.outsiders)
-    if not any(layer.disk == target for layer in after.layers.values()):
-        draft.tree = replace(draft.tree, roots={disk: root for disk, root in tree.roots.items() if disk != target})
     gone = [layer for layer in tree.layers.values() if layer.owned and layer.id not in after.layers]
     if not request.delete_files:
         draft.spared = {layer.id for layer in gone}

@@ -153,6 +153,7 @@ def _job(draft: Draft, choice: Choice, number: int) -> MoveJob:
         row=tuple((layer.path, layer.format) for layer in layers),
         below=draft.files_below(choice.row[0]),
         bytes=choice.bytes,
+        zeroes=facts.commit_zeroes if choice.way == "commit" else 0,
         profile=facts.profile_commit if choice.way == "commit" else facts.profile_pull,
     )
 

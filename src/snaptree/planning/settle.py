@@ -10,7 +10,7 @@ from snaptree.model.tree import Tree
 
 
 def settle(tree: Tree, outsiders: Collection[LayerId] = ()) -> Tree:
-    """The tree without the layers and memories that nothing needs any more.
+    """The tree without the layers, memories and roots of disks that nothing needs any more.
 
     A layer goes when no name needs it or a point in it, nothing of the tree stands on it, and nothing from outside does
     (``outsiders``); its parent may then be the next. Tips lose the identity that they had as frozen layers.
@@ -31,6 +31,9 @@ def settle(tree: Tree, outsiders: Collection[LayerId] = ()) -> Tree:
     referred = {each.memory for each in tree.named}
     if any(memory not in referred for memory in tree.memories):
         settled = replace(settled, memories={key: value for key, value in tree.memories.items() if key in referred})
+    disks = {layer.disk for layer in settled.layers.values()} if gone else set(settled.roots)
+    if any(disk not in disks for disk in settled.roots):
+        settled = replace(settled, roots={disk: root for disk, root in settled.roots.items() if disk in disks})
     tips = [
         replace(settled.layers[point.layer], identity=None)
         for branch in settled.branches.values()

@@ -168,7 +168,8 @@ class MoveJob:
 
     ``row`` is the chain to merge, lowest first; ``below`` what the lowest stands on, nearest first. ``commit`` moves
     all upper layers' data into ``row[0]``, ``pull`` all lower layers' data into ``row[-1]``. ``bytes`` is what will
-    be copied, ``profile`` the cumulative bytes at equal steps over the guest's address range.
+    be copied, ``zeroes`` what is written as zeroes without copying, ``profile`` the cumulative bytes at equal steps
+    over the guest's address range.
     """
 
     name: str
@@ -177,6 +178,7 @@ class MoveJob:
     row: tuple[File, ...]
     below: tuple[File, ...]
     bytes: int
+    zeroes: int = 0
     profile: tuple[int, ...] = ()
 
 

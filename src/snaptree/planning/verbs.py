@@ -68,12 +68,25 @@ Request: TypeAlias = (
 )
 
 
+def as_found(tree: Tree, survey: Survey) -> Tree:
+    """The tree with the sizes that the images have now: a tip may have been resized since it was made."""
+    resized = [
+        replace(layer, virtual_size=facts.virtual_size)
+        for layer in tree.layers.values()
+        if (facts := survey.layers.get(layer.id)) is not None
+        and not facts.problem
+        and facts.virtual_size not in (0, layer.virtual_size)
+    ]
+    return tree.with_layers(*resized) if resized else tree
+
+
 def plan(tree: Tree, survey: Survey, request: Request) -> Plan:
     """The plan for a request, made without touching anything.
 
     :raise Unmeasured: figures are needed that the survey lacks: read them and ask again.
     :raise SnaptreeError: the request cannot or must not be carried out.
     """
+    tree = as_found(tree, survey)
     match request:
         case create.SnapshotRequest():
             return create.snapshot(tree, survey, request)

@@ -106,6 +106,11 @@ def _common_obstacle(draft: Draft, row: Row, written: Layer) -> str:
             return f"{layer.path} has persistent bitmaps ({', '.join(facts.bitmaps)}), which a merge would drop"
         if layer.id not in draft.survey.layers:
             return f"{layer.path} has only just been made"
+    for number, layer in enumerate(tree.layers[each] for each in row[:-1]):
+        longest = max(tree.layers[each].virtual_size for each in row[number + 1 :])
+        below = tree.layers[layer.parent].virtual_size if layer.parent is not None else 0
+        if layer.virtual_size < min(longest, below) and draft.facts(layer.id).version < 3:
+            return f"{layer.path} is qcow2 version 2 and shorter than what is above and below it"
     for layer in tree.chain(row[0]):
         ailment = draft.ailments.get(layer.id)
         if ailment is not None and ailment.blocks:

@@ -7,6 +7,15 @@ from snaptree.planning.steps import Repoint
 from snaptree.running.context import Context
 
 
+def repoint_file(path: str, name: str | None, image_format: str | None) -> None:
+    """Write another backing name into a file that nothing refers to yet: a crash throws it away."""
+    with durable.opened_for_writing(path) as descriptor:
+        writes = header_write.repoint_writes(descriptor, path, name, image_format)
+        for offset, data in writes.ordered() if writes is not None else ():
+            durable.write_in_place(descriptor, offset, data, path)
+            durable.sync(descriptor, path)
+
+
 def repoint(step: Repoint, context: Context) -> None:
     """Write another backing name, so that a crash leaves the old or the new one.
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 
 from snaptree.images import durable, gate, layout, qemu_img
+from snaptree.images.facts import read_facts
 from snaptree.planning.steps import BuildFromPoint, MakeOverlay, TakeName, Unlink
+from snaptree.running.carry.headers import repoint_file
 from snaptree.running.context import Context
 from snaptree.store.operations import Claim
 
@@ -34,6 +36,18 @@ def make_overlay(step: MakeOverlay, context: Context) -> None:
 
 def build_from_point(step: BuildFromPoint, context: Context) -> None:
     """Make a new layer out of an internal snapshot."""
+    source = read_facts(step.source, "qcow2")
+    if source.virtual_size == step.virtual_size:
+        temporary = _converted(step, context)
+    else:
+        # QEMU reads an internal snapshot at the size that the disk has now: go back to it in a copy.
+        temporary = _gone_back(step, tuple(each.name for each in source.internals), context)
+    context.journal.moved += step.bytes
+    durable.publish(temporary, step.path)
+
+
+def _converted(step: BuildFromPoint, context: Context) -> str:
+    """An empty overlay on the same backing file into which the point's own data is copied; its temporary path."""
     backing = step.below[0] if step.below else None
     writes, length = layout.empty_overlay(
         step.virtual_size,
@@ -47,12 +61,27 @@ def build_from_point(step: BuildFromPoint, context: Context) -> None:
         qemu_img.convert_point(
             gate.graph([(step.source, "qcow2"), *step.below]),
             step.tag,
-            gate.graph([(temporary, "qcow2"), *step.below]),
+            gate.graph([(temporary, "qcow2"), *step.below], read_only=False),
             progress=lambda done: context.moved(int(done * step.bytes), step.bytes),
             cancelled=context.cancelled.is_set,
         )
-    context.journal.moved += step.bytes
-    durable.publish(temporary, step.path)
+    return temporary
+
+
+def _gone_back(step: BuildFromPoint, tags: tuple[str, ...], context: Context) -> str:
+    """A copy of the whole source in which the point is the active state, and the only one; its temporary path."""
+    temporary = durable.prepare_file(step.path, step.source, context.token, (), 0)
+    _claimer(step.path, context)(temporary, *durable.inode_of(temporary))
+    durable.copy_into(step.source, temporary, cancelled=context.cancelled.is_set)
+    if step.below:
+        name = gate.relative_backing_name(step.path, step.below[0][0])
+        repoint_file(temporary, name, step.below[0][1])
+    with context.holding.handed_over([path for path, _ in step.below]):
+        graph = gate.graph([(temporary, "qcow2"), *step.below], read_only=False)
+        qemu_img.snapshot_apply(graph, step.tag)
+        for tag in tags:
+            qemu_img.snapshot_delete(graph, tag)
+    return temporary
 
 
 def unmake(path: str, context: Context) -> None:

@@ -1,0 +1,101 @@
+"""Real images, made, written and read by QEMU's own programs: what they say is the truth of the tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
+SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
+def run(*arguments: str | Path, good: Sequence[int] = (0,)) -> str:
+    """Run a program to its end; what it printed."""
+    done = subprocess.run([str(each) for each in arguments], capture_output=True, text=True, check=False)
+    if done.returncode not in good:
+        raise AssertionError(f"{' '.join(map(str, arguments))} gave {done.returncode}: {done.stderr}{done.stdout}")
+    return done.stdout
+
+
+def quoted(path: str | Path) -> str:
+    """The path as an argument that QEMU takes for a file, whatever characters it has."""
+    return "json:" + json.dumps({"driver": "file", "filename": str(path)})
+
+
+def create(
+    path: str | Path,
+    size: int,
+    image_format: str = "qcow2",
+    *,
+    backing: tuple[str | Path, str] | None = None,
+    **options: Any,
+) -> Path:
+    """Make an image; options as QEMU's (``cluster_size``, ``compat``, ``extended_l2`` …)."""
+    words: list[str | Path] = ["qemu-img", "create", "-q", "-f", image_format]
+    if options:
+        words += ["-o", ",".join(f"{key}={value}" for key, value in options.items())]
+    if backing is not None:
+        words += ["-b", os.path.relpath(backing[0], Path(path).parent), "-F", backing[1]]
+    run(*words, path, str(size))
+    return Path(path)
+
+
+def io(path: str | Path, image_format: str, *commands: str) -> None:
+    """Give qemu-io commands such as ``write -P 0x41 0 64k``."""
+    words: list[str | Path] = ["qemu-io", "-f", image_format, "-d", "unmap"]
+    for command in commands:
+        words += ["-c", command]
+    said = run(*words, path)
+    assert "failed" not in said, said
+
+
+def read(path: str | Path, image_format: str = "qcow2", tag: str | None = None) -> bytes:
+    """All that the image shows the guest, or showed when the internal snapshot was taken."""
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
+        raw = os.path.join(folder, "raw")
+        if tag is not None:
+            # QEMU reads an internal snapshot at the size that the disk has now: go back to it in a copy instead.
+            image = os.path.join(folder, "copy")
+            shutil.copy(path, image)
+            facts = info(path)
+            backing = facts.get("full-backing-filename")
+            if backing is not None:
+                run("qemu-img", "rebase", "-q", "-u", "-b", backing, "-F", facts["backing-filename-format"], image)
+            run("qemu-img", "snapshot", "-a", tag, image)
+            path = image
+        run("qemu-img", "convert", "-f", image_format, "-O", "raw", path, raw)
+        return Path(raw).read_bytes()
+
+
+def info(path: str | Path, image_format: str = "qcow2") -> dict[str, Any]:
+    """What ``qemu-img info`` says of the one file."""
+    found: dict[str, Any] = json.loads(run("qemu-img", "info", "-f", image_format, "--output=json", path))
+    return found
+
+
+def own_data(path: str | Path, image_format: str = "qcow2") -> int:
+    """How many bytes of data (not zeroes) the file has of its own."""
+    return sum(length for _, length in own_extents(path, image_format))
+
+
+def own_extents(path: str | Path, image_format: str = "qcow2") -> list[tuple[int, int]]:
+    """Where the file has data (not zeroes) of its own, ``(start, length)``: ``qemu-img map`` of it alone."""
+    graph: dict[str, Any] = {"driver": image_format, "file": {"driver": "file", "filename": str(path)}}
+    if image_format == "qcow2":
+        graph["backing"] = None
+    extents = json.loads(run("qemu-img", "map", "--output=json", "json:" + json.dumps(graph)))
+    return [(each["start"], each["length"]) for each in extents if each["data"]]
+
+
+def problems(path: str | Path) -> dict[str, int]:
+    """What ``qemu-img check`` finds wrong in the one file (what it stands on is not opened); empty when it is sound."""
+    graph = {"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": str(path)}}
+    said = run("qemu-img", "check", "--output=json", "json:" + json.dumps(graph), good=(0, 2, 3))
+    found = json.loads(said)
+    return {key: found[key] for key in ("corruptions", "leaks", "check-errors") if found.get(key)}

@@ -1,0 +1,384 @@
+"""Random operations over random trees on real images; everything that is kept is compared after every operation.
+
+By default some 300 operations; ``SNAPTREE_OPERATIONS`` says how many, ``SNAPTREE_SEED`` with which seed to begin. What
+was run is kept in ``build/random-operations.json``, so that a later run goes on with other seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from tests.kit import images
+from tests.kit.images import KiB, MiB
+from tests.kit.world import World, hidden_files, jobs_of
+
+from snaptree.errors import RefusedError, SnaptreeError, UsageError
+from snaptree.machines.options import DiskOption
+from snaptree.planning.adopt import DetachRequest
+from snaptree.planning.create import BranchRequest, SnapshotRequest
+from snaptree.planning.delete import DeleteRequest
+from snaptree.planning.plan import Plan
+from snaptree.planning.revert import RevertRequest, SwitchRequest
+from snaptree.planning.sweep import SquashRequest
+from snaptree.planning.verbs import DeleteBranchRequest, GcRequest, RenameRequest, Request
+
+KEPT = Path(__file__).parents[2] / "build" / "random-operations.json"
+DISKS = ("vda", "vdb", "vdc")
+DONE: Counter[str] = Counter()
+JOURNEY: list[str] = []
+
+
+class RandomOperations(RuleBasedStateMachine):
+    """One machine with one to three disks, and everything that can be done with it while it is off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp(prefix="snaptree-test-"))
+        self.world = World(self.folder)
+        self.numbers = iter(range(1, 10_000))
+        self.random = random.Random(0)
+        JOURNEY.clear()
+
+    def teardown(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # ---- the beginning --------------------------------------------------------------------------------------------
+
+    @initialize(
+        count=st.integers(1, 3),
+        roots=st.lists(st.sampled_from(["qcow2", "raw", "golden", "golden-raw", "chain"]), min_size=3, max_size=3),
+        clusters=st.lists(st.sampled_from([4, 16, 64, 64, 512, 2048]), min_size=3, max_size=3),
+        kinds=st.lists(st.sampled_from(["plain", "plain", "plain", "old", "extended"]), min_size=3, max_size=3),
+        adopt=st.booleans(),
+        salt=st.integers(0, 1 << 30),
+    )
+    def begin(
+        self, count: int, roots: list[str], clusters: list[int], kinds: list[str], adopt: bool, salt: int
+    ) -> None:
+        self.random = random.Random(salt)
+        disks = {}
+        for disk, root, cluster, kind in zip(DISKS[:count], roots, clusters, kinds, strict=False):
+            disks[disk] = self._disk(disk, root, cluster, kind, adopt=adopt)
+        JOURNEY.append(f"add {roots[:count]} clusters {clusters[:count]} {kinds[:count]} adopt={adopt} salt={salt}")
+        self.world.add(disks, adopt=adopt)
+        self._checked("add")
+
+    def _disk(self, disk: str, root: str, cluster: int, kind: str, *, adopt: bool) -> tuple[Path, str]:
+        folder, size = self.world.images, self.random.choice([2, 4, 6]) * MiB
+        options: dict[str, Any] = {"cluster_size": cluster * KiB}
+        if kind == "old":
+            options["compat"] = "0.10"
+        elif kind == "extended":
+            options = {"cluster_size": max(cluster, 16) * KiB, "extended_l2": "on"}
+        if root == "raw":
+            path = images.create(folder / f"{disk}.img", size, "raw")
+            self._fill(path, "raw", size)
+            return path, "raw"
+        if root == "qcow2":
+            path = images.create(folder / f"{disk}.qcow2", size, **options)
+            self._fill(path, "qcow2", size)
+            return path, "qcow2"
+        form = "raw" if root == "golden-raw" else "qcow2"
+        base = images.create(folder / f"{disk}-base.{form}", size, form, **(options if form == "qcow2" else {}))
+        self._fill(base, form, size)
+        below: tuple[Path, str] = (base, form)
+        if root == "chain":
+            longer = self.random.choice([2, 4, 6]) * MiB
+            middle = images.create(folder / f"{disk}-middle.qcow2", longer, backing=below)
+            self._fill(middle, "qcow2", longer)
+            below = (middle, "qcow2")
+        size = self.random.choice([2, 4, 6]) * MiB
+        top = images.create(folder / f"{disk}.qcow2", size, backing=below, **options)
+        self._fill(top, "qcow2", size)
+        if not adopt:
+            for path in folder.glob(f"{disk}-*"):
+                self.world.foreign[path] = path.read_bytes()
+        return top, "qcow2"
+
+    def _fill(self, path: Path, form: str, size: int) -> None:
+        images.io(path, form, *self._commands(size))
+
+    def _commands(self, size: int) -> list[str]:
+        commands = []
+        for _ in range(self.random.randint(1, 5)):
+            unit = self.random.choice([512, 4 * KiB, 64 * KiB, 256 * KiB])
+            length = min(unit * self.random.randint(1, 6), size)
+            start = self.random.randrange(0, size - length + 1) // 512 * 512
+            byte = self.random.randint(1, 255)
+            kind = self.random.choice(["write -P", "write -P", "write -P", "write -z", "write -z -u", "discard"])
+            commands.append(f"{kind} {byte} {start} {length}" if kind == "write -P" else f"{kind} {start} {length}")
+        return commands
+
+    # ---- helpers --------------------------------------------------------------------------------------------------
+
+    def _name(self, kind: str) -> str:
+        return f"{kind}{next(self.numbers)}"
+
+    def _do(self, request: Request, *, may_refuse: tuple[type[SnaptreeError], ...] = ()) -> None:
+        world = self.world
+        JOURNEY.append(repr(request))
+        try:
+            plan = world.machine.plan(request)
+        except may_refuse as error:
+            assert error.message
+            return
+        self._cheapest(plan, request)
+        pulled = self._pulled_before(plan)
+        count = len(world.machine.log())
+        done = world.run(request)
+        assert done.public()["bytes_to_copy"] == plan.public()["bytes_to_copy"]
+        self._foretold(done, pulled, count)
+        self._checked(type(request).__name__.removesuffix("Request"))
+
+    def _checked(self, what: str) -> None:
+        DONE[what] += 1
+        self.world.check()
+        assert not hidden_files(self.folder)
+
+    def _cheapest(self, plan: Plan, request: Request) -> None:
+        """The chosen way is never dearer than another one that is allowed."""
+        if not isinstance(request, DeleteRequest | SquashRequest) or request.merge != "auto" or len(plan.then) > 1:
+            return
+        if len(jobs_of(plan)) != 1:
+            return
+        for way in ("commit", "pull"):
+            other = _planned(self.world, request, way)
+            if other is not None and len(jobs_of(other)) == 1 and "as --merge pull asks" not in str(other.public()):
+                assert plan.total_bytes <= other.total_bytes, f"{way} would copy {other.total_bytes}"
+
+    def _zero_data(self, path: str, lower: list[tuple[int, int]]) -> int:
+        """How much of the lower layers' data is nothing but zeroes: QEMU pulls it as zero clusters, without data."""
+        shown = images.read(path)
+        unit = 2 * KiB
+        units = {at for start, length in lower for at in range(start // unit, -(-(start + length) // unit))}
+        large = images.info(path)["cluster-size"] // unit
+        # A cluster is pulled as zeroes when all of it is.
+        return sum(
+            large * unit
+            for cluster in {at // large for at in units}
+            if not any(shown[cluster * large * unit : (cluster + 1) * large * unit])
+        )
+
+    def _pulled_before(self, plan: Plan) -> dict[str, tuple[int, list[tuple[int, int]]]]:
+        """What each file that data is pulled into has of its own, and the lower ones, where only one merge is made."""
+        jobs = jobs_of(plan)
+        if len(jobs) != 1 or jobs[0].way != "pull":
+            return {}
+        lower = [extent for layer in jobs[0].row[:-1] for extent in images.own_extents(*layer)]
+        return {jobs[0].row[-1][0]: (images.own_data(*jobs[0].row[-1]), lower)}
+
+    def _foretold(self, plan: Plan, pulled: dict[str, tuple[int, list[tuple[int, int]]]], count: int) -> None:
+        """What was foretold is what was moved."""
+        merges = [each for each in plan.every() if each.way]
+        entries = [
+            each for each in self.world.machine.log()[count:] if each.bytes or each.operation in ("merge", "squash")
+        ]
+        entries = [each for each in entries if each.operation in ("merge", "squash")]
+        if len(merges) == len(entries):
+            for merge, entry in zip(merges, entries, strict=True):
+                assert entry.bytes == merge.bytes_to_copy, f"foretold {merge.bytes_to_copy}, moved {entry.bytes}"
+        for path, (before, lower) in pulled.items():
+            job = jobs_of(plan)[0]
+            after = next(each for each in (path, job.row[0][0]) if Path(each).exists())
+            moved = images.own_data(after) - before
+            DONE["pulls counted"] += 1
+            zero = self._zero_data(after, lower)
+            if job.row[0][1] == "raw":
+                # To a stream all of a raw file is data but chunks of 512 KiB that are all zero.
+                zero += 512 * KiB * (len(lower) + 1)
+            assert job.bytes - zero <= moved <= job.bytes, f"foretold {job.bytes}, pulled {moved} into {path}"
+
+    def _snapshots(self) -> list[str]:
+        return sorted(self.world.tree.snapshots)
+
+    # ---- what can be done -----------------------------------------------------------------------------------------
+
+    @rule(data=st.data())
+    def write(self, data: st.DataObject) -> None:
+        disk = data.draw(st.sampled_from(self.world.tree.disks))
+        size = len(self.world.truth[self.world.active][disk])
+        commands = self._commands(size)
+        JOURNEY.append(f"write {disk} {commands}")
+        self.world.write(disk, *commands)
+
+    @rule(data=st.data(), size=st.sampled_from([1, 2, 3, 4, 6, 8]))
+    def resize(self, data: st.DataObject, size: int) -> None:
+        disk = data.draw(st.sampled_from(self.world.tree.disks))
+        path, form = self.world.tip(disk)
+        if form == "qcow2":
+            # QEMU neither shrinks an image with internal snapshots nor always grows one of version 2.
+            facts = images.info(path)
+            shorter = size * MiB < facts["virtual-size"]
+            if shorter and facts.get("snapshots"):
+                return
+            if not shorter and facts["format-specific"]["data"]["compat"] == "0.10":
+                return
+        JOURNEY.append(f"resize {disk} {size} MiB")
+        images.run("qemu-img", "resize", "-q", "-f", form, "--shrink", path, str(size * MiB))
+        self.world.reread(disk)
+
+    @rule(data=st.data(), internal=st.booleans(), leave_out=st.booleans())
+    def snapshot(self, data: st.DataObject, internal: bool, leave_out: bool) -> None:
+        disks = self.world.tree.disks
+        exclude: tuple[str, ...] = ()
+        if leave_out and len(disks) > 1:
+            exclude = (data.draw(st.sampled_from(disks)),)
+        self._do(SnapshotRequest(self._name("s"), internal, exclude))
+
+    @precondition(lambda self: self._snapshots())
+    @rule(
+        data=st.data(),
+        merge=st.sampled_from(["auto", "auto", "auto", "none", "commit", "pull"]),
+        children=st.sampled_from(["", "", "", "children", "only"]),
+        with_branches=st.booleans(),
+    )
+    def delete(self, data: st.DataObject, merge: str, children: str, with_branches: bool) -> None:
+        names = data.draw(st.lists(st.sampled_from(self._snapshots()), min_size=1, max_size=2, unique=True))
+        self._do(DeleteRequest(tuple(names), merge, children == "children", children == "only", with_branches))
+
+    @precondition(lambda self: len(self.world.tree.branches) > 1)
+    @rule(data=st.data(), merge=st.sampled_from(["auto", "none", "pull"]))
+    def delete_branch(self, data: st.DataObject, merge: str) -> None:
+        names = sorted(set(self.world.tree.branches) - {self.world.active})
+        self._do(DeleteBranchRequest(data.draw(st.sampled_from(names)), merge))
+
+    @precondition(lambda self: self._snapshots())
+    @rule(data=st.data(), discard=st.booleans(), keep_as=st.booleans(), delete=st.booleans(), children=st.booleans())
+    def revert(self, data: st.DataObject, discard: bool, keep_as: bool, delete: bool, children: bool) -> None:
+        name = data.draw(st.sampled_from(self._snapshots()))
+        kept = self._name("k") if keep_as and not discard else None
+        self._do(RevertRequest(name, discard, kept, delete, children and discard))
+
+    @rule(data=st.data(), here=st.booleans())
+    def branch(self, data: st.DataObject, here: bool) -> None:
+        snapshots = self._snapshots()
+        source = None if here or not snapshots else data.draw(st.sampled_from(snapshots))
+        if len(self.world.tree.branches) < 6:
+            self._do(BranchRequest(self._name("b"), source))
+
+    @precondition(lambda self: len(self.world.tree.branches) > 1)
+    @rule(data=st.data())
+    def switch(self, data: st.DataObject) -> None:
+        names = sorted(set(self.world.tree.branches) - {self.world.active})
+        self._do(SwitchRequest(data.draw(st.sampled_from(names))))
+
+    @rule(data=st.data())
+    def rename(self, data: st.DataObject) -> None:
+        old = data.draw(st.sampled_from(sorted(self.world.truth)))
+        self._do(RenameRequest(old, self._name("n")))
+
+    @rule(data=st.data(), merge=st.sampled_from(["auto", "commit", "pull"]))
+    def squash(self, data: st.DataObject, merge: str) -> None:
+        disk = data.draw(st.sampled_from(self.world.tree.disks))
+        layers = sorted(layer.path for layer in self.world.tree.layers.values() if layer.disk == disk)
+        top = data.draw(st.none() | st.sampled_from(layers))
+        self._do(SquashRequest(disk, top, None, merge), may_refuse=(RefusedError,))
+
+    @rule()
+    def gc(self) -> None:
+        self._do(GcRequest())
+
+    @precondition(lambda self: len(self.world.tree.disks) > 1)
+    @rule(data=st.data(), delete_files=st.booleans())
+    def detach(self, data: st.DataObject, delete_files: bool) -> None:
+        target = data.draw(st.sampled_from(self.world.tree.disks))
+        before = {layer.path for layer in self.world.tree.layers.values()}
+        self._do_detach(DetachRequest(target, delete_files), before)
+
+    def _do_detach(self, request: DetachRequest, before: set[str]) -> None:
+        JOURNEY.append(repr(request))
+        plan = self.world.machine.plan(request)
+        if not request.delete_files:
+            after = {layer.path for layer in plan.after.layers.values()}
+            self.world.extra |= {path for path in before - after if Path(path) not in self.world.foreign}
+        self.world.run(request)
+        self._checked("Detach")
+
+    @precondition(lambda self: len(self.world.tree.disks) < 3)
+    @rule(data=st.data(), kind=st.sampled_from(["qcow2", "raw"]))
+    def attach(self, data: st.DataObject, kind: str) -> None:
+        used = {layer.disk for layer in self.world.tree.layers.values()}
+        target = f"vd{'abcdefghijklmnopqrstuvwxyz'[len(used) % 20 + 3]}"
+        if target in used:
+            return
+        path = images.create(self.world.images / f"{target}-{next(self.numbers)}.{kind}", 2 * MiB, kind)
+        self._fill(path, kind, 2 * MiB)
+        option = DiskOption(target, str(path), kind)
+        self._do(self.world.machine.attach_request(option))
+
+    @rule()
+    def verify(self) -> None:
+        found = self.world.machine.verify()
+        assert not [each for each in found if each.severity == "error"], found
+        DONE["Verify"] += 1
+
+
+def _planned(world: World, request: DeleteRequest | SquashRequest, way: str) -> Plan | None:
+    from dataclasses import replace
+
+    try:
+        return world.machine.plan(replace(request, merge=way))
+    except (RefusedError, UsageError):
+        return None
+
+
+def _kept() -> list[dict[str, Any]]:
+    try:
+        found: list[dict[str, Any]] = json.loads(KEPT.read_text())
+    except (OSError, ValueError):
+        return []
+    return found
+
+
+def _run(operations: int, steps: int) -> None:
+    """Run seed after seed until there have been so many operations."""
+    kept = _kept()
+    number = int(os.environ.get("SNAPTREE_SEED", "0") or "0") or max((each["seed"] for each in kept), default=0) + 1
+    done = 0
+    phases = [Phase.generate, *([Phase.shrink] if os.environ.get("SNAPTREE_SHRINK") else [])]
+    while done < operations:
+        DONE.clear()
+        how = settings(
+            max_examples=4,  # the first is the simplest there is: it tells little
+            stateful_step_count=steps,
+            deadline=None,
+            database=None,
+            phases=phases,
+            print_blob=False,
+            suppress_health_check=list(HealthCheck),
+        )
+        mismatch = ""
+        try:
+            run_state_machine_as_test(seed(number)(RandomOperations), settings=how)
+        except BaseException as error:
+            mismatch = f"{type(error).__name__}: {error}"
+            print(f"seed {number}:\n  " + "\n  ".join(JOURNEY))
+            raise
+        finally:
+            done += sum(DONE.values())
+            kept.append({"seed": number, "operations": dict(sorted(DONE.items())), "mismatch": mismatch})
+            KEPT.parent.mkdir(exist_ok=True)
+            KEPT.write_text(json.dumps(kept, indent=1))
+        number += 1
+
+
+@pytest.mark.timeout(900)
+def test_random_operations_keep_every_byte() -> None:
+    _run(int(os.environ.get("SNAPTREE_OPERATIONS", "300")), steps=30)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_three_thousand_random_operations_keep_every_byte() -> None:
+    _run(3000, steps=50)
