@@ -126,6 +126,9 @@ def _gc(tree: Tree, survey: Survey, request: GcRequest) -> Plan:
             notes.append(f"nothing needs {stray.path} ({stray.allocated} bytes); --delete removes it")
         else:
             notes.append(f"{stray.path} is not snaptree's and stands on nothing that it knows: it is left alone")
+    for outsider in survey.outsiders:
+        below = tree.layers[outsider.layer].path
+        notes.append(f"{outsider.what} stands on {below} and is not in the tree: both are left alone")
     merges = sweep.gc(tree, survey)
     return Plan(
         operation="gc",

@@ -1,0 +1,169 @@
+"""A machine for a scenario: driven by the command line, its disks read slot by slot."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from snaptree.cli.main import run
+from snaptree.machines.connection import Connection
+from snaptree.model.invariants import violations
+from tests.kit import images
+from tests.kit.images import KiB
+from tests.kit.world import hidden_files
+
+SLOT = 64 * KiB
+SLOTS = 8
+
+
+@dataclass(frozen=True)
+class Said:
+    """How a command ended and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@contextlib.contextmanager
+def within(state: Path | str, folder: Path | None = None) -> Iterator[None]:
+    """Use this state folder, and work in the folder."""
+    before, place = os.environ.get("SNAPTREE_STATE"), Path.cwd()
+    os.environ["SNAPTREE_STATE"] = str(state)
+    if folder is not None:
+        os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(place)
+        if before is None:
+            del os.environ["SNAPTREE_STATE"]
+        else:
+            os.environ["SNAPTREE_STATE"] = before
+
+
+def command(*words: str, state: Path | str, folder: Path | None = None) -> Said:
+    """Run the command line within this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with within(state, folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = run(list(words))
+    return Said(status, out.getvalue(), err.getvalue())
+
+
+class Scene:
+    """A folder with images of eight slots of 64 KiB each, and the machine ``web1`` on them.
+
+    What a disk shows is told as a word: one letter for each slot, ``.`` for zeroes, ``?`` for a mixture.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.state = folder / "state"
+        self.disks = folder / "disks"
+        self.disks.mkdir()
+        self.left: set[Path] = set()
+        """Files that are there by right although no tree knows them."""
+
+    def __call__(self, line: str, *, status: int = 0) -> Said:
+        """Run ``snaptree LINE``; it must end with the status."""
+        said = command(*shlex.split(line), state=self.state, folder=self.disks)
+        assert said.status == status, f"snaptree {line} gave {said.status}:\n{said.out}{said.err}"
+        return said
+
+    def image(self, name: str, image_format: str = "qcow2", word: str = "", backing: str = "", **options: Any) -> Path:
+        """Make an image in which the slots show the word; backing ``NAME`` or ``NAME:FORMAT``."""
+        base, _, form = backing.partition(":")
+        below = (self.disks / base, form or "qcow2") if base else None
+        path = images.create(self.disks / name, SLOTS * SLOT, image_format, backing=below, **options)
+        self.fill(path, image_format, word)
+        return path
+
+    def fill(self, path: Path, image_format: str, word: str) -> None:
+        """Write letters into the slots of an image; a dot leaves the slot as it is, a zero makes it zero."""
+        commands = [
+            f"write -z {at * SLOT} {SLOT}" if letter == "0" else f"write -P {ord(letter)} {at * SLOT} {SLOT}"
+            for at, letter in enumerate(word)
+            if letter != "."
+        ]
+        if commands:
+            images.io(path, image_format, *commands)
+
+    def write(self, word: str, disk: str = "vda", machine: str = "web1") -> None:
+        """The guest writes to the active tip of the disk."""
+        path = Path(self(f"path {machine} {disk}").out.strip())
+        self.fill(path, self.format_of(path, machine), word)
+
+    def show(self, machine: str = "web1") -> Any:
+        """``show --json``."""
+        return self(f"show {machine} --json").json
+
+    def format_of(self, path: Path | str, machine: str = "web1") -> str:
+        found: str = next(each["format"] for each in self.show(machine)["layers"] if each["path"] == str(path))
+        return found
+
+    def names(self, machine: str = "web1") -> dict[str, Any]:
+        """Snapshots and branches by name."""
+        shown = self.show(machine)
+        return {each["name"]: each for each in (*shown["snapshots"], *shown["branches"])}
+
+    def shows(self, name: str = "main", disk: str = "vda", machine: str = "web1") -> str:
+        """What the name shows on the disk, read by QEMU."""
+        named = self.names(machine)[name]
+        point = (named.get("points") or named.get("tips"))[disk]
+        return word_of(images.read(point["path"], self.format_of(point["path"], machine), point["internal"]))
+
+    def path(self, name: str, disk: str = "vda", machine: str = "web1") -> Path:
+        """The file that the name's point is in."""
+        named = self.names(machine)[name]
+        return Path((named.get("points") or named.get("tips"))[disk]["path"])
+
+    def files(self) -> set[str]:
+        """The names of all files beside the disks."""
+        return {str(path.relative_to(self.disks)) for path in self.disks.rglob("*") if path.is_file()}
+
+    def chain(self, name: str = "main", disk: str = "vda", machine: str = "web1") -> list[str]:
+        """The names of the files from the name's point down, as the headers say."""
+        found: list[str] = []
+        at: str | None = str(self.path(name, disk, machine))
+        while at is not None:
+            found.append(os.path.basename(at))
+            at = images.info(at, self.format_of(at, machine)).get("full-backing-filename")
+            at = os.path.realpath(at) if at is not None else None
+        return found
+
+    def sound(self, *machines: str) -> None:
+        """Nothing is over, nothing missing, every image and every tree is whole."""
+        known = set(self.left)
+        for machine in machines or ("web1",):
+            tree = Connection(str(self.state)).machine(machine).tree()
+            assert violations(tree) == ()
+            known |= {Path(layer.path) for layer in tree.layers.values()}
+            for layer in tree.layers.values():
+                if layer.format == "qcow2":
+                    assert images.problems(layer.path) == {}, layer.path
+            found = self(f"verify {machine} --json").json["findings"]
+            assert [each for each in found if each["severity"] == "error"] == []
+            assert Connection(str(self.state)).machine(machine).unfinished() == ()
+        there = {path for path in self.disks.rglob("*") if path.is_file()}
+        assert there == known | {path for path in self.left if path.exists()}
+        assert hidden_files(self.folder) == []
+
+
+def word_of(content: bytes) -> str:
+    """The contents of a disk, slot by slot."""
+    letters = ""
+    for at in range(0, len(content), SLOT):
+        values = set(content[at : at + SLOT])
+        letters += "?" if len(values) > 1 else "." if values == {0} else chr(values.pop())
+    return letters
