@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from snaptree.cli.main import run
-from snaptree.machines.connection import Connection
-from snaptree.model.invariants import violations
 from tests.kit import images
 from tests.kit.images import KiB
 from tests.kit.world import hidden_files
+
+from snaptree.cli.main import run
+from snaptree.machines.connection import Connection
+from snaptree.model.invariants import violations
 
 SLOT = 64 * KiB
 SLOTS = 8

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from tests.kit import images
 from tests.kit.scene import Scene
 

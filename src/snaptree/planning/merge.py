@@ -58,7 +58,7 @@ def _merge(tree: Tree, survey: Survey, rows: Sequence[Row], way: str) -> Plan:
     for row in rows:
         if row not in survey.rows:
             draft.notes.append(
-                f"{tree.layers[row[0]].path} stays as it is: a layer on it has only just been made; see gc"
+                f"{tree.layers[row[0]].path} is not merged yet: a layer on it is only just being made; gc does it"
             )
             continue
         choice = choose(draft, row, way)

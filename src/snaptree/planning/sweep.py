@@ -11,6 +11,7 @@ from snaptree.model.tree import Tree
 from snaptree.planning.merge import plan_merges
 from snaptree.planning.plan import Plan
 from snaptree.planning.settle import is_loose, loose_layers, shared_layers
+from snaptree.planning.steps import ApplyInternal
 from snaptree.planning.ways import copies_of_shared, rows_to_merge
 
 
@@ -21,6 +22,7 @@ def follow(plan: Plan, tree: Tree, survey: Survey, way: str) -> Plan:
     """
     if way == "none":
         return plan
+    survey = _as_it_will_be(plan, tree, survey)
     outsiders = frozenset(each.layer for each in survey.outsiders)
     loose = loose_layers(plan.after, outsiders) - loose_layers(tree, outsiders)
     rows = rows_to_merge(plan.after, loose, outsiders)
@@ -30,6 +32,19 @@ def follow(plan: Plan, tree: Tree, survey: Survey, way: str) -> Plan:
         covered = {each for row in copies for each in row[:-1]}
         rows = (*(row for row in rows if not covered & set(row[:-1])), *copies)
     return replace(plan, then=plan_merges(plan.after, survey, rows, way)) if rows else plan
+
+
+def _as_it_will_be(plan: Plan, tree: Tree, survey: Survey) -> Survey:
+    """The survey without the internal snapshots that the plan deletes, and without layers whose state it changes."""
+    facts = dict(survey.layers)
+    for number, tags in tree.internals.items():
+        gone = set(tags) - set(plan.after.internals.get(number, ()))
+        if gone and number in facts:
+            left = tuple(each for each in facts[number].internals if each.name not in gone)
+            facts[number] = replace(facts[number], internals=left)
+    applied = {step.path for step in plan.steps if isinstance(step, ApplyInternal)}
+    facts = {number: each for number, each in facts.items() if each.path not in applied}
+    return replace(survey, layers=facts)
 
 
 @dataclass(frozen=True)

@@ -63,16 +63,19 @@ async def _carry_out(database: Database, machine: str, plan: Plan, report: Repor
             journal.end(operations.DONE)
         except BaseException as error:
             if journal.step < plan.point_of_no_return:
-                state = await undo_all(plan.steps[: journal.step + 1], context, str(error))
-                if state == operations.PAUSED and isinstance(error, SnaptreeError):
-                    error.hint = error.hint or f"everything kept is whole; 'snaptree gc {machine}' goes on"
-            elif isinstance(error, SnaptreeError):
-                error.hint = (error.hint + "; " if error.hint else "") + (
-                    f"'snaptree recover {machine}' finishes what was begun"
-                )
+                await undo_all(plan.steps[: journal.step + 1], context, str(error))
+                if plan.way is not None:
+                    _add_hint(error, f"everything kept is whole; 'snaptree gc {machine}' goes on with the merge")
+            else:
+                _add_hint(error, f"'snaptree recover {machine}' finishes what was begun")
             raise
     finally:
         holding.release()
+
+
+def _add_hint(error: BaseException, hint: str) -> None:
+    if isinstance(error, SnaptreeError):
+        error.hint = f"{error.hint}; {hint}" if error.hint else hint
 
 
 def _reporter(report: Report, progress: Progress) -> Callable[[int, int], None]:

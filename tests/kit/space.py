@@ -1,0 +1,72 @@
+"""File systems of the tests' own, and processes that hold images."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.kit import images
+
+MAKE = {
+    "ext4": ("mkfs.ext4", "-q", "-F"),
+    "xfs": ("mkfs.xfs", "-q", "-f", "-m", "reflink=1"),
+    "btrfs": ("mkfs.btrfs", "-q", "-f"),
+}
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, kind: str, size: int) -> Iterator[Path]:
+    """A new file system of so many bytes, mounted for the block; skips the test where that cannot be."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    tool = shutil.which(MAKE[kind][0], path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    if tool is None:
+        pytest.skip(f"{MAKE[kind][0]} is not installed")
+    disk, place = folder / f"{kind}.disk", folder / f"{kind}.mount"
+    with disk.open("wb") as file:
+        file.truncate(size)
+    place.mkdir()
+    images.run(tool, *MAKE[kind][1:], disk)
+    done = subprocess.run(["mount", "-o", "loop", disk, place], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"loop devices cannot be mounted here: {done.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+        disk.unlink()
+
+
+@contextlib.contextmanager
+def held(path: Path, image_format: str = "qcow2", *, read_only: bool = False) -> Iterator[int]:
+    """A qemu-io that has the image open for the block; its process id."""
+    words = ["qemu-io", "-f", image_format, *(["-r"] if read_only else []), str(path)]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=0)
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        process.stdin.write("length\n")
+        while "iB" not in process.stdout.readline():
+            assert process.poll() is None, "qemu-io has ended"
+        yield process.pid
+    finally:
+        process.stdin.close()
+        process.wait(10)
+        process.stdout.close()
+
+
+@contextlib.contextmanager
+def filled(folder: Path, leave: int) -> Iterator[Path]:
+    """A file that takes all room of the file system but so many bytes."""
+    path = folder / "filler"
+    free = os.statvfs(folder)
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, free.f_bfree * free.f_frsize - leave))
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
