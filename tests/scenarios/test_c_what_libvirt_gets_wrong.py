@@ -1,8 +1,9 @@
-"""What libvirt 11.3 gets silently wrong (rows C), with the machine off: right here, or refused before anything is touched."""
+"""What libvirt 11.3 gets silently wrong (rows C), with the machine off: right, or refused before anything is touched."""
 
 from __future__ import annotations
 
 import threading
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,7 @@ def test_c8_a_full_disk_leaves_all_disks_of_one_time(scene: Scene, tmp_path: Pat
                 filler.append(filled(place, 6 * MiB))
                 filler[0].__enter__()
 
-        filler: list[object] = []
+        filler: list[AbstractContextManager[Path]] = []
         machine = Connection(str(scene.state)).machine("web1")
         with pytest.raises(NoSpaceError) as raised:
             machine.run(DeleteRequest(("s1",), merge="commit"), progress=fill)
@@ -141,7 +142,7 @@ def test_c10_no_machine_is_started_for_it(web1: Scene, monkeypatch: pytest.Monke
 
     def note(self: object, words: list[str], *rest: object, **more: object) -> None:
         started.append(str(words[0]))
-        before(self, words, *rest, **more)  # type: ignore[arg-type, call-overload]
+        before(self, words, *rest, **more)  # type: ignore[call-overload]
 
     monkeypatch.setattr(subprocess.Popen, "__init__", note)
     web1("snapshot web1 s1")

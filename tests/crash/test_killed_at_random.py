@@ -1,0 +1,143 @@
+"""``kill -9`` at a random moment of a random operation: everything kept is byte-exact, nothing is left over.
+
+``SNAPTREE_KILLS`` says how many, ``SNAPTREE_SEED`` with which seed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from snaptree.planning.create import BranchRequest, SnapshotRequest
+from snaptree.planning.delete import DeleteRequest
+from snaptree.planning.revert import RevertRequest, SwitchRequest
+from snaptree.planning.verbs import DeleteBranchRequest, GcRequest, RenameRequest, Request
+from snaptree.store import operations
+from tests.kit import images
+from tests.kit.images import KiB, MiB
+from tests.kit.world import World, hidden_files
+
+SIZE = 12 * MiB
+
+
+class Killer:
+    """Runs operations in a process of their own and kills it."""
+
+    def __init__(self, world: World, seed: int) -> None:
+        self.world = world
+        self.random = random.Random(seed)
+        self.usual: dict[str, float] = {}
+        self.killed: Counter[str] = Counter()
+        self.steps: Counter[str] = Counter()
+        self.numbers = iter(range(1, 10_000))
+
+    def write(self) -> None:
+        """The guest writes here and there."""
+        disk = self.random.choice(self.world.tree.disks)
+        commands = []
+        for _ in range(self.random.randint(1, 6)):
+            length = self.random.choice([4, 64, 512, 2048]) * KiB
+            start = self.random.randrange(0, SIZE - length) // 512 * 512
+            commands.append(f"write -P {self.random.randint(1, 255)} {start} {length}")
+        self.world.write(disk, *commands)
+
+    def request(self) -> Request:
+        """Something that can be done now."""
+        tree, pick = self.world.tree, self.random.choice
+        snapshots = sorted(tree.snapshots)
+        others = sorted(set(tree.branches) - {tree.active})
+        new = f"n{next(self.numbers)}"
+        some: list[Request] = [SnapshotRequest(new, self.random.random() < 0.3), BranchRequest(new)]
+        if len(tree.snapshots) + len(tree.branches) > 9:
+            some = []
+        if snapshots:
+            name = pick(snapshots)
+            way = pick(["auto", "auto", "commit", "pull", "none"])
+            some += [DeleteRequest((name,), way)] * 3
+            some += [DeleteRequest((name,), way, children=True, with_branches=True), RenameRequest(name, new)]
+            some += [RevertRequest(name), RevertRequest(name, discard=True), RevertRequest(name, True, delete=True)]
+            some += [BranchRequest(new, name)]
+        if others:
+            some += [SwitchRequest(pick(others)), DeleteBranchRequest(pick(others)), GcRequest()]
+        return pick(some)
+
+    def kill_within(self, request: Request) -> bool:
+        """Begin the request and kill it at a random moment; whether it was still at it."""
+        kind = type(request).__name__
+        moment = self.random.random() * 1.1 * self.usual.get(kind, 0.08)
+        began = time.monotonic()
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            try:
+                self.world.machine.run(request)
+            except BaseException as error:
+                os.write(2, f"{request}: {error!r}\n".encode())
+                os._exit(1)
+            os._exit(0)
+        while time.monotonic() - began < moment and os.waitpid(child, os.WNOHANG)[0] == 0:
+            time.sleep(0.0005)
+        try:
+            os.kill(child, signal.SIGKILL)
+            status = os.waitpid(child, 0)[1]
+        except (ProcessLookupError, ChildProcessError):
+            status = 0
+        if os.WIFSIGNALED(status):
+            self.killed[kind] += 1
+            return True
+        self.usual[kind] = 0.5 * self.usual.get(kind, 0.08) + 0.5 * (time.monotonic() - began)
+        return False
+
+    def whole_before_recovery(self, request: Request) -> None:
+        """What is kept is whole at every moment, before anything is put right."""
+        world, tree = self.world, self.world.tree
+        for operation in operations.unfinished(world.connection.database):
+            kinds = [step.kind for step in operations.steps_of(world.connection.database, operation.id)]
+            self.steps[kinds[operation.step] if operation.step >= 0 else "begin"] += 1
+        going = {world.active} if isinstance(request, RevertRequest | SwitchRequest) else set()
+        for name in set(world.truth) & ({*tree.snapshots, *tree.branches} - going):
+            if isinstance(request, RenameRequest | SwitchRequest) and name in (getattr(request, "name", ""),):
+                continue
+            for disk, content in world.truth[name].items():
+                assert world.shown(tree, disk, name) == content, f"{disk} of {name} before recovery from {request}"
+
+
+def run(folder: Path, kills: int, seed: int) -> Killer:
+    """Kill until it has been so many times."""
+    world = World(folder)
+    raw, root = images.create(world.images / "vdb.img", SIZE, "raw"), images.create(world.images / "vda.qcow2", SIZE)
+    images.io(root, "qcow2", "write -P 1 0 2M")
+    images.io(raw, "raw", "write -P 2 1M 2M")
+    world.add({"vda": (root, "qcow2"), "vdb": (raw, "raw")})
+    killer = Killer(world, seed)
+    while sum(killer.killed.values()) < kills:
+        killer.write()
+        request = killer.request()
+        before = world.tree
+        what = f"seed {seed}, kill {sum(killer.killed.values())}: {request}"
+        try:
+            if killer.kill_within(request):
+                killer.whole_before_recovery(request)
+                world.machine.run(GcRequest())
+                assert world.machine.unfinished() == ()
+            world.settle(request, before)
+            world.check(leaks=True)
+            assert not hidden_files(folder)
+        except BaseException as error:
+            error.add_note(what)
+            raise
+    return killer
+
+
+@pytest.mark.timeout(900)
+def test_killed_a_hundred_times_and_nothing_is_lost(tmp_path: Path) -> None:
+    seed = int(os.environ.get("SNAPTREE_SEED", "0") or "0") or 1
+    killer = run(tmp_path, int(os.environ.get("SNAPTREE_KILLS", "100")), seed)
+    print(dict(killer.killed), dict(killer.steps))
+    assert len(killer.steps) > 4, killer.steps
