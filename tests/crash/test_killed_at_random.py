@@ -13,15 +13,15 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from tests.kit import images
+from tests.kit.images import KiB, MiB
+from tests.kit.world import World, hidden_files
 
 from snaptree.planning.create import BranchRequest, SnapshotRequest
 from snaptree.planning.delete import DeleteRequest
 from snaptree.planning.revert import RevertRequest, SwitchRequest
 from snaptree.planning.verbs import DeleteBranchRequest, GcRequest, RenameRequest, Request
 from snaptree.store import operations
-from tests.kit import images
-from tests.kit.images import KiB, MiB
-from tests.kit.world import World, hidden_files
 
 SIZE = 12 * MiB
 
@@ -32,7 +32,6 @@ class Killer:
     def __init__(self, world: World, seed: int) -> None:
         self.world = world
         self.random = random.Random(seed)
-        self.usual: dict[str, float] = {}
         self.killed: Counter[str] = Counter()
         self.steps: Counter[str] = Counter()
         self.numbers = iter(range(1, 10_000))
@@ -68,31 +67,31 @@ class Killer:
         return pick(some)
 
     def kill_within(self, request: Request) -> bool:
-        """Begin the request and kill it at a random moment; whether it was still at it."""
-        kind = type(request).__name__
-        moment = self.random.random() * 1.1 * self.usual.get(kind, 0.08)
-        began = time.monotonic()
+        """Begin the request and kill it at a random moment of it; whether it was still at it."""
+        steps = sum(len(plan.steps) for plan in self.world.machine.plan(request).every())
+        number, moment = self.random.randint(0, steps), self.random.random() ** 3 * 0.015
+        reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
-            os.setsid()
+            os.close(reading)
             try:
-                self.world.machine.run(request)
+                self.world.machine.run(request, progress=lambda progress: _tell(writing))
             except BaseException as error:
                 os.write(2, f"{request}: {error!r}\n".encode())
                 os._exit(1)
             os._exit(0)
-        while time.monotonic() - began < moment and os.waitpid(child, os.WNOHANG)[0] == 0:
-            time.sleep(0.0005)
-        try:
+        os.close(writing)
+        for _ in range(number):
+            os.read(reading, 1)
+        time.sleep(moment)
+        ended = os.waitpid(child, os.WNOHANG)[0] != 0
+        if not ended:
             os.kill(child, signal.SIGKILL)
-            status = os.waitpid(child, 0)[1]
-        except (ProcessLookupError, ChildProcessError):
-            status = 0
-        if os.WIFSIGNALED(status):
-            self.killed[kind] += 1
-            return True
-        self.usual[kind] = 0.5 * self.usual.get(kind, 0.08) + 0.5 * (time.monotonic() - began)
-        return False
+            os.waitpid(child, 0)
+            if operations.unfinished(self.world.connection.database):
+                self.killed[type(request).__name__] += 1
+        os.close(reading)
+        return not ended
 
     def whole_before_recovery(self, request: Request) -> None:
         """What is kept is whole at every moment, before anything is put right."""
@@ -106,6 +105,10 @@ class Killer:
                 continue
             for disk, content in world.truth[name].items():
                 assert world.shown(tree, disk, name) == content, f"{disk} of {name} before recovery from {request}"
+
+
+def _tell(writing: int) -> None:
+    os.write(writing, b".")
 
 
 def run(folder: Path, kills: int, seed: int) -> Killer:

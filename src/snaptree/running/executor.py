@@ -34,6 +34,7 @@ async def run(
     :raise SnaptreeError: a step failed; what was before the point of no return has been undone.
     """
     stop = cancelled or threading.Event()
+    require_free(plan)
     for number, each in enumerate(plan.every()):
         if not each.steps:
             continue
@@ -43,6 +44,16 @@ async def run(
                 f"'snaptree gc {machine}' merges it",
             )
         await _carry_out(database, machine, each, report, stop)
+
+
+def require_free(plan: Plan) -> None:
+    """See that nobody has open what the plan and the merges that follow it use, before anything is touched.
+
+    :raise BusyError: somebody has.
+    """
+    holding = Holding()
+    holding.take_steps(tuple(step for each in plan.every() for step in each.steps))
+    holding.release()
 
 
 async def _carry_out(database: Database, machine: str, plan: Plan, report: Report, stop: threading.Event) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -55,15 +56,27 @@ def read_by(step: Step) -> tuple[str, ...]:
             return ()
 
 
+def _inode(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 class Holding:
     """QEMU's image locks on the files of an operation.
 
     While snaptree works on images itself no QEMU can open them for writing. A file is given up while one of QEMU's own
     programs works on it, which then holds the same locks itself.
+
+    :param patience: for how many seconds to wait for somebody else to give a file up: one who only looks, or one of
+        QEMU's programs that is just being killed because its snaptree was.
     """
 
-    def __init__(self) -> None:
-        self._locks: dict[str, ImageLock] = {}
+    def __init__(self, patience: float = 0.2) -> None:
+        self._patience = patience
+        self._locks: dict[tuple[int, int], ImageLock] = {}
 
     def take(self, plan: Plan) -> None:
         """Lock what the plan uses.
@@ -74,28 +87,38 @@ class Holding:
 
     def take_steps(self, steps: Iterable[Step]) -> None:
         """Lock what the steps use."""
-        written: set[str] = set()
-        read: set[str] = set()
+        written: dict[str, None] = {}
+        read: dict[str, None] = {}
         for step in steps:
-            written.update(written_by(step))
-            read.update(read_by(step))
+            written.update(dict.fromkeys(written_by(step)))
+            read.update(dict.fromkeys(read_by(step)))
         try:
-            for path in sorted(written | read):
-                if path not in self._locks and os.path.exists(path):
-                    self._lock(path, "exclusive" if path in written else "read")
+            for path in (*written, *read):
+                self._lock(path, "exclusive" if path in written else "read")
         except BaseException:
             self.release()
             raise
 
     def _lock(self, path: str, mode: str) -> None:
-        try:
-            self._locks[path] = ImageLock(path, mode)
-        except BusyError as error:
-            who = who_has_open((path,)).get(path, ())
-            by = f" by {', '.join(who)}" if who else " by another process"
-            raise BusyError(
-                f"{path} is open{by}", "stop the machine or the program that uses it, then try again"
-            ) from error
+        # A file may have two names for a while (TakeName), and is locked once.
+        inode = _inode(path)
+        if inode is None or inode in self._locks:
+            return
+        deadline = time.monotonic() + self._patience
+        while True:
+            try:
+                self._locks[inode] = ImageLock(path, mode)
+                return
+            except BusyError as error:
+                if time.monotonic() >= deadline:
+                    raise self._busy(path) from error
+            time.sleep(0.01)
+
+    @staticmethod
+    def _busy(path: str) -> BusyError:
+        who = who_has_open((path,)).get(path, ())
+        by = f" by {', '.join(who)}" if who else " by another process"
+        return BusyError(f"{path} is open{by}", "stop the machine or the program that uses it, then try again")
 
     @contextmanager
     def handed_over(self, paths: Iterable[str]) -> Iterator[None]:
@@ -103,15 +126,15 @@ class Holding:
 
         :raise BusyError: somebody else was quicker afterwards.
         """
-        given = {path: self._locks.pop(path) for path in dict.fromkeys(paths) if path in self._locks}
-        for lock in given.values():
+        inodes = {_inode(path) for path in paths}
+        given = [self._locks.pop(inode) for inode in list(self._locks) if inode in inodes]
+        for lock in given:
             lock.release()
         try:
             yield
         finally:
-            for path, lock in given.items():
-                if os.path.exists(path):
-                    self._lock(path, lock.mode)
+            for lock in given:
+                self._lock(lock.path, lock.mode)
 
     def release(self) -> None:
         """Give everything up."""

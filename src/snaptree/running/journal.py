@@ -137,14 +137,14 @@ class Journal:
         with self.database.transaction() as connection:
             operations.unclaim(connection, made)
 
-    def note(self, value: str) -> None:
-        """Keep what the step that is being taken must know to be repeated."""
+    def note(self, path: str, value: str) -> None:
+        """Keep what the step that is being taken must know of a file to be repeated."""
         with self.database.transaction() as connection:
-            operations.put_note(connection, self.operation, self.step, value)
+            operations.put_note(connection, self.operation, self.step, path, value)
 
-    def noted(self) -> str | None:
-        """What the step kept before it was interrupted."""
-        return operations.note_of(self.database, self.operation, self.step)
+    def noted(self, path: str) -> str | None:
+        """What the step that is being taken kept of the file before it was killed."""
+        return operations.note_of(self.database, self.operation, self.step, path)
 
 
 def token_of(operation: int, started: float) -> str:

@@ -9,6 +9,9 @@ from snaptree.running.journal import Journal
 from snaptree.store import operations
 from snaptree.store.database import Database
 
+DYING_SECONDS = 10.0
+"""So long QEMU's programs may take to go after the snaptree that started them was killed."""
+
 
 async def recover(database: Database, machine: str) -> tuple[str, ...]:
     """Bring every operation of the machine that was killed to an end, under the machine's lock.
@@ -25,7 +28,7 @@ async def recover(database: Database, machine: str) -> tuple[str, ...]:
 async def _settle(database: Database, operation: operations.Operation) -> str:
     steps = operations.steps_of(database, operation.id)
     journal = Journal.resume(database, operation)
-    holding = Holding()
+    holding = Holding(patience=DYING_SECONDS)
     context = Context(journal=journal, holding=holding, recovering=True)
     try:
         if operation.step < operation.no_return or operation.step < 0:

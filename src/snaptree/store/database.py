@@ -32,7 +32,9 @@ CREATE TABLE claim (
     operation INTEGER NOT NULL, path TEXT NOT NULL, device INTEGER NOT NULL, inode INTEGER NOT NULL,
     PRIMARY KEY (path, device, inode));
 CREATE TABLE note (
-    operation INTEGER NOT NULL, step INTEGER NOT NULL, value TEXT NOT NULL, PRIMARY KEY (operation, step));
+    operation INTEGER NOT NULL, step INTEGER NOT NULL, about TEXT NOT NULL, value TEXT NOT NULL,
+    PRIMARY KEY (operation, step, about)
+);
 """
 
 

@@ -82,14 +82,16 @@ def unclaim(connection: sqlite3.Connection, made: Claim) -> None:
     )
 
 
-def put_note(connection: sqlite3.Connection, operation: int, step: int, value: str) -> None:
-    """Keep what a step must know to be repeated."""
-    connection.execute("INSERT OR REPLACE INTO note VALUES (?, ?, ?)", (operation, step, value))
+def put_note(connection: sqlite3.Connection, operation: int, step: int, path: str, value: str) -> None:
+    """Keep what a step must know of a file to be repeated."""
+    connection.execute("INSERT OR REPLACE INTO note VALUES (?, ?, ?, ?)", (operation, step, dump(path), value))
 
 
-def note_of(database: Database, operation: int, step: int) -> str | None:
-    """What a step kept, if anything."""
-    rows = database.rows("SELECT value FROM note WHERE operation=? AND step=?", (operation, step))
+def note_of(database: Database, operation: int, step: int, path: str) -> str | None:
+    """What a step kept of a file, if anything."""
+    rows = database.rows(
+        "SELECT value FROM note WHERE operation=? AND step=? AND about=?", (operation, step, dump(path))
+    )
     return str(rows[0][0]) if rows else None
 
 

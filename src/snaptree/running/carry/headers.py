@@ -23,7 +23,7 @@ def repoint(step: Repoint, context: Context) -> None:
     tears is then written again.
     """
     name = gate.relative_backing_name(step.path, step.backing) if step.backing is not None else None
-    kept = context.journal.noted() if context.recovering else None
+    kept = context.journal.noted(step.path) if context.recovering else None
     with durable.opened_for_writing(step.path) as descriptor:
         if kept is not None:
             durable.write_in_place(descriptor, 0, bytes.fromhex(kept), step.path)
@@ -33,7 +33,7 @@ def repoint(step: Repoint, context: Context) -> None:
         if writes is None:
             return
         if not writes.atomic:
-            context.journal.note(writes.redo.hex())
+            context.journal.note(step.path, writes.redo.hex())
         for offset, data in writes.ordered():
             durable.write_in_place(descriptor, offset, data, step.path)
             durable.sync(descriptor, step.path)

@@ -6,6 +6,7 @@ import os
 
 from snaptree.images import durable, gate, qemu_img
 from snaptree.images.facts import read_facts
+from snaptree.images.tail import zero_tail
 from snaptree.planning.steps import Grow, Move, MoveJob, Repoint, Shrink
 from snaptree.qemu.daemon import StorageDaemon
 from snaptree.qemu.jobs import Commit, JobProgress, Pull, run_jobs
@@ -14,9 +15,17 @@ from snaptree.running.context import Context
 
 
 def resize(step: Grow | Shrink, context: Context) -> None:
-    """Give a layer another virtual size."""
-    if read_facts(step.path, step.format).virtual_size == step.size:
-        return
+    """Give a layer another virtual size, with nothing left past its end that could show when it grows."""
+    qcow2 = step.format == "qcow2"
+    if read_facts(step.path, step.format).virtual_size != step.size:
+        if qcow2:
+            zero_tail(step.path)
+        _resize(step, context)
+    if qcow2 and isinstance(step, Shrink):
+        zero_tail(step.path)
+
+
+def _resize(step: Grow | Shrink, context: Context) -> None:
     with context.holding.handed_over([step.path, *(path for path, _ in step.below)]):
         graph = gate.graph([(step.path, step.format), *step.below], read_only=False)
         qemu_img.resize(graph, step.size, shrink=isinstance(step, Shrink))
