@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sqlite3
 import struct
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -162,11 +164,20 @@ def truncated(path: Path) -> None:
         file.truncate(70_000)
 
 
+def rebased(path: Path, backing: str, image_format: str) -> None:
+    images.run("qemu-img", "rebase", "-u", "-b", backing, "-F", image_format, path)
+
+
+def on_a_pipe(path: Path) -> None:
+    os.mkfifo(path.with_name("pipe"))
+    rebased(path, "pipe", "raw")
+
+
 def not_qcow2(path: Path) -> None:
     path.write_bytes(b"something else altogether" * 1000)
 
 
-BAD_IMAGES: dict[str, tuple[Callable[[Path], None], int, str]] = {
+BAD_IMAGES: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "empty": (lambda path: path.write_bytes(b""), 7, "bad.qcow2"),
     "not qcow2": (not_qcow2, 7, "bad.qcow2"),
     "truncated tables": (truncated, 7, "bad.qcow2"),
@@ -179,22 +190,13 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path], None], int, str]] = {
     "a size of 2^63": (lambda path: patch(path, 24, struct.pack(">Q", 1 << 63)), 7, "bad.qcow2"),
     "a backing name past the header": (
         lambda path: patch(path, 8, struct.pack(">QI", 1 << 40, 20)), 7, "backing"),
-    "itself as backing file": (
-        lambda path: images.run("qemu-img", "rebase", "-u", "-b", "bad.qcow2", "-F", "qcow2", path), 7, "loop"),
-    "a backing file that is missing": (
-        lambda path: images.run("qemu-img", "rebase", "-u", "-b", "gone.qcow2", "-F", "qcow2", path), 7, "gone.qcow2"),
-    "a backing file of another format": (
-        lambda path: images.run("qemu-img", "rebase", "-u", "-b", "raw.img", "-F", "qcow2", path), 7, "raw.img"),
-    "a backing file in another folder": (
-        lambda path: images.run("qemu-img", "rebase", "-u", "-b", "/etc/passwd", "-F", "raw", path), 6, "--base"),
-    "a json: name": (
-        lambda path: images.run("qemu-img", "rebase", "-u", "-b", 'json:{"driver":"null-co"}', "-F", "raw", path),
-        6, "json:"),
-    "a protocol": (
-        lambda path: images.run("qemu-img", "rebase", "-u", "-b", "nbd://localhost/x", "-F", "raw", path), 6, "nbd:"),
-    "a FIFO beneath": (
-        lambda path: (os.mkfifo(path.with_name("pipe")), images.run(
-            "qemu-img", "rebase", "-u", "-b", "pipe", "-F", "raw", path))[1] and None, 7, "pipe"),
+    "itself as backing file": (lambda path: rebased(path, "bad.qcow2", "qcow2"), 7, "loop"),
+    "a backing file that is missing": (lambda path: rebased(path, "gone.qcow2", "qcow2"), 7, "gone.qcow2"),
+    "a backing file of another format": (lambda path: rebased(path, "raw.img", "qcow2"), 7, "raw.img"),
+    "a backing file in another folder": (lambda path: rebased(path, "/etc/passwd", "raw"), 6, "--base"),
+    "a json: name": (lambda path: rebased(path, 'json:{"driver":"null-co"}', "raw"), 6, "json:"),
+    "a protocol": (lambda path: rebased(path, "nbd://localhost/x", "raw"), 6, "nbd:"),
+    "a FIFO beneath": (on_a_pipe, 7, "pipe"),
 }  # fmt: skip
 
 
@@ -230,7 +232,6 @@ def test_images_that_may_not_be_read_or_written(web1: Scene) -> None:
     for path in (web1.folder, web1.disks, web1.state):
         path.chmod(0o777)
     script = "import os, sys; os.setuid(65534); from snaptree.cli.main import run; sys.exit(run(sys.argv[1:]))"
-    import sys
 
     def as_nobody(*words: str) -> subprocess.CompletedProcess[str]:
         place = {"SNAPTREE_STATE": str(web1.folder / "nobody"), "PATH": os.environ["PATH"], "HOME": "/nonexistent"}
@@ -323,12 +324,11 @@ def test_a_full_disk_when_taking_a_snapshot(scene: Scene, tmp_path: Path) -> Non
         scene.image("web1.qcow2", word="b")
         scene("add web1 --disk vda=web1.qcow2")
         filler = place / "filler"
-        with filler.open("wb") as file:
-            try:
-                while file.write(b"x" * 65536):
-                    file.flush()
-            except OSError:
-                pass
+        with filler.open("wb", buffering=0) as file:
+            for size in (65536, 4096, 512):
+                with contextlib.suppress(OSError):
+                    while file.write(b"x" * size):
+                        pass
         refused(scene, "snapshot web1 s1", 8, "room")
         filler.unlink()
         assert list(scene.names()) == ["main"]

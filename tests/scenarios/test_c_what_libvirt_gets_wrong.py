@@ -1,4 +1,4 @@
-"""What libvirt 11.3 gets silently wrong (rows C), with the machine off: right, or refused before anything is touched."""
+"""What libvirt 11.3 gets silently wrong (rows C), with the machine off: right, or refused beforehand."""
 
 from __future__ import annotations
 

@@ -118,13 +118,22 @@ def carry_out(machine: Standalone, request: Request, *, only_plan: bool, as_json
         print_plan(machine.plan(request), as_json=as_json)
         return
 
+    planned: list[Plan] = []
+
     def confirm(plan: Plan) -> bool:
-        if plan.total_bytes and not as_json:
-            ends = plan.public()["cancel"]
-            click.echo(f"{plan.summary}: {cost(plan)} (Ctrl-C {ends})", err=True)
+        planned.append(plan)
         return True
 
-    with stoppable() as stop, progress_bar(wanted=not as_json) as report:
+    with stoppable() as stop, progress_bar(wanted=not as_json) as bar:
+
+        def report(progress: Progress) -> None:
+            # The first report comes when nothing has refused the operation: only then is there something to announce.
+            if planned and planned[0].total_bytes and not as_json:
+                ends = planned[0].public()["cancel"]
+                click.echo(f"{planned[0].summary}: {cost(planned[0])} (Ctrl-C {ends})", err=True)
+            planned.clear()
+            bar(progress)
+
         plan = machine.run(request, wait=wait, progress=report, confirm=confirm, cancelled=stop)
     done(plan, as_json=as_json)
 

@@ -15,7 +15,7 @@ from snaptree.machines.options import DiskOption
 from snaptree.model.names import check_target
 
 F = TypeVar("F", bound=Callable[..., Any])
-_TARGET = re.compile(r"^([a-z][a-z0-9_-]{0,31})=(.+)$", re.DOTALL)
+_TARGET = re.compile(r"^([A-Za-z][A-Za-z0-9_-]*)=(.*)$", re.DOTALL)
 _FORMAT = re.compile(r"^(.*),format=([a-z0-9]+)$", re.DOTALL)
 
 

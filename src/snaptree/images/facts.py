@@ -84,12 +84,10 @@ def _read(descriptor: int, facts: LayerFacts, image_format: str | None) -> Layer
     )
     if image_format is None:
         image_format = guess_format(path, os.pread(descriptor, 4, 0))
+        if image_format is None and path.lower().endswith(QCOW2_ENDINGS):
+            return replace(facts, problem="not-qcow2", detail=f"{path} is not a qcow2 image, although its name says so")
         if image_format is None:
-            return replace(
-                facts,
-                problem="unknown-format",
-                detail=f"{path}: its format is not known (its name does not end in .qcow2, or its content disagrees)",
-            )
+            return replace(facts, problem="unknown-format", detail=f"the format of {path} is not known from its name")
     if image_format != "qcow2":
         return replace(facts, format=image_format, virtual_size=-(-size // 512) * 512, written=True, cluster_size=65536)
     try:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from snaptree.errors import NotFoundError, RefusedError, UnhealthyError
+from snaptree.errors import NotFoundError, RefusedError, UnhealthyError, UsageError
 from snaptree.images.facts import guess_format, open_to_read, read_facts
 from snaptree.images.header import MAX_BACKING_NAME, is_qcow2, read_header
 from snaptree.model.survey import LayerFacts
@@ -81,6 +81,7 @@ def read_chain(
     :param formats: formats of backing files by path, where a header does not say it.
     :raise NotFoundError: the image is not there.
     :raise RefusedError: a backing file is somewhere that the user did not allow, or is not a plain file.
+    :raise UsageError: the image's format is not known and has to be said.
     :raise UnhealthyError: an image is damaged, missing, in a loop, or of another format than it should be.
     """
     at: str | None = os.path.realpath(path)
@@ -143,9 +144,13 @@ def _require_sound(facts: LayerFacts, above: str | None, wanted: str | None) -> 
             raise NotFoundError(f"there is no image {path}", "check the path")
         raise UnhealthyError(f"{path}, the backing file of {above}, is not there", "put it back, or repair the header")
     if facts.problem == "unknown-format":
-        raise UnhealthyError(facts.detail, f"say it with --disk vda={path},format=raw (or format=qcow2)")
+        raise UsageError(facts.detail, f"say it with --disk vda={path},format=raw (or format=qcow2)")
+    if facts.problem == "external-data":
+        raise RefusedError(facts.detail, "images with an external data file are not handled")
     if facts.problem == "not-qcow2" and above is not None:
         raise UnhealthyError(f"{path} is not the qcow2 image that {above} says it is", "repair the header's format")
+    if facts.problem == "not-qcow2":
+        raise UnhealthyError(facts.detail, f"if it is a raw disk, say so with --disk vda={path},format=raw")
     if facts.problem:
         raise UnhealthyError(facts.detail, "it cannot be looked after as it is; see 'qemu-img check'")
     if facts.format not in ("qcow2", "raw"):

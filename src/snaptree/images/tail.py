@@ -31,8 +31,8 @@ def zero_tail(path: str) -> None:
             return
         if entry & _COMPRESSED or not entry & _COPIED:
             raise RefusedError(
-                f"the last cluster of {path} is compressed or shared with an internal snapshot, and holds data past the "
-                "end of the disk",
+                f"the last cluster of {path} is compressed or shared with an internal snapshot, and may hold data past "
+                "the end of the disk",
                 "give the disk a size that is a multiple of its cluster size",
             )
         durable.write_in_place(descriptor, place + inside, bytes(header.cluster_size - inside), path)

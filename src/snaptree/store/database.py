@@ -64,7 +64,12 @@ class Database:
         self._connection: sqlite3.Connection | None = None
 
     def exists(self) -> bool:
-        """Whether anything has been remembered yet."""
+        """Whether anything has been remembered yet.
+
+        :raise StateError: the state folder is none.
+        """
+        if os.path.exists(self.folder) and not os.path.isdir(self.folder):
+            raise StateError(f"{self.folder} is not a folder", "choose another state folder with SNAPTREE_STATE")
         return os.path.exists(self.path)
 
     def open(self) -> sqlite3.Connection:
