@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from snaptree.errors import NotFoundError, RefusedError, SnaptreeError, UnhealthyError
+from snaptree.errors import NotFoundError, RefusedError, SnaptreeError, UnhealthyError, UsageError
 from snaptree.images import gate
 
 
@@ -97,7 +97,7 @@ def test_formats_have_to_agree(tmp_path: Path) -> None:
     says_vmdk = create(tmp_path / "b.qcow2", "root.img", "vmdk")
     with pytest.raises(RefusedError):
         gate.read_chain(str(says_vmdk), "qcow2")
-    with pytest.raises(UnhealthyError) as caught:
+    with pytest.raises(UsageError) as caught:
         gate.read_chain(str(tmp_path / "root.img"), None)
     assert "format=raw" in caught.value.hint
 
@@ -133,7 +133,7 @@ def test_what_is_missing_or_damaged(tmp_path: Path) -> None:
     with pytest.raises(UnhealthyError, match="corrupt"):
         gate.read_chain(str(corrupt), "qcow2")
     qemu_img("create", "-q", "-f", "qcow2", "-o", f"data_file={tmp_path}/d.raw", f"{tmp_path}/d.qcow2", "1M")
-    with pytest.raises(UnhealthyError, match="another file"):
+    with pytest.raises(RefusedError, match="another file"):
         gate.read_chain(str(tmp_path / "d.qcow2"), "qcow2")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UnhealthyError):

@@ -199,7 +199,7 @@ def test_problems_have_names(tmp_path: Path) -> None:
     assert read_facts(str(tmp_path / "link.qcow2"), "qcow2").problem == "unreadable"
     (tmp_path / "text.qcow2").write_bytes(b"hello")
     assert read_facts(str(tmp_path / "text.qcow2"), "qcow2").problem == "not-qcow2"
-    assert read_facts(str(tmp_path / "text.qcow2"), None).problem == "unknown-format"
+    assert read_facts(str(tmp_path / "text.qcow2"), None).problem == "not-qcow2"
     patch(path, 72, struct.pack(">Q", 2))
     facts = read_facts(str(path), None)
     assert facts.corrupt and facts.problem == "corrupt"

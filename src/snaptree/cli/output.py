@@ -144,13 +144,12 @@ def done(plan: Plan, *, as_json: bool) -> None:
     if as_json:
         print_json(public)
         return
-    click.echo(f"{plan.summary}: done" + (f" ({cost(plan)})" if public["frees_bytes"] > 0 else ""))
-    moved = {
-        disk: path
-        for disk, path in public["paths_after"].items()
-        if plan.operation in ("snapshot", "revert", "switch", "add", "attach") or plan.then or plan.way
-        if path
-    }
+    parts = [f"copied {size(public['bytes_to_copy'])} by {public['way']}"] if public["way"] else []
+    parts += [f"freed {size(public['frees_bytes'])}"] if public["frees_bytes"] > 0 else []
+    click.echo(f"{plan.summary}: done" + (f" ({', '.join(parts)})" if parts else ""))
+    # Where a tip is afterwards is news when a new file was made for it, or a merge has moved it.
+    new = plan.operation in ("snapshot", "revert", "switch", "add", "attach")
+    moved = {disk: path for disk, path in public["paths_after"].items() if new or plan.paths_after.get(disk) != path}
     for disk, path in moved.items():
         click.echo(f"  {disk} is {path}")
     for note in public["notes"]:

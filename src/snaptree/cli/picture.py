@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
-from snaptree.machines.report import frees, moment, nodes, readable
+from snaptree.machines.report import frees, moment, nodes, saying
 from snaptree.model.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def svg_of(view: View) -> str:
         active = named.name == tree.active
         kind = "snapshot" if isinstance(named, Snapshot) else "branch"
         marks.append(f'<circle class="{kind}{" active" if active else ""}" cx="{x}" cy="{y}" r="7"/>')
-        room = f"frees {'≥ ' if freed[named.name].more else ''}{readable(freed[named.name].bytes)}"
+        room = saying(freed[named.name])
         if isinstance(named, Snapshot):
             tail = f'<tspan class="note" dx="10">{moment(named.created)} · {room}</tspan>'
         elif active:

@@ -117,6 +117,13 @@ class Freed:
     more: bool
 
 
+def saying(freed: Freed) -> str:
+    """What deleting frees, for people."""
+    if freed.more and not freed.bytes:
+        return "frees by merging"
+    return f"frees {'≥ ' if freed.more else ''}{readable(freed.bytes)}"
+
+
 def frees(view: View) -> Mapping[str, Freed]:
     """What deleting each name, by itself, would free. No table is read: a merge may free more."""
     tree = view.tree
@@ -208,7 +215,7 @@ def draw(view: View) -> list[str]:
         sign = "●" if isinstance(named, Snapshot) else "○"
         label = click.style(named.name, bold=named.name == tree.active)
         cost = freed[named.name]
-        room = f"frees {'≥ ' if cost.more else ''}{readable(cost.bytes)}"
+        room = saying(cost)
         remarks = _remarks(view, named)
         width = len(node.lead) + 2 + len(named.name)
         if isinstance(named, Snapshot):
