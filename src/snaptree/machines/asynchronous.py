@@ -42,7 +42,7 @@ class Operation:
         self._queue: asyncio.Queue[Progress | None] = asyncio.Queue()
 
     def cancel(self) -> None:
-        """Stop as Ctrl-C does: undone before the point of no return, a commit pauses; then ``CancelledError`` is raised."""
+        """Stop as Ctrl-C does: it is undone, or a commit pauses; whoever waits for it gets ``CancelledError``."""
         self._stop.set()
 
     def __await__(self) -> Generator[Any, None, Plan]:

@@ -149,7 +149,8 @@ class Tree:
 
     def without_snapshots(self, *names: str) -> Tree:
         """The tree without these snapshots; nothing else is changed."""
-        return replace(self, snapshots={key: value for key, value in self.snapshots.items() if key not in names})
+        gone = frozenset(names)
+        return replace(self, snapshots={key: value for key, value in self.snapshots.items() if key not in gone})
 
     def with_branches(self, *branches: Branch) -> Tree:
         """The tree with these branches added or replaced."""
@@ -157,4 +158,5 @@ class Tree:
 
     def without_branches(self, *names: str) -> Tree:
         """The tree without these branches; nothing else is changed."""
-        return replace(self, branches={key: value for key, value in self.branches.items() if key not in names})
+        gone = frozenset(names)
+        return replace(self, branches={key: value for key, value in self.branches.items() if key not in gone})

@@ -35,9 +35,19 @@ class Draft:
     """A plan in the making.
 
     ``prepare`` are steps that can be undone, before the tree changes; ``finish`` are those that follow the change.
+
+    :param chosen: paths that the user chose for new layers, by disk.
+    :param sick: what is wrong with layers, where the tree is not the one that was surveyed any more.
     """
 
-    def __init__(self, tree: Tree, survey: Survey, chosen: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        survey: Survey,
+        chosen: Mapping[str, str] | None = None,
+        *,
+        sick: Mapping[LayerId, Ailment] | None = None,
+    ) -> None:
         self.before = tree
         self.tree = tree
         self.survey = survey
@@ -51,7 +61,7 @@ class Draft:
         self.bytes = 0
         self.chosen = dict(chosen or {})
         self.outsiders = frozenset(each.layer for each in survey.outsiders)
-        self.ailments: Mapping[LayerId, Ailment] = ailments(tree, survey)
+        self.ailments: Mapping[LayerId, Ailment] = ailments(tree, survey) if sick is None else sick
         for disk in self.chosen:
             if disk not in tree.roots:
                 raise NotFoundError(f"machine {tree.machine} has no disk {disk}", f"its disks: {', '.join(tree.roots)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from snaptree.model.layer import Layer, LayerId, Point
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
 from snaptree.planning.draft import Draft, is_tip, paths_of
+from snaptree.planning.health import ailments
 from snaptree.planning.plan import Plan
 from snaptree.planning.settle import settle
 from snaptree.planning.steps import Grow, Move, MoveJob, Record, Repoint, Shrink, Step, TakeName
@@ -30,6 +32,7 @@ def plan_merges(tree: Tree, survey: Survey, rows: Sequence[Row], way: str) -> tu
     wanted = tuple(row for row in rows if row not in measured and all(each in survey.layers for each in row))
     if wanted:
         raise Unmeasured(wanted)
+    sick = ailments(tree, survey)
     waiting = list(rows)
     plans: list[Plan] = []
     while waiting:
@@ -38,7 +41,7 @@ def plan_merges(tree: Tree, survey: Survey, rows: Sequence[Row], way: str) -> tu
             if tree.layers[row[0]].disk not in {tree.layers[each[0]].disk for each in batch}:
                 batch.append(row)
                 waiting.remove(row)
-        plan = _merge(tree, survey, batch, way)
+        plan = _merge(Draft(tree, survey, sick=sick), batch, way)
         plans.append(plan)
         tree = plan.after
         renamed = {gone: stays for row in batch for gone, stays in _merged_into(row, tree)}
@@ -52,11 +55,11 @@ def _merged_into(row: Row, after: Tree) -> list[tuple[LayerId, LayerId]]:
     return [(each, row[0]) for each in row[1:]]
 
 
-def _merge(tree: Tree, survey: Survey, rows: Sequence[Row], way: str) -> Plan:
-    draft = Draft(tree, survey)
+def _merge(draft: Draft, rows: Sequence[Row], way: str) -> Plan:
+    tree = draft.tree
     choices: list[Choice] = []
     for row in rows:
-        if row not in survey.rows:
+        if row not in draft.survey.rows:
             draft.notes.append(
                 f"{tree.layers[row[0]].path} is not merged yet: a layer on it is only just being made; gc does it"
             )
@@ -133,8 +136,9 @@ def _marks(draft: Draft, choices: Sequence[Choice]) -> tuple[bool, list[Step]]:
         layers = [draft.tree.layers[each] for each in choice.row]
         if choice.way == "commit":
             changed[layers[0].id] = replace(layers[0], half_merged=True)
-        for number, layer in enumerate(layers[:-1]):
-            size = max(each.virtual_size for each in layers[number + 1 :])
+        size = 0
+        for layer, above in reversed(list(itertools.pairwise(layers))):
+            size = max(size, above.virtual_size)
             if layer.virtual_size < size:
                 below = draft.files_below(layer.id)
                 grows.append(Grow(layer.path, layer.format, below, size))

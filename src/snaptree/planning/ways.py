@@ -59,7 +59,13 @@ def row_of(tree: Tree, layer: LayerId, outsiders: Collection[LayerId]) -> Row:
 
 def rows_to_merge(tree: Tree, loose: Collection[LayerId], outsiders: Collection[LayerId]) -> tuple[Row, ...]:
     """The rows that the loose layers are in, each once."""
-    return tuple(sorted({row_of(tree, layer, outsiders) for layer in loose if layer in tree.layers}))
+    rows: list[Row] = []
+    covered: set[LayerId] = set()
+    for layer in sorted(loose):
+        if layer in tree.layers and layer not in covered:
+            rows.append(row_of(tree, layer, outsiders))
+            covered.update(rows[-1][:-1])
+    return tuple(sorted(rows))
 
 
 def copies_of_shared(tree: Tree, shared: Collection[LayerId], outsiders: Collection[LayerId]) -> tuple[Row, ...]:
