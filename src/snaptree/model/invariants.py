@@ -23,6 +23,7 @@ def _found(tree: Tree, outsiders: frozenset[LayerId]) -> Iterator[str]:
     yield from _references(tree)
     yield from _layers(tree)
     yield from _tips(tree)
+    yield from _half_merged(tree)
     yield from _needs(tree, outsiders)
     yield from _names(tree)
 
@@ -103,6 +104,12 @@ def _tips(tree: Tree) -> Iterator[str]:
         for disk, point in snapshot.points.items():
             if point in holders:
                 yield f"snapshot {snapshot.name!r} has the tip of branch {holders[point][0]!r} as its point of {disk}"
+
+
+def _half_merged(tree: Tree) -> Iterator[str]:
+    for point, names in tree.names_on.items():
+        if point.internal is None and point.layer in tree.layers and tree.layers[point.layer].half_merged:
+            yield f"{', '.join(names)} needs {tree.layers[point.layer].path} as it is, and it is half-merged"
 
 
 def _needs(tree: Tree, outsiders: frozenset[LayerId]) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -125,7 +124,7 @@ def _steps(draft: Draft, choices: Sequence[Choice]) -> Plan:
 
 
 def _marks(draft: Draft, choices: Sequence[Choice]) -> tuple[bool, list[Step]]:
-    """Mark what a commit writes to, and grow layers that are shorter than one above them.
+    """Mark what a commit writes to, and grow layers that are shorter than the top.
 
     A layer hides what is beneath past its end. QEMU's jobs forget that once the layer is out of the chain, so that it
     is first grown with explicit zeroes, which shows the same to everything above.
@@ -136,9 +135,8 @@ def _marks(draft: Draft, choices: Sequence[Choice]) -> tuple[bool, list[Step]]:
         layers = [draft.tree.layers[each] for each in choice.row]
         if choice.way == "commit":
             changed[layers[0].id] = replace(layers[0], half_merged=True)
-        size = 0
-        for layer, above in reversed(list(itertools.pairwise(layers))):
-            size = max(size, above.virtual_size)
+        size = layers[-1].virtual_size
+        for layer in layers[:-1]:
             if layer.virtual_size < size:
                 below = draft.files_below(layer.id)
                 grows.append(Grow(layer.path, layer.format, below, size))
@@ -170,7 +168,8 @@ def _commit(draft: Draft, choice: Choice) -> list[Step]:
         steps.append(Shrink(lowest.path, lowest.format, draft.files_below(lowest.id), top.virtual_size))
     children = [tree.layers[each] for each in tree.children.get(top.id, ())]
     steps += [Repoint(child.path, lowest.path, lowest.format) for child in children]
-    merged = replace(lowest, virtual_size=top.virtual_size, half_merged=False, identity=None)
+    # Where the top itself waits for a commit to go on, so does what it is merged into.
+    merged = replace(lowest, virtual_size=top.virtual_size, half_merged=top.half_merged, identity=None)
     was, now = Point(top.id), Point(lowest.id)
     snapshots = [
         replace(each, points={disk: now if point == was else point for disk, point in each.points.items()})

@@ -79,7 +79,8 @@ def _go_to(draft: Draft, base: Tree, point: Point, label: str, purpose: str, *, 
             (one.virtual_size for one in draft.facts(layer.id).internals if one.name == point.internal),
             layer.virtual_size,
         )
-        draft.tree = draft.tree.with_layers(replace(layer, virtual_size=size, identity=None))
+        # Whatever a commit had begun to write there goes with the active state of before.
+        draft.tree = draft.tree.with_layers(replace(layer, virtual_size=size, identity=None, half_merged=False))
         return Point(layer.id)
     return Point(draft.build(point, label, purpose).id)
 

@@ -69,18 +69,22 @@ def rows_to_merge(tree: Tree, loose: Collection[LayerId], outsiders: Collection[
 
 
 def copies_of_shared(tree: Tree, shared: Collection[LayerId], outsiders: Collection[LayerId]) -> tuple[Row, ...]:
-    """The rows that give each thing on a shared layer its own copy; the active line comes last and keeps the name."""
+    """The rows that give each thing above shared layers its own copy; the active line comes last and keeps the name.
+
+    Shared layers that stand on one another, with loose ones between, are copied together.
+    """
     active = {each.id for point in tree.active_branch.tips.values() for each in tree.chain(point.layer)}
+    between = {layer for layer in tree.layers if is_loose(tree, layer, outsiders)} | (set(shared) - set(outsiders))
     rows: list[Row] = []
-    for layer in sorted(shared):
-        if layer in outsiders:
+    for layer in tree.layers.values():
+        if layer.id in between or layer.parent not in between:
             continue
-        lower = [layer]
-        while (below := tree.layers[lower[0]].parent) is not None and is_loose(tree, below, outsiders):
-            lower.insert(0, below)
-        children = sorted(tree.children.get(layer, ()), key=lambda child: (child in active, child))
-        rows.extend((*lower, child) for child in children)
-    return tuple(rows)
+        row = [layer.id]
+        while (below := tree.layers[row[0]].parent) is not None and below in between:
+            row.insert(0, below)
+        if any(each in shared for each in row):
+            rows.append(tuple(row))
+    return tuple(sorted(rows, key=lambda row: (row[-1] in active, row)))
 
 
 # ---- which way ----------------------------------------------------------------------------------------------------
@@ -112,10 +116,10 @@ def _common_obstacle(draft: Draft, row: Row, written: Layer) -> str:
             return f"{layer.path} has persistent bitmaps ({', '.join(facts.bitmaps)}), which a merge would drop"
         if layer.id not in draft.survey.layers:
             return f"{layer.path} has only just been made"
-    for number, layer in enumerate(tree.layers[each] for each in row[:-1]):
-        longest = max(tree.layers[each].virtual_size for each in row[number + 1 :])
+    size = tree.layers[row[-1]].virtual_size
+    for layer in (tree.layers[each] for each in row[:-1]):
         below = tree.layers[layer.parent].virtual_size if layer.parent is not None else 0
-        if layer.virtual_size < min(longest, below) and draft.facts(layer.id).version < 3:
+        if layer.virtual_size < min(size, below) and draft.facts(layer.id).version < 3:
             return f"{layer.path} is qcow2 version 2 and shorter than what is above and below it"
     for layer in tree.chain(row[0]):
         ailment = draft.ailments.get(layer.id)
