@@ -201,6 +201,25 @@ def test_an_internal_point_of_another_size_than_the_disk_has_now(web1: Scene) ->
     web1.sound()
 
 
+@pytest.mark.parametrize("line", ["delete web1 s1 --merge commit", "squash web1"])
+def test_internal_snapshots_are_made_external_where_a_merge_needs_it(web1: Scene, line: str) -> None:
+    web1("snapshot web1 inner --internal")
+    web1.write(".x")
+    web1("snapshot web1 s1")
+    images.run("qemu-img", "resize", "-q", "--shrink", web1.path("main"), str(4 << 16))
+    web1.write("..y")
+    if line.startswith("squash"):
+        web1("delete web1 s1")
+        assert len(web1.chain()) == 2, "by itself it does not copy internal snapshots out"
+
+    web1(line)
+
+    assert (web1.shows("inner"), web1.shows("main")) == ("b.......", "bxy.")
+    assert web1.chain() == ["web1.qcow2"]
+    assert web1.names()["inner"]["kind"] == "external"
+    web1.sound()
+
+
 def test_descriptions_and_names_of_all_kinds(web1: Scene) -> None:
     web1("snapshot web1 'Vor dem Upgrade (größer)' --description 'two words'")
     web1.write(".x")

@@ -11,6 +11,7 @@ from snaptree.model.layer import Layer, LayerId, Point
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
 from snaptree.planning.draft import Draft, is_tip, paths_of
+from snaptree.planning.external import bound, make_external
 from snaptree.planning.health import ailments
 from snaptree.planning.plan import Plan
 from snaptree.planning.settle import settle
@@ -21,8 +22,12 @@ USUAL_SPEED = 300e6
 """Bytes a second, for an estimate on a machine on which nothing has been merged yet."""
 
 
-def plan_merges(tree: Tree, survey: Survey, rows: Sequence[Row], way: str) -> tuple[Plan, ...]:
+def plan_merges(
+    tree: Tree, survey: Survey, rows: Sequence[Row], way: str, *, external: bool = False
+) -> tuple[Plan, ...]:
     """The merges of these rows, as operations that follow one another; one operation merges a row of each disk at once.
+
+    :param external: internal snapshots that keep a row from being committed are made external first.
 
     :raise Unmeasured: the survey lacks the figures of some rows.
     :raise NoSpaceError: there is no room for the data.
@@ -34,6 +39,12 @@ def plan_merges(tree: Tree, survey: Survey, rows: Sequence[Row], way: str) -> tu
     sick = ailments(tree, survey)
     waiting = list(rows)
     plans: list[Plan] = []
+    draft = Draft(tree, survey, sick=sick)
+    holders = {row[0] for row in rows if external and bound(draft, row)}
+    if holders:
+        plan, survey = make_external(tree, survey, holders, sick)
+        plans.append(plan)
+        tree = plan.after
     while waiting:
         batch: list[Row] = []
         for row in list(waiting):

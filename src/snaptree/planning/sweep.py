@@ -8,6 +8,7 @@ from snaptree.errors import NotFoundError, RefusedError
 from snaptree.model.layer import LayerId, Point
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
+from snaptree.planning.external import without_internals
 from snaptree.planning.merge import plan_merges
 from snaptree.planning.plan import Plan
 from snaptree.planning.settle import is_loose, loose_layers, shared_layers
@@ -31,19 +32,14 @@ def follow(plan: Plan, tree: Tree, survey: Survey, way: str) -> Plan:
         copies = copies_of_shared(plan.after, shared, outsiders)
         covered = {each for row in copies for each in row[:-1]}
         rows = (*(row for row in rows if not covered & set(row[:-1])), *copies)
-    return replace(plan, then=plan_merges(plan.after, survey, rows, way)) if rows else plan
+    return replace(plan, then=plan_merges(plan.after, survey, rows, way, external=way == "commit")) if rows else plan
 
 
 def _as_it_will_be(plan: Plan, tree: Tree, survey: Survey) -> Survey:
     """The survey without the internal snapshots that the plan deletes, and without layers whose state it changes."""
-    facts = dict(survey.layers)
-    for number, tags in tree.internals.items():
-        gone = set(tags) - set(plan.after.internals.get(number, ()))
-        if gone and number in facts:
-            left = tuple(each for each in facts[number].internals if each.name not in gone)
-            facts[number] = replace(facts[number], internals=left)
+    survey = without_internals(survey, tree, plan.after)
     applied = {step.path for step in plan.steps if isinstance(step, ApplyInternal)}
-    facts = {number: each for number, each in facts.items() if each.path not in applied}
+    facts = {number: each for number, each in survey.layers.items() if each.path not in applied}
     return replace(survey, layers=facts)
 
 
@@ -70,10 +66,12 @@ def squash(tree: Tree, survey: Survey, request: SquashRequest) -> Plan:
             f"machine {tree.machine} has no disk {request.disk!r}", f"its disks: {', '.join(tree.disks)}"
         )
     row = _row_by_file(tree, survey, request)
-    plans = plan_merges(tree, survey, [row], request.merge)
-    if not plans or not plans[0].steps:
-        raise RefusedError(plans[0].notes[0] if plans and plans[0].notes else "nothing to merge")
-    return replace(plans[0], operation="squash", summary=f"make one layer of {len(row)} on {request.disk}")
+    plans = plan_merges(tree, survey, [row], request.merge, external=request.merge != "pull")
+    if not plans or not any(plan.way for plan in plans):
+        notes = [note for plan in plans for note in plan.notes]
+        raise RefusedError(notes[0] if notes else "nothing to merge")
+    first = replace(plans[0], operation="squash", summary=f"make one layer of {len(row)} on {request.disk}")
+    return replace(first, then=plans[1:])
 
 
 def _row_by_file(tree: Tree, survey: Survey, request: SquashRequest) -> tuple[LayerId, ...]:

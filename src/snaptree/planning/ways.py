@@ -148,7 +148,10 @@ def _commit_obstacle(draft: Draft, row: Row) -> str:
         return f"{top.path} has internal snapshots, which would show the wrong data"
     facts = draft.facts(lowest.id)
     if facts.internals and top.virtual_size < lowest.virtual_size:
-        return f"{lowest.path} has internal snapshots and cannot be shrunk to {top.virtual_size} bytes"
+        return (
+            f"{lowest.path} has internal snapshots and cannot be shrunk to {top.virtual_size} bytes "
+            "(--merge commit makes them external first)"
+        )
     if facts.internals and facts.version < 3 and top.virtual_size > lowest.virtual_size:
         return f"{lowest.path} is qcow2 version 2 with internal snapshots and cannot be grown"
     return ""
