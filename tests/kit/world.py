@@ -155,7 +155,7 @@ class World:
         chain = list(tree.chain(point.layer))
         key = (point.internal, *((layer.path, *_stamp(layer.path)) for layer in chain))
         if key not in self.known:
-            if len(self.known) > 400:
+            if sum(map(len, self.known.values())) > 128 << 20:
                 self.known.clear()
             self.known[key] = images.read(chain[0].path, chain[0].format, point.internal)
         return self.known[key]
