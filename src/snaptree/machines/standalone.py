@@ -200,7 +200,8 @@ class Standalone:
         """Check the files against the tree."""
         from snaptree.machines.verify import verify
 
-        return verify(self)
+        tree = self.tree()
+        return verify(tree, self.survey(tree), self.unfinished())
 
     def log(self) -> tuple[LogEntry, ...]:
         """The machine's operations, oldest first."""

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 from snaptree.errors import SnaptreeError
 from snaptree.images import gate, qemu_img
 from snaptree.machines.findings import Finding
 from snaptree.model.invariants import violations
 from snaptree.model.layer import LayerId
+from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
 from snaptree.planning.health import ailments
-
-if TYPE_CHECKING:
-    from snaptree.machines.standalone import Standalone
 
 _HINTS = {
     "missing": "put the file back; what needs it cannot be used until then",
@@ -24,10 +22,11 @@ _HINTS = {
 }
 
 
-def verify(machine: Standalone) -> tuple[Finding, ...]:
-    """Everything in which files and tree differ, worst first."""
-    tree = machine.tree()
-    survey = machine.survey(tree)
+def verify(tree: Tree, survey: Survey, unfinished: Iterable[str] = ()) -> tuple[Finding, ...]:
+    """Everything in which files and tree differ, worst first.
+
+    :param unfinished: a sentence for each operation that is under way or was killed.
+    """
     found: list[Finding] = []
     sick = ailments(tree, survey)
     for number, ailment in sick.items():
@@ -35,7 +34,7 @@ def verify(machine: Standalone) -> tuple[Finding, ...]:
         severity = "error" if ailment.blocks else "warning"
         hint = _HINTS.get(ailment.word, "repair the image first")
         if ailment.word == "half-merged":
-            hint = f"'snaptree gc {machine.name}' goes on"
+            hint = f"'snaptree gc {tree.machine}' goes on"
         found.append(Finding(ailment.word, layer.path, ailment.detail, affected(tree, number), hint, severity))
     for layer in tree.layers.values():
         facts = survey.layers[layer.id]
@@ -51,10 +50,10 @@ def verify(machine: Standalone) -> tuple[Finding, ...]:
     for stray in survey.strays:
         detail = f"nothing needs {stray.path} ({stray.allocated} bytes)"
         found.append(
-            Finding("over", stray.path, detail, (), f"'snaptree gc {machine.name} --delete' removes it", "warning")
+            Finding("over", stray.path, detail, (), f"'snaptree gc {tree.machine} --delete' removes it", "warning")
         )
-    for sentence in machine.unfinished():
-        found.append(Finding("unfinished", "", sentence, (), f"run 'snaptree recover {machine.name}'", "warning"))
+    for sentence in unfinished:
+        found.append(Finding("unfinished", "", sentence, (), f"run 'snaptree recover {tree.machine}'", "warning"))
     return tuple(sorted(found, key=lambda each: (each.severity, each.path)))
 
 
