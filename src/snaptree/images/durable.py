@@ -132,6 +132,9 @@ def prepare_file(path: str, like: str, token: str, writes: Iterable[tuple[int, b
             for offset, data in writes:
                 write_all(descriptor, offset, data)
             os.fsync(descriptor)
+        except BaseException:
+            os.unlink(temporary)
+            raise
         finally:
             os.close(descriptor)
     return temporary

@@ -155,8 +155,10 @@ def _count(
         places = (start + np.flatnonzero(units) * way.unit) * STEPS // max(length, 1)
         way.profile += np.bincount(np.minimum(places, STEPS - 1) + 1, minlength=STEPS + 1) * float(way.unit)
     if isinstance(target, Qcow2Allocation):
-        clusters = _any(np.repeat(units, way.unit // granule)[: len(moved)], max(1, target.cluster // granule))
-        held = _any((there == DATA), max(1, target.cluster // granule))
+        # Zeroes that cover a part of a cluster only may be written out.
+        partly = _any(moved == ZERO, target.cluster // granule) & _any(moved != ZERO, target.cluster // granule)
+        clusters = _any(np.repeat(units, way.unit // granule)[: len(moved)], target.cluster // granule) | partly
+        held = _any(there == DATA, target.cluster // granule)
         way.grows += int((clusters & ~held).sum()) * target.cluster
         end = start + len(moved) * granule
         needed = _tables(clusters, start, target)

@@ -1,0 +1,75 @@
+"""QEMU's locks and ours keep out whom they should."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from tests.kit import images
+from tests.kit.images import MiB
+from tests.kit.space import held
+
+from snaptree.errors import BusyError
+from snaptree.images.locks import ImageLock, MachineLock, probe, who_has_open
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return images.create(tmp_path / "a.qcow2", MiB)
+
+
+def qemu_io(path: Path, *options: str) -> int:
+    return subprocess.run(["qemu-io", *options, "-c", "length", path], capture_output=True, check=False).returncode
+
+
+@pytest.mark.parametrize(
+    ("mode", "reads", "writes"), [("read", True, False), ("write", False, False), ("exclusive", False, False)]
+)
+def test_qemu_keeps_out_while_we_hold(path: Path, mode: str, reads: bool, writes: bool) -> None:
+    lock = ImageLock(str(path), mode)
+    try:
+        assert (qemu_io(path, "-r") == 0) == reads
+        assert (qemu_io(path) == 0) == writes
+    finally:
+        lock.release()
+    assert qemu_io(path) == 0
+
+
+def test_we_keep_out_while_qemu_holds(path: Path) -> None:
+    with held(path) as process:
+        found = probe(str(path))
+        assert found is not None and found.writing
+        for mode in ("read", "write", "exclusive"):
+            with pytest.raises(BusyError):
+                ImageLock(str(path), mode)
+        assert who_has_open([str(path)]) == {str(path): (f"qemu-io ({process})",)}
+    assert probe(str(path)) is None
+    with held(path, read_only=True):
+        ImageLock(str(path), "read").release()
+        with pytest.raises(BusyError):
+            ImageLock(str(path), "exclusive")
+
+
+def test_machines_exclude_each_other_all_or_none(tmp_path: Path) -> None:
+    paths = [str(images.create(tmp_path / f"{name}.qcow2", MiB)) for name in "abc"]
+    first, second = MachineLock(), MachineLock()
+    first.acquire(paths[1:2])
+    with pytest.raises(BusyError, match=r"b\.qcow2"):
+        second.acquire(paths)
+    third = MachineLock()
+    third.acquire([paths[0], paths[2]])
+    first.release()
+    third.release()
+    second.acquire([*paths, paths[0]])
+    second.release()
+
+
+def test_a_link_is_the_same_image(tmp_path: Path, path: Path) -> None:
+    again = tmp_path / "again.qcow2"
+    again.hardlink_to(path)
+    first, second = MachineLock(), MachineLock()
+    first.acquire([str(path), str(again)])
+    with pytest.raises(BusyError):
+        second.acquire([str(again)])
+    first.release()
