@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.kit.scene import Scene
+
+MARK = "SNAPTREE_TESTS"
+
+
+def left_processes() -> list[str]:
+    """QEMU's programs that these tests, or processes that they killed, have started and that still run."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if f"{MARK}={os.environ[MARK]}".encode() in (folder / "environ").read_bytes():
+                line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if line.startswith(("qemu", "/usr/bin/qemu")):
+                    found.append(f"{folder.name}: {line}")
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """However snaptree was killed, no program of QEMU's that it had started works on."""
+    os.environ[MARK] = str(os.getpid())
+    yield
+    deadline = time.monotonic() + 10
+    while (left := left_processes()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == []
 
 
 @pytest.fixture

@@ -95,16 +95,11 @@ class Killer:
 
     def whole_before_recovery(self, request: Request) -> None:
         """What is kept is whole at every moment, before anything is put right."""
-        world, tree = self.world, self.world.tree
+        world = self.world
         for operation in operations.unfinished(world.connection.database):
             kinds = [step.kind for step in operations.steps_of(world.connection.database, operation.id)]
             self.steps[kinds[operation.step] if operation.step >= 0 else "begin"] += 1
-        going = {world.active} if isinstance(request, RevertRequest | SwitchRequest) else set()
-        for name in set(world.truth) & ({*tree.snapshots, *tree.branches} - going):
-            if isinstance(request, RenameRequest | SwitchRequest) and name in (getattr(request, "name", ""),):
-                continue
-            for disk, content in world.truth[name].items():
-                assert world.shown(tree, disk, name) == content, f"{disk} of {name} before recovery from {request}"
+        world.check_meanwhile(request)
 
 
 def _tell(writing: int) -> None:

@@ -67,9 +67,12 @@ def read(path: str | Path, image_format: str = "qcow2", tag: str | None = None) 
             backing = facts.get("full-backing-filename")
             if backing is not None:
                 run("qemu-img", "rebase", "-q", "-u", "-b", backing, "-F", facts["backing-filename-format"], image)
-            run("qemu-img", "snapshot", "-a", tag, image)
-            path = image
-        run("qemu-img", "convert", "-f", image_format, "-O", "raw", path, raw)
+            words = ["qemu-img", "snapshot", "-a", tag, image]
+            if subprocess.run(words, capture_output=True, check=False).returncode == 0:
+                path, tag = image, None
+        # Where an interrupted program has left reference counts between, it can be read but not gone back to.
+        point = ["-l", f"snapshot.name={tag.replace(',', ',,')}"] if tag is not None else []
+        run("qemu-img", "convert", "-f", image_format, *point, "-O", "raw", path, raw)
         return Path(raw).read_bytes()
 
 

@@ -17,8 +17,8 @@ from snaptree.planning.plan import Plan
 from snaptree.planning.steps import (
     ApplyInternal,
     BuildFromPoint,
+    Cover,
     DeleteInternal,
-    Grow,
     MakeInternal,
     MakeOverlay,
     Move,
@@ -138,6 +138,14 @@ def _topmost(images: list[Image], length: int) -> Cells:
     return {at: value for at, value in found.items() if at < length}
 
 
+def _alone(images: list[Image], length: int) -> Cells:
+    """As QEMU's jobs see it: what layers hide past their end is forgotten."""
+    found: Cells = {}
+    for image in images:
+        found.update(image.cells)
+    return {at: value for at, value in found.items() if at < length}
+
+
 class Runner:
     """Carries out plans on the simulated files, and looks at everything after every step.
 
@@ -192,11 +200,11 @@ class Runner:
         length = images[-1].length
         if job.way == "commit":
             target, path = images[0], job.row[0][0]
-            moved = _topmost(images[1:], length)
-            assert target.length >= length, "QEMU would grow it and forget what is beneath: grow it first"
+            moved = _alone(images[1:], length)
+            target.length = max(target.length, length)
         else:
             target, path = images[-1], job.row[-1][0]
-            moved = {at: value for at, value in _topmost(images[:-1], length).items() if at not in target.cells}
+            moved = {at: value for at, value in _alone(images[:-1], length).items() if at not in target.cells}
             assert not target.internals, "internal snapshots would turn to zeroes"
         target.cells.update({at: value for at, value in moved.items() if wanted()})
         self._touched(path)
@@ -224,10 +232,19 @@ class Runner:
             case DeleteInternal():
                 disk.names[step.path].internals.pop(step.tag, None)
                 self._touched(step.path)
-            case Grow() | Shrink():
+            case Cover():
+                images = [disk.names[path] for path, _ in step.row]
+                for at in range(images[-1].length):
+                    for image in reversed(images):
+                        if at in image.cells:
+                            break
+                        if at >= image.length:
+                            images[-1].cells[at] = 0
+                            break
+                self._touched(step.row[-1][0])
+            case Shrink():
                 image = disk.names[step.path]
                 size = step.size // CELL
-                image.cells.update({at: 0 for at in range(image.length, size) if at not in image.cells})
                 image.cells = {at: value for at, value in image.cells.items() if at < size}
                 assert size >= image.length or not image.internals, "QEMU does not shrink what has internal snapshots"
                 image.length = size

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.kit import images
 
@@ -69,10 +70,10 @@ class World:
     def active(self) -> str:
         return self.tree.active
 
-    def add(self, disks: Mapping[str, tuple[Path, str]], *, adopt: bool = False, bases: tuple[str, ...] = ()) -> Plan:
-        """Look after the disks; what they show now is the truth of ``main``."""
-        options = tuple(DiskOption(disk, str(path), form) for disk, (path, form) in disks.items())
-        plan = self.connection.add(AddOptions(self.name, options, adopt=adopt, bases=bases))
+    def add(self, disks: Mapping[str, tuple[Path, str]], **options: Any) -> Plan:
+        """Look after the disks; what they show now is the truth of ``main``. Options as ``AddOptions`` has them."""
+        chosen = tuple(DiskOption(disk, str(path), form) for disk, (path, form) in disks.items())
+        plan = self.connection.add(AddOptions(self.name, chosen, **options))
         for name, each in [*self.tree.snapshots.items(), *self.tree.branches.items()]:
             points = getattr(each, "points", None) or getattr(each, "tips", {})
             self.truth[name] = {disk: self.shown(self.tree, disk, name) for disk in points}
@@ -159,6 +160,17 @@ class World:
                 self.known.clear()
             self.known[key] = images.read(chain[0].path, chain[0].format, point.internal)
         return self.known[key]
+
+    def check_meanwhile(self, request: Request) -> None:
+        """What is kept is whole at every moment, before anything that a kill left is put right."""
+        tree = self.tree
+        # While it goes back or switches within a layer, a branch shows nothing in particular.
+        going = (
+            {tree.active, getattr(request, "name", "")} if isinstance(request, RevertRequest | SwitchRequest) else set()
+        )
+        for name in set(self.truth) & ({*tree.snapshots, *tree.branches} - (going - set(tree.snapshots))):
+            for disk, wanted in self.truth[name].items():
+                assert_same(self.shown(tree, disk, name), wanted, f"{disk} of {name!r}, before recovery")
 
     def check(self, *, leaks: bool = False) -> None:
         """Everything that must hold after every operation.

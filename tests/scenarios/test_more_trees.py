@@ -227,6 +227,11 @@ def test_descriptions_and_names_of_all_kinds(web1: Scene) -> None:
 
     assert web1.shows('a, b: "c" #1') == "b......."
     assert web1.names()['a, b: "c" #1']["description"] == "two words"
+    web1("snapshot web1 'in, side=1' --internal")
+    web1("branch web1 'out, side' --from 'in, side=1'")
+    assert web1.shows("out, side") == web1.shows("in, side=1") == "bx......"
+    web1("delete web1 'in, side=1'")
+    web1("delete web1 --branch 'out, side'")
     web1("snapshot web1 1 --internal")
     web1("snapshot web1 2 --internal")
     web1.write("..y")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import shutil
 import stat
@@ -241,16 +242,28 @@ def write_in_place(descriptor: int, offset: int, data: bytes, path: str) -> None
         write_all(descriptor, offset, data)
 
 
+_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
+
+
+def punch_hole(descriptor: int, offset: int, length: int, path: str) -> None:
+    """Give the blocks of a range back to the file system; it reads as zeroes then. Where it cannot, nothing happens."""
+    mode = ctypes.c_int(_FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE)
+    if _system().fallocate64(descriptor, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) != 0:
+        number = ctypes.get_errno()
+        if number not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            raise explain(OSError(number, os.strerror(number)), path, "punch holes into")
+
+
 # ---- names --------------------------------------------------------------------------------------------------------
 
-_libc = None
+
+@functools.cache
+def _system() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def _renameat2(source: str, target: str, flags: int) -> None:
-    global _libc
-    if _libc is None:
-        _libc = ctypes.CDLL(None, use_errno=True)
-    done = _libc.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), ctypes.c_uint(flags))
+    done = _system().renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), ctypes.c_uint(flags))
     if done != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), source, None, target)

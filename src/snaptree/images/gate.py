@@ -249,9 +249,13 @@ def blockdev(
     *,
     read_only: bool = True,
 ) -> dict[str, Any]:
-    """One image as QEMU's ``BlockdevOptions``, with every driver named; ``backing`` overrides what the header says."""
+    """One image as QEMU's ``BlockdevOptions``, with every driver named; ``backing`` overrides what the header says.
+
+    Of a qcow2 image's clusters that become free the file's blocks are kept (see ``images/holes.py``).
+    """
+    discard = "ignore" if image_format == "qcow2" else "unmap"
     driver = "host_device" if stat.S_ISBLK(os.stat(path).st_mode) else "file"
-    file: dict[str, Any] = {"driver": driver, "filename": path, "read-only": read_only, "discard": "unmap"}
+    file: dict[str, Any] = {"driver": driver, "filename": path, "read-only": read_only, "discard": discard}
     if read_only:
         # The node can be made writable for a commit; the file is opened for writing only then.
         file = {**file, "read-only": False, "auto-read-only": True}

@@ -72,14 +72,20 @@ def _measure(row: Sequence[Allocation], *, has_below: bool) -> RowFacts:
     base_unit = lowest.cluster if isinstance(lowest, Qcow2Allocation) else 65536
     down = _Way(unit=max(granule, min(max(base_unit, 4096), 65536)))
     up = _Way(unit=max(granule, top.granule))
-    busy = sorted(set().union(*(each.busy(window) for each in row)))
-    for number in busy:
+    busy = set().union(*(each.busy(window) for each in row))
+    shortest = min(each.virtual_size for each in row)
+    busy.update(range(shortest // window, -(-top.virtual_size // window)) if shortest < top.virtual_size else ())
+    for number in sorted(busy):
         start = number * window
         end = min(start + window, -(-length // largest) * largest)
         if start >= end:
             continue
         classes = [_seen(each, start, end, granule) for each in row]
-        _count(down, start, granule, length, _topmost(classes[1:]), classes[0], lowest, top.virtual_size)
+        upper = _topmost(classes[1:])
+        # What shows as zeroes past the end of the lowest is zeroes in the top by then (Cover).
+        past = np.arange(len(upper)) >= -(-lowest.virtual_size // granule) - start // granule
+        upper = np.where((upper == UNALLOCATED) & past, ZERO, upper).astype(np.uint8)
+        _count(down, start, granule, length, upper, classes[0], lowest, top.virtual_size)
         lower = np.where(classes[-1] == UNALLOCATED, _topmost(classes[:-1]), UNALLOCATED).astype(np.uint8)
         if isinstance(lowest, RawAllocation):
             hidden = _topmost(classes[1:]) != UNALLOCATED
@@ -98,6 +104,40 @@ def _measure(row: Sequence[Allocation], *, has_below: bool) -> RowFacts:
         profile_commit=tuple(int(each) for each in np.cumsum(down.profile)),
         profile_pull=tuple(int(each) for each in np.cumsum(up.profile)),
     )
+
+
+def hidden_ranges(layers: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
+    """Where the top of a row shows zeroes only because a layer beneath ends there, as ``(start, length)``.
+
+    :param layers: ``(path, format)``, lowest first.
+    """
+    found: list[tuple[int, int]] = []
+    with contextlib.ExitStack() as stack:
+        row: list[Allocation] = []
+        for path, image_format in layers:
+            descriptor = open_to_read(path)
+            stack.callback(os.close, descriptor)
+            row.append(open_allocation(descriptor, path, image_format))
+        length = row[-1].virtual_size
+        shortest = min(each.virtual_size for each in row[:-1])
+        if shortest >= length:
+            return []
+        granule = min(512, *(each.granule for each in row))
+        largest = max(each.cluster for each in row)
+        window = max(WINDOW_GRANULES * granule // largest, 1) * largest
+        for start in range(shortest // largest * largest, length, window):
+            end = min(start + window, -(-length // largest) * largest)
+            hidden = np.zeros((end - start) // granule, dtype=bool)
+            masked = row[-1].classes(start, end, granule) != UNALLOCATED
+            for layer in reversed(row[:-1]):
+                past = np.arange(len(hidden)) >= -(-layer.virtual_size // granule) - start // granule
+                hidden |= past & ~masked
+                masked |= past | (layer.classes(start, end, granule) != UNALLOCATED)
+            edges = np.flatnonzero(np.diff(np.concatenate([[0], hidden.astype(np.int8), [0]]))).reshape(-1, 2)
+            for first, last in (edges * granule + start).tolist():
+                if first < length:
+                    found.append((first, min(last, length) - first))
+    return found
 
 
 def _streamed(lower: Classes, raw: Mask, chunk: int) -> Mask:

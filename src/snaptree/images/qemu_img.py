@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
 import select
 import shutil
-import signal
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from snaptree.errors import CancelledError, NoSpaceError, ToolError
+from snaptree.images.child import ends_with_us
 
 Graph = dict[str, Any]
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def find_tool(name: str) -> str:
@@ -30,11 +27,6 @@ def find_tool(name: str) -> str:
     if found is None:
         raise ToolError(f"{name} is not installed", "install QEMU's tools (qemu-utils on Debian and Ubuntu)")
     return found
-
-
-def die_with_parent() -> None:
-    """In a new process: end when the process that started it does, so that no tool works on without its journal."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def image_name(graph: Graph) -> str:
@@ -62,7 +54,7 @@ def run(arguments: Sequence[str], *, good: Sequence[int] = (0,)) -> str:
         text=True,
         errors="replace",
         start_new_session=True,
-        preexec_fn=die_with_parent,
+        preexec_fn=ends_with_us(),
         check=False,
     )
     if done.returncode not in good:
@@ -115,6 +107,27 @@ def resize(graph: Graph, size: int, *, shrink: bool = False) -> None:
     run(["resize", "-q", *(["--shrink"] if shrink else []), image_name(graph), str(size)])
 
 
+def write_zeroes(graph: Graph, ranges: Sequence[tuple[int, int]]) -> None:
+    """Write zeroes into an image, given as ``(start, length)`` in bytes, with ``qemu-io``.
+
+    :raise ToolError: it failed.
+    """
+    commands = "".join(f"write -q -z {start} {length}\n" for start, length in ranges)
+    done = subprocess.run(
+        [find_tool("qemu-io"), image_name(graph)],
+        input=commands,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        preexec_fn=ends_with_us(),
+        check=False,
+    )
+    # It prints what failed and goes on with the next command.
+    if done.returncode != 0 or "failed" in done.stdout or done.stderr:
+        raise _fail(["zeroes"], done.stderr or done.stdout)
+
+
 def convert_point(
     source: Graph,
     tag: str,
@@ -129,7 +142,7 @@ def convert_point(
     :raise CancelledError: ``cancelled`` said so; the target is worthless.
     """
     backing = source.get("backing")
-    arguments = ["convert", "-p", "-n", "-O", "qcow2", "-l", f"snapshot.name={tag}"]
+    arguments = ["convert", "-p", "-n", "-O", "qcow2", "-l", f"snapshot.name={tag.replace(',', ',,')}"]
     if backing is not None:
         arguments += ["-B", image_name(backing)]
     arguments += [image_name(source), image_name(target)]
@@ -139,7 +152,7 @@ def convert_point(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        preexec_fn=die_with_parent,
+        preexec_fn=ends_with_us(),
     )
     try:
         _follow(process, progress, cancelled)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import struct
 
-from snaptree.errors import RefusedError
 from snaptree.images import durable
 from snaptree.images.header import Header, read_header
 
@@ -20,21 +19,16 @@ _COPIED, _COMPRESSED, _ZERO = 1 << 63, 1 << 62, 1
 def zero_tail(path: str) -> None:
     """Zero what the last cluster holds past the end of the disk; what the image shows stays the same.
 
-    :raise RefusedError: the cluster is compressed, or an internal snapshot has it too: it cannot be written in place.
+    A cluster that cannot be written in place, compressed or shared with an internal snapshot, is left as it is.
     """
     with durable.opened_for_writing(path) as descriptor:
         header = read_header(descriptor, path)
         inside = header.virtual_size % header.cluster_size
         entry = _last_entry(descriptor, header) if inside else 0
         place = entry & _OFFSET
-        if not place or (header.version >= 3 and not header.extended_l2 and not entry & _COMPRESSED and entry & _ZERO):
+        zero = header.version >= 3 and not header.extended_l2 and entry & _ZERO
+        if not place or zero or entry & _COMPRESSED or not entry & _COPIED:
             return
-        if entry & _COMPRESSED or not entry & _COPIED:
-            raise RefusedError(
-                f"the last cluster of {path} is compressed or shared with an internal snapshot, and may hold data past "
-                "the end of the disk",
-                "give the disk a size that is a multiple of its cluster size",
-            )
         durable.write_in_place(descriptor, place + inside, bytes(header.cluster_size - inside), path)
         durable.sync(descriptor, path)
 

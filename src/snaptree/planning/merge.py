@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from snaptree.planning.external import bound, make_external
 from snaptree.planning.health import ailments
 from snaptree.planning.plan import Plan
 from snaptree.planning.settle import settle
-from snaptree.planning.steps import Grow, Move, MoveJob, Record, Repoint, Shrink, Step, TakeName
+from snaptree.planning.steps import Cover, Move, MoveJob, Record, Repoint, Shrink, Step, TakeName
 from snaptree.planning.ways import Choice, Row, Unmeasured, choose, is_owned_root, room
 
 USUAL_SPEED = 300e6
@@ -93,13 +94,13 @@ def _merge(draft: Draft, rows: Sequence[Row], way: str) -> Plan:
 
 def _steps(draft: Draft, choices: Sequence[Choice]) -> Plan:
     tree = draft.tree
-    marks, grows = _marks(draft, choices)
+    marks, covers = _marks(draft, choices)
     marked = draft.tree
     jobs = tuple(_job(draft, choice, number) for number, choice in enumerate(choices))
     steps: list[Step] = []
     if marks:
         steps.append(Record(diff(tree, marked), (), "note that the lower layers are being written"))
-    steps += [*grows, Move(jobs)]
+    steps += [*covers, Move(jobs)]
     no_return = len(steps)
     freed = 0
     for choice in choices:
@@ -135,25 +136,18 @@ def _steps(draft: Draft, choices: Sequence[Choice]) -> Plan:
 
 
 def _marks(draft: Draft, choices: Sequence[Choice]) -> tuple[bool, list[Step]]:
-    """Mark what a commit writes to, and grow layers that are shorter than the top.
-
-    A layer hides what is beneath past its end. QEMU's jobs forget that once the layer is out of the chain, so that it
-    is first grown with explicit zeroes, which shows the same to everything above.
-    """
+    """Mark what a commit writes to, and cover what tops show past the end of shorter layers."""
     changed: dict[LayerId, Layer] = {}
-    grows: list[Step] = []
+    covers: list[Step] = []
     for choice in choices:
         layers = [draft.tree.layers[each] for each in choice.row]
         if choice.way == "commit":
             changed[layers[0].id] = replace(layers[0], half_merged=True)
-        size = layers[-1].virtual_size
-        for layer in layers[:-1]:
-            if layer.virtual_size < size:
-                below = draft.files_below(layer.id)
-                grows.append(Grow(layer.path, layer.format, below, size))
-                changed[layer.id] = replace(changed.get(layer.id, layer), virtual_size=size)
+        if any(layer.virtual_size < layers[-1].virtual_size for layer in layers[:-1]):
+            row = tuple((layer.path, layer.format) for layer in layers)
+            covers.append(Cover(row, draft.files_below(layers[0].id)))
     draft.tree = draft.tree.with_layers(*changed.values())
-    return bool(changed), grows
+    return bool(changed), covers
 
 
 def _job(draft: Draft, choice: Choice, number: int) -> MoveJob:
@@ -212,7 +206,8 @@ def _pull(draft: Draft, choice: Choice) -> list[Step]:
     draft.tree = pulled
     if not rooted or lowest.id in settle(pulled, draft.outsiders).layers:
         return steps
-    if top.format != lowest.format or top.id in draft.outsiders or draft.facts(lowest.id).block_device:
+    elsewhere = posixpath.dirname(top.path) != posixpath.dirname(lowest.path)
+    if elsewhere or top.format != lowest.format or top.id in draft.outsiders or draft.facts(lowest.id).block_device:
         draft.notes.append(f"the root of {top.disk} is now {top.path}")
         draft.tree = replace(pulled, roots={**pulled.roots, top.disk: (top.path, top.format)})
         return steps

@@ -129,20 +129,21 @@ class DeleteInternal:
 
 
 @dataclass(frozen=True, slots=True)
-class Grow:
-    """Make a layer longer; what is past its old end reads as explicit zeroes, never as what lies beneath."""
+class Cover:
+    """Write zeroes into the top of a row where it shows zeroes only because a layer beneath it ends there.
 
-    kind: ClassVar[str] = "grow"
-    crash: ClassVar[str] = "the layer is shorter or longer; what stands on it shows the same"
+    ``row`` is lowest first, ``below`` what the lowest stands on, nearest first.
+    """
 
-    path: str
-    format: str
+    kind: ClassVar[str] = "cover"
+    crash: ClassVar[str] = "the top has some of the zeroes; it shows the same with and without them"
+
+    row: tuple[File, ...]
     below: tuple[File, ...]
-    size: int
 
     @property
     def summary(self) -> str:
-        return f"grow {self.path} to {self.size} bytes"
+        return f"write into {self.row[-1][0]} the zeroes that it shows past the end of shorter layers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,7 +319,7 @@ Step: TypeAlias = (
     | MakeInternal
     | ApplyInternal
     | DeleteInternal
-    | Grow
+    | Cover
     | Shrink
     | Move
     | Repoint
@@ -337,7 +338,7 @@ STEPS: tuple[type[Step], ...] = (
     MakeInternal,
     ApplyInternal,
     DeleteInternal,
-    Grow,
+    Cover,
     Shrink,
     Move,
     Repoint,

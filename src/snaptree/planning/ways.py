@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -116,22 +117,21 @@ def _common_obstacle(draft: Draft, row: Row, written: Layer) -> str:
             return f"{layer.path} has persistent bitmaps ({', '.join(facts.bitmaps)}), which a merge would drop"
         if layer.id not in draft.survey.layers:
             return f"{layer.path} has only just been made"
-    size = tree.layers[row[-1]].virtual_size
-    for layer in (tree.layers[each] for each in row[:-1]):
-        below = tree.layers[layer.parent].virtual_size if layer.parent is not None else 0
-        if layer.virtual_size < min(size, below) and draft.facts(layer.id).version < 3:
-            return f"{layer.path} is qcow2 version 2 and shorter than what is above and below it"
     for layer in tree.chain(row[0]):
         ailment = draft.ailments.get(layer.id)
         if ailment is not None and ailment.blocks:
             return f"{ailment.detail} ({ailment.word})"
-    facts = draft.facts(written.id)
-    if facts.block_device:
-        return f"{written.path} is a block device"
-    if not facts.writable:
-        return f"{written.path} cannot be written to"
-    if facts.links > 1:
-        return f"{written.path} has {facts.links} names (hard links), and the others would see it change"
+    top = tree.layers[row[-1]]
+    # A top that is longer than what is beneath it gets the zeroes that it shows there, whatever the way.
+    covered = any(tree.layers[each].virtual_size < top.virtual_size for each in row[:-1])
+    for layer in (written, *([top] if covered else [])):
+        facts = draft.facts(layer.id)
+        if facts.block_device:
+            return f"{layer.path} is a block device"
+        if not facts.writable:
+            return f"{layer.path} cannot be written to"
+        if facts.links > 1:
+            return f"{layer.path} has {facts.links} names (hard links), and the others would see it change"
     return ""
 
 
@@ -154,6 +154,9 @@ def _commit_obstacle(draft: Draft, row: Row) -> str:
         )
     if facts.internals and facts.version < 3 and top.virtual_size > lowest.virtual_size:
         return f"{lowest.path} is qcow2 version 2 with internal snapshots and cannot be grown"
+    below = tree.layers[lowest.parent].virtual_size if lowest.parent is not None else 0
+    if lowest.virtual_size < min(top.virtual_size, below) and lowest.format == "qcow2" and facts.version < 3:
+        return f"{lowest.path} is qcow2 version 2 and shorter than what is above and below it"
     return ""
 
 
@@ -165,6 +168,12 @@ def _pull_obstacle(draft: Draft, row: Row) -> str:
     if is_owned_root(tree, row[0]) and tree.layers[row[0]].format != top.format:
         root = tree.layers[row[0]]
         return f"{root.path} is {root.format} and stays so unless --merge pull says otherwise"
+    if posixpath.dirname(top.path) != posixpath.dirname(tree.layers[row[0]].path) and is_owned_root(tree, row[0]):
+        return f"{top.path} is in another folder, and the root's name stays unless --merge pull says otherwise"
+    for each in row[:-1]:
+        strange = {one.name for one in draft.facts(each).internals} - set(tree.internals.get(each, ()))
+        if strange:
+            return f"{tree.layers[each].path} has an internal snapshot {min(strange)!r} that the tree does not know"
     if any(tree.internals.get(each) for each in row[:-1]):
         return "an internal snapshot needs the lower file, which would stay all the same"
     return ""
@@ -188,6 +197,8 @@ def choose(draft: Draft, row: Row, way: str) -> Choice | str:
     if way == "pull" and "stays so unless" in closed.get("pull", ""):
         del closed["pull"]
         draft.notes.append(f"the root of {draft.tree.layers[row[0]].disk} becomes qcow2, as --merge pull asks")
+    if way == "pull" and "name stays unless" in closed.get("pull", ""):
+        del closed["pull"]
     if way == "pull" and "stay all the same" in closed.get("pull", ""):
         del closed["pull"]
     wanted = ("commit", "pull") if way == "auto" else (way,)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
@@ -13,14 +11,8 @@ from types import TracebackType
 from typing import Any
 
 from snaptree.errors import ToolError
+from snaptree.images.child import ends_with_us
 from snaptree.qemu.session import QmpSession
-
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _die_with_parent() -> None:
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class StorageDaemon:
@@ -55,7 +47,7 @@ class StorageDaemon:
                 stderr=self._said,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=ends_with_us(),
             )
         finally:
             theirs.close()

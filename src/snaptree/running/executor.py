@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 
 from snaptree.errors import CancelledError, SnaptreeError
+from snaptree.images import durable
 from snaptree.planning.plan import Plan
 from snaptree.planning.steps import Move, Record, Step
 from snaptree.running import carry
@@ -100,8 +101,11 @@ def _reporter(report: Report, progress: Progress) -> Callable[[int, int], None]:
 
 async def take(step: Step, context: Context) -> None:
     """Take one step, and keep what frozen layers look like that it has written to."""
-    await carry.do(step, context)
-    refresh(written_by(step), context)
+    try:
+        await carry.do(step, context)
+        refresh(written_by(step), context)
+    except OSError as error:
+        raise durable.explain(error, str(error.filename or "one of its files"), "work on") from error
 
 
 async def undo_all(steps: tuple[Step, ...], context: Context, why: str) -> str:

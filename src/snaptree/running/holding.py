@@ -13,8 +13,8 @@ from snaptree.planning.plan import Plan
 from snaptree.planning.steps import (
     ApplyInternal,
     BuildFromPoint,
+    Cover,
     DeleteInternal,
-    Grow,
     MakeInternal,
     MakeOverlay,
     Move,
@@ -29,8 +29,10 @@ from snaptree.planning.steps import (
 def written_by(step: Step) -> tuple[str, ...]:
     """The images that a step writes to or takes away; nobody else may have them open meanwhile."""
     match step:
-        case MakeInternal() | ApplyInternal() | DeleteInternal() | Grow() | Shrink() | Repoint() | Unlink():
+        case MakeInternal() | ApplyInternal() | DeleteInternal() | Shrink() | Repoint() | Unlink():
             return (step.path,)
+        case Cover():
+            return (step.row[-1][0],)
         case TakeName():
             return (step.source, step.target)
         case Move():
@@ -48,7 +50,9 @@ def read_by(step: Step) -> tuple[str, ...]:
             return (step.backing,)
         case BuildFromPoint():
             return (step.source, *(path for path, _ in step.below))
-        case ApplyInternal() | Grow() | Shrink():
+        case Cover():
+            return tuple(path for path, _ in (*step.row, *step.below))
+        case ApplyInternal() | Shrink():
             return tuple(path for path, _ in step.below)
         case Move():
             return tuple(path for job in step.jobs for path, _ in (*job.row, *job.below))

@@ -9,9 +9,9 @@ from snaptree.planning.steps import (
     ApplyInternal,
     BuildFromPoint,
     CopyFirmware,
+    Cover,
     DeleteInternal,
     Forget,
-    Grow,
     MakeInternal,
     MakeOverlay,
     Move,
@@ -46,8 +46,10 @@ async def do(step: Step, context: Context) -> None:
             internals.apply(step, context)
         case DeleteInternal():
             internals.delete(step, context)
-        case Grow() | Shrink():
-            moving.resize(step, context)
+        case Cover():
+            moving.cover(step, context)
+        case Shrink():
+            moving.shrink(step, context)
         case Move():
             await moving.move(step, context)
         case Repoint():
@@ -67,7 +69,7 @@ async def do(step: Step, context: Context) -> None:
 async def undo(step: Step, context: Context) -> None:
     """Take the step back; before the point of no return only.
 
-    What has no way back there needs none: growing a layer shows the same to everything, and a mark that a layer is
+    What has no way back there needs none: zeroes in the top show the same to everything, and a mark that a layer is
     being written to stays true.
     """
     match step:

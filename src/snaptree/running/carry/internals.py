@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from snaptree.images import gate, qemu_img
+from snaptree.images import durable, gate, qemu_img
 from snaptree.images.facts import read_facts
+from snaptree.images.holes import punch_free
 from snaptree.planning.steps import ApplyInternal, DeleteInternal, MakeInternal
 from snaptree.running.context import Context
 
@@ -13,9 +14,12 @@ def tags_of(path: str) -> tuple[str, ...]:
     return tuple(each.name for each in read_facts(path, "qcow2").internals)
 
 
-def _mend(path: str) -> None:
-    """Give back clusters that a killed qemu-img may have leaked."""
-    qemu_img.check(gate.blockdev(path, "qcow2", None, None, read_only=False), repair="leaks")
+def mend(path: str) -> None:
+    """Put right the reference counts that a killed or failed qemu-img has left between.
+
+    The tables are the truth, and are not changed but for the flags that repeat what the counts say.
+    """
+    qemu_img.check(gate.blockdev(path, "qcow2", None, None, read_only=False), repair="all")
 
 
 def make(step: MakeInternal, context: Context) -> None:
@@ -25,12 +29,12 @@ def make(step: MakeInternal, context: Context) -> None:
 
 
 def unmake(step: MakeInternal, context: Context) -> None:
-    """Take an internal snapshot back."""
+    """Take an internal snapshot back; whether it was taken, half taken or not at all."""
     with context.holding.handed_over([step.path]):
-        if context.recovering:
-            _mend(step.path)
+        mend(step.path)
         if step.tag in tags_of(step.path):
             qemu_img.snapshot_delete(gate.blockdev(step.path, "qcow2", None, None, read_only=False), step.tag)
+    durable.sync_file(step.path)
 
 
 def apply(step: ApplyInternal, context: Context) -> None:
@@ -38,17 +42,19 @@ def apply(step: ApplyInternal, context: Context) -> None:
     files = [step.path, *(path for path, _ in step.below)]
     with context.holding.handed_over(files):
         if context.recovering:
-            _mend(step.path)
+            mend(step.path)
         graph = gate.graph([(step.path, "qcow2"), *step.below], read_only=False)
         qemu_img.snapshot_apply(graph, step.tag)
         if context.recovering:
-            _mend(step.path)
+            mend(step.path)
 
 
 def delete(step: DeleteInternal, context: Context) -> None:
     """Delete an internal snapshot."""
     with context.holding.handed_over([step.path]):
         if context.recovering:
-            _mend(step.path)
+            mend(step.path)
         if step.tag in tags_of(step.path):
             qemu_img.snapshot_delete(gate.blockdev(step.path, "qcow2", None, None, read_only=False), step.tag)
+    durable.sync_file(step.path)
+    punch_free(step.path)

@@ -6,29 +6,40 @@ import os
 
 from snaptree.images import durable, gate, qemu_img
 from snaptree.images.facts import read_facts
+from snaptree.images.holes import punch_free
+from snaptree.images.measure import hidden_ranges
 from snaptree.images.tail import zero_tail
-from snaptree.planning.steps import Grow, Move, MoveJob, Repoint, Shrink
+from snaptree.planning.steps import Cover, Move, MoveJob, Repoint, Shrink
 from snaptree.qemu.daemon import StorageDaemon
 from snaptree.qemu.jobs import Commit, JobProgress, Pull, run_jobs
 from snaptree.running.carry.headers import repoint
+from snaptree.running.carry.internals import mend
 from snaptree.running.context import Context
 
 
-def resize(step: Grow | Shrink, context: Context) -> None:
-    """Give a layer another virtual size, with nothing left past its end that could show when it grows."""
+def cover(step: Cover, context: Context) -> None:
+    """Write zeroes into the top wherever it shows zeroes only because a layer beneath it ends there.
+
+    QEMU's jobs forget that once the layer is out of the chain. What the top shows stays the same at every moment.
+    """
+    ranges = hidden_ranges(step.row)
+    if ranges:
+        with context.holding.handed_over([path for path, _ in (*step.row, *step.below)]):
+            qemu_img.write_zeroes(gate.graph([*reversed(step.row), *step.below], read_only=False), ranges)
+        durable.sync_file(step.row[-1][0])
+
+
+def shrink(step: Shrink, context: Context) -> None:
+    """Cut a layer, with nothing left past its end that could show when it grows."""
     qcow2 = step.format == "qcow2"
-    if read_facts(step.path, step.format).virtual_size != step.size:
-        if qcow2:
-            zero_tail(step.path)
-        _resize(step, context)
-    if qcow2 and isinstance(step, Shrink):
-        zero_tail(step.path)
-
-
-def _resize(step: Grow | Shrink, context: Context) -> None:
     with context.holding.handed_over([step.path, *(path for path, _ in step.below)]):
-        graph = gate.graph([(step.path, step.format), *step.below], read_only=False)
-        qemu_img.resize(graph, step.size, shrink=isinstance(step, Shrink))
+        if context.recovering and qcow2:
+            mend(step.path)
+        if read_facts(step.path, step.format).virtual_size != step.size:
+            graph = gate.graph([(step.path, step.format), *step.below], read_only=False)
+            qemu_img.resize(graph, step.size, shrink=True)
+    if qcow2:
+        zero_tail(step.path)
     durable.sync_file(step.path)
 
 
@@ -45,7 +56,11 @@ async def move(step: Move, context: Context) -> None:
             jobs = [await _open(daemon, job, number) for number, job in enumerate(step.jobs)]
             ended = await run_jobs(daemon.qmp, jobs, progress=report, cancelled=context.cancelled)
         for job in step.jobs:
-            durable.sync_file(job.row[0][0] if job.way == "commit" else job.row[-1][0])
+            durable.sync_file(target_of(job)[0])
+    for job in step.jobs:
+        path, image_format = target_of(job)
+        if image_format == "qcow2":
+            punch_free(path)
     for job in step.jobs:
         # QEMU counts zeroes among what a commit has written.
         context.journal.moved += max(0, ended[job.name].current - job.zeroes) if job.way == "commit" else job.bytes
@@ -84,12 +99,21 @@ def bytes_moved(job: MoveJob, state: JobProgress | None) -> int:
     return job.profile[min(len(job.profile) - 1, int(part * (len(job.profile) - 1)))]
 
 
+def target_of(job: MoveJob) -> tuple[str, str]:
+    """The file that takes the data."""
+    return job.row[0] if job.way == "commit" else job.row[-1]
+
+
 def unmove(step: Move, context: Context) -> None:
     """Take back what can be: a pull that has come to its end points at its old backing file again.
 
     What a commit has written stays: the lower layer is marked and is read only through the upper one.
     """
     for job in step.jobs:
-        if job.way == "pull" and os.path.exists(job.row[-1][0]):
+        path, image_format = target_of(job)
+        if image_format == "qcow2" and os.path.exists(path):
+            with context.holding.handed_over([path]):
+                mend(path)
+        if job.way == "pull" and os.path.exists(path):
             below = job.row[-2]
-            repoint(Repoint(job.row[-1][0], below[0], below[1]), context)
+            repoint(Repoint(path, below[0], below[1]), context)

@@ -1,0 +1,196 @@
+"""Every kind of operation on every shape of tree: what the crash matrix goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from tests.kit import images
+from tests.kit.images import KiB
+from tests.kit.world import World
+
+from snaptree.machines.options import DiskOption
+from snaptree.planning.adopt import DetachRequest
+from snaptree.planning.create import BranchRequest, SnapshotRequest
+from snaptree.planning.delete import DeleteRequest
+from snaptree.planning.revert import RevertRequest, SwitchRequest
+from snaptree.planning.sweep import SquashRequest
+from snaptree.planning.verbs import DeleteBranchRequest, GcRequest, RemoveRequest, RenameRequest, Request
+
+SIZE = 512 * KiB
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation on one shape of tree.
+
+    ``build`` makes the tree, ``request`` what is interrupted. ``kinds`` of steps are in the plan of it.
+    """
+
+    build: Callable[[World], None]
+    request: Callable[[World], Request]
+
+
+def machine(world: World) -> None:
+    """``web1`` with a qcow2 and a raw disk."""
+    root = images.create(world.images / "vda.qcow2", SIZE)
+    raw = images.create(world.images / "vdb.img", SIZE, "raw")
+    images.io(root, "qcow2", "write -P 1 0 128k")
+    images.io(raw, "raw", "write -P 2 64k 128k")
+    world.add({"vda": (root, "qcow2"), "vdb": (raw, "raw")})
+
+
+def write(world: World, number: int) -> None:
+    """The guest writes to both disks, partly over what was there."""
+    for disk in world.tree.disks:
+        world.write(disk, f"write -P {number} {number * 32 % 384}k 96k", f"write -z {(number * 96 + 64) % 448}k 32k")
+
+
+def line(world: World, count: int = 3, *, internal: tuple[int, ...] = ()) -> None:
+    """s1, s2, s3 … with writing between; those that are named as internal are so where they can be."""
+    machine(world)
+    for number in range(1, count + 1):
+        world.run(SnapshotRequest(f"s{number}", number in internal))
+        write(world, number + 10)
+
+
+def forked(world: World) -> None:
+    """s1 <- (s2 <- main), other, third."""
+    line(world, 2)
+    world.run(BranchRequest("other", "s1"))
+    world.run(BranchRequest("third", "s1"))
+    world.run(SwitchRequest("other"))
+    write(world, 31)
+    world.run(SwitchRequest("main"))
+
+
+def gone_back(world: World) -> None:
+    """s1 <- (s2 <- main.1), main."""
+    line(world, 2)
+    world.run(RevertRequest("s1"))
+    write(world, 41)
+
+
+def loose(world: World) -> None:
+    """Three layers that wait to be merged."""
+    line(world, 3)
+    world.run(DeleteRequest(("s1", "s2", "s3"), "none"))
+
+
+def resized(world: World) -> None:
+    """A short layer in the middle, and a longer one on it."""
+    line(world, 1)
+    for disk in world.tree.disks:
+        path, form = world.tip(disk)
+        images.run("qemu-img", "resize", "-q", "--shrink", "-f", form, path, str(SIZE - 160 * KiB))
+        world.reread(disk)
+    world.run(SnapshotRequest("s2"))
+    for disk in world.tree.disks:
+        path, form = world.tip(disk)
+        images.run("qemu-img", "resize", "-q", "-f", form, path, str(SIZE + 64 * KiB))
+        world.reread(disk)
+    write(world, 51)
+
+
+def with_firmware(world: World) -> None:
+    """One disk, UEFI variables and TPM state."""
+    root = images.create(world.images / "vda.qcow2", SIZE)
+    nvram, tpm = world.folder / "vars.fd", world.folder / "tpm"
+    nvram.write_text("first")
+    tpm.mkdir()
+    (tpm / "state").write_text("first")
+    world.add({"vda": (root, "qcow2")}, nvram=str(nvram), tpm=str(tpm))
+    world.run(SnapshotRequest("s1"))
+    write(world, 61)
+    nvram.write_text("second")
+    (tpm / "state").write_text("second")
+
+
+def attachable(world: World) -> None:
+    """A machine, and an image beside it."""
+    line(world, 1)
+    images.create(world.images / "vdc.qcow2", SIZE)
+    world.extra.add(str(world.images / "vdc.qcow2"))
+
+
+def _of(build: Callable[[World], None], request: Request) -> Case:
+    return Case(build, lambda world: request)
+
+
+def _deletions() -> dict[str, Case]:
+    found = {}
+    for way in ("auto", "commit", "pull", "none"):
+        for name in ("s1", "s2", "s3"):
+            found[f"delete {name} of a line by {way}"] = _of(line, DeleteRequest((name,), way))
+        found[f"delete a fork by {way}"] = _of(forked, DeleteRequest(("s1",), way))
+        found[f"delete what was gone back to by {way}"] = _of(gone_back, DeleteRequest(("s1",), way))
+        found[f"delete several by {way}"] = _of(line, DeleteRequest(("s1", "s2", "s3"), way))
+        found[f"delete over layers of several sizes by {way}"] = _of(resized, DeleteRequest(("s1", "s2"), way))
+    return found
+
+
+def mixed(world: World) -> None:
+    """An internal point with external ones on both sides."""
+    line(world, 3, internal=(2,))
+
+
+def inner(world: World) -> None:
+    """Internal points in the tip."""
+    line(world, 2, internal=(1, 2))
+
+
+CASES: Mapping[str, Case] = {
+    "snapshot": _of(lambda world: line(world, 1), SnapshotRequest("new")),
+    "snapshot with nothing written": _of(lambda world: shared(world), SnapshotRequest("new")),
+    "snapshot of one disk": _of(lambda world: line(world, 1), SnapshotRequest("new", exclude=("vdb",))),
+    "internal snapshot": _of(lambda world: line(world, 1), SnapshotRequest("new", True)),
+    "snapshot with firmware": _of(with_firmware, SnapshotRequest("new")),
+    **_deletions(),
+    "delete with children": _of(forked, DeleteRequest(("s1",), children=True, with_branches=True)),
+    "delete the children only": _of(line, DeleteRequest(("s1",), children_only=True)),
+    "delete a branch": _of(forked, DeleteBranchRequest("other")),
+    "delete an internal one": _of(inner, DeleteRequest(("s1",))),
+    "delete internal and external ones": _of(mixed, DeleteRequest(("s1", "s2", "s3"))),
+    "delete with firmware": _of(with_firmware, DeleteRequest(("s1",))),
+    "revert": _of(line, RevertRequest("s2")),
+    "revert, keep as": _of(line, RevertRequest("s2", keep_as="kept")),
+    "revert, discard": _of(line, RevertRequest("s2", True)),
+    "revert, discard, delete": _of(line, RevertRequest("s3", True, delete=True)),
+    "revert, discard, children": _of(line, RevertRequest("s1", True, delete=True, children=True)),
+    "revert, delete": _of(line, RevertRequest("s2", delete=True)),
+    "revert within the tip": _of(inner, RevertRequest("s1")),
+    "revert within the tip, discard": _of(inner, RevertRequest("s1", True)),
+    "revert within the tip, discard, delete": _of(inner, RevertRequest("s2", True, delete=True)),
+    "revert to an internal one below": _of(mixed, RevertRequest("s2")),
+    "revert with firmware": _of(with_firmware, RevertRequest("s1")),
+    "revert, discard, with firmware": _of(with_firmware, RevertRequest("s1", True, delete=True)),
+    "branch from a snapshot": _of(line, BranchRequest("new", "s1")),
+    "branch from here": _of(line, BranchRequest("new")),
+    "branch from an internal one": _of(mixed, BranchRequest("new", "s2")),
+    "switch": _of(forked, SwitchRequest("other")),
+    "switch to an internal one": _of(lambda world: parked_inside(world), SwitchRequest("main.1")),
+    "rename": _of(line, RenameRequest("s1", "new")),
+    "rename the branch of now": _of(line, RenameRequest("main", "new")),
+    "squash": _of(loose, SquashRequest("vda")),
+    "squash by commit": _of(loose, SquashRequest("vdb", merge="commit")),
+    "gc": _of(loose, GcRequest()),
+    "attach": Case(
+        attachable,
+        lambda world: world.machine.attach_request(DiskOption("vdc", str(world.images / "vdc.qcow2"), "qcow2")),
+    ),
+    "detach": _of(line, DetachRequest("vdb", True)),
+    "remove": _of(forked, RemoveRequest(True)),
+}
+
+
+def shared(world: World) -> None:
+    """A snapshot with nothing written since."""
+    machine(world)
+    world.run(SnapshotRequest("s1"))
+
+
+def parked_inside(world: World) -> None:
+    """A branch whose tip is an internal point of the layer that another one's tip is."""
+    inner(world)
+    world.run(RevertRequest("s1"))
+    write(world, 71)

@@ -1,0 +1,242 @@
+"""The crash matrix: every operation is interrupted at every call that changes files, recovered, and looked at.
+
+This runs in a process of its own, started with the library of ``tests/kit/faults.c``; it tells what it did as JSON, one
+line for each case. ``tests/crash/test_matrix.py`` runs a sample, ``scripts/reliability`` all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.crash.cases import CASES
+from tests.kit import shim
+from tests.kit.world import World, hidden_files
+
+from snaptree.errors import SnaptreeError
+from snaptree.images.facts import read_facts
+from snaptree.planning.verbs import GcRequest, RemoveRequest, Request
+from snaptree.store import trees
+from snaptree.store.database import Database
+
+DONE, REFUSED, UNFORESEEN, DONE_ALL_THE_SAME = 0, 3, 4, 5
+LIMIT = 5000
+"""No operation makes so many calls; a loop that does not end is a fault."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the operation is interrupted.
+
+    ``who`` is ``snaptree``, ``tools`` (QEMU's programs that it starts) or ``both``; ``error`` 0 kills, otherwise the
+    calls fail with it, once or from then on. ``again``: recovery is killed too, twice.
+    """
+
+    who: str = "snaptree"
+    error: int = 0
+    once: bool = True
+    kinds: int = shim.CHANGES
+    again: bool = False
+
+
+WAYS = {
+    "kill": Way(),
+    "kill again while recovering": Way(again=True),
+    "kill the tools": Way("tools"),
+    "kill both": Way("both"),
+    "EIO once": Way(error=errno.EIO),
+    "EIO for good": Way(error=errno.EIO, once=False),
+    "EIO of every sync": Way(error=errno.EIO, kinds=shim.SYNC),
+    "EIO while reading": Way(error=errno.EIO, kinds=shim.READS),
+    "ENOSPC once": Way(error=errno.ENOSPC, kinds=shim.DATA | shim.NAMES),
+    "ENOSPC for good": Way(error=errno.ENOSPC, once=False, kinds=shim.DATA | shim.NAMES),
+    "EDQUOT for good": Way(error=errno.EDQUOT, once=False, kinds=shim.DATA | shim.NAMES),
+    "EIO of the tools": Way("tools", error=errno.EIO),
+    "ENOSPC of the tools": Way("tools", error=errno.ENOSPC, once=False, kinds=shim.DATA),
+}
+
+
+@dataclass
+class Tally:
+    """What was tried on one case in one way."""
+
+    case: str
+    way: str
+    points: int = 0
+    done: int = 0
+    recoveries: list[float] = field(default_factory=list)
+    bytes: int = 0
+
+
+class Matrix:
+    """One case in one way: the tree is built once, and put back for every point."""
+
+    def __init__(self, folder: Path, case: str, way: str) -> None:
+        self.folder = folder
+        self.case, self.way = CASES[case], WAYS[way]
+        self.world = World(folder / "world")
+        self.case.build(self.world)
+        self.truth = copy.deepcopy(self.world.truth)
+        self.extra = set(self.world.extra)
+        shutil.copytree(self.world.folder, folder / "kept")
+        self.tally = Tally(case, way)
+
+    def restore(self) -> None:
+        """Everything as it was built; the files are others, so what is kept of their looks is read anew."""
+        shutil.rmtree(self.world.folder)
+        shutil.copytree(self.folder / "kept", self.world.folder)
+        world = self.world
+        world.truth, world.extra = copy.deepcopy(self.truth), set(self.extra)
+        world.sound.clear()
+        database = Database(str(world.state))
+        tree = trees.load_tree(database, world.name)
+        with database.transaction() as connection:
+            for layer in tree.layers.values():
+                identity = read_facts(layer.path, layer.format).identity
+                if layer.identity is not None and identity is not None:
+                    trees.put_identity(connection, world.name, layer.id, identity)
+        database.close()
+
+    def points(self, stride: int, start: int) -> None:
+        """Interrupt at the calls ``start``, ``start + stride`` …, until the operation comes to its end."""
+        for number in range(start, LIMIT, stride):
+            if not self.point(number):
+                return
+        raise AssertionError(f"{self.tally.case} has not ended after {LIMIT} calls")
+
+    def point(self, number: int) -> bool:
+        """Interrupt at one call, recover, look; whether the operation was interrupted there."""
+        self.restore()
+        world = self.world
+        request = self.case.request(world)
+        before = world.tree
+        try:
+            interrupted = self.interrupted(number, request)
+            self.tally.points += interrupted
+            if world.name in world.connection.names():
+                world.check_meanwhile(request)
+            self.recover(number)
+            self.look(request, before)
+        except BaseException as error:
+            error.add_note(f"{self.tally.case}, {self.tally.way}, at call {number}")
+            raise
+        return interrupted
+
+    def interrupted(self, number: int, request: Request) -> bool:
+        """Run the operation in a process of its own; whether the n-th call came."""
+        way = self.way
+        child = os.fork()
+        if child == 0:
+            status = UNFORESEEN
+            try:
+                if way.who in ("tools", "both"):
+                    os.environ.update(shim.environment(number, error=way.error, once=way.once, kinds=way.kinds))
+                if way.who in ("snaptree", "both"):
+                    # With both, snaptree dies somewhere else than its tools do.
+                    at = number if way.who == "snaptree" else 3 * number
+                    shim.arm(at, error=way.error, once=way.once, kinds=way.kinds)
+                status = self.attempt(number, request)
+            finally:
+                os._exit(status)
+        status = os.waitpid(child, 0)[1]
+        if os.WIFSIGNALED(status):
+            assert os.WTERMSIG(status) == signal.SIGKILL, f"ended by signal {os.WTERMSIG(status)}"
+            return True
+        code = os.WEXITSTATUS(status)
+        assert code in (DONE, REFUSED, DONE_ALL_THE_SAME), f"an unforeseen error (see above), {code}"
+        self.tally.done += code != REFUSED
+        return code != DONE
+
+    def attempt(self, number: int, request: Request) -> int:
+        """The operation; how it ended."""
+        try:
+            self.world.machine.run(request)
+        except SnaptreeError as error:
+            assert error.message
+            return REFUSED
+        except BaseException as error:
+            traceback.print_exception(error)
+            return UNFORESEEN
+        came = self.way.who == "snaptree" and shim.loaded().faults_count() >= number
+        return DONE_ALL_THE_SAME if came else DONE
+
+    def recover(self, number: int) -> None:
+        """As the next command does it; killed on the way, twice, when that is wanted."""
+        chance = random.Random(number)
+        for _ in range(2 if self.way.again else 0):
+            child = os.fork()
+            if child == 0:
+                shim.arm(chance.randint(1, 40))
+                self.put_right()
+                os._exit(0)
+            os.waitpid(child, 0)
+        began = time.monotonic()
+        self.put_right()
+        self.tally.recoveries.append(round(time.monotonic() - began, 3))
+
+    def put_right(self) -> None:
+        """``recover``, then ``gc``."""
+        connection = self.world.connection
+        connection.recover()
+        if self.world.name in connection.names():
+            self.world.machine.run(GcRequest())
+
+    def look(self, request: Request, before: object) -> None:
+        """Everything that is kept is byte-exact, nothing is over or missing."""
+        world = self.world
+        assert not hidden_files(world.folder), hidden_files(world.folder)
+        if isinstance(request, RemoveRequest) and world.name not in world.connection.names():
+            left = {str(path) for path in world.images.rglob("*") if path.is_file()}
+            assert left <= world.extra | {str(path) for path in world.foreign}, left
+            return
+        assert world.machine.unfinished() == ()
+        world.settle(request, before)  # type: ignore[arg-type]
+        world.check(leaks=True)
+        self.tally.bytes += sum(len(content) for disks in world.truth.values() for content in disks.values())
+
+
+def run(cases: list[str], ways: list[str], stride: int, seed: int) -> Iterator[Tally]:
+    """All the cases in all the ways."""
+    chance = random.Random(seed)
+    for case in cases:
+        for way in ways:
+            folder = Path(
+                tempfile.mkdtemp(prefix="snaptree-crash-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+            )
+            try:
+                matrix = Matrix(folder, case, way)
+                matrix.points(stride, chance.randint(1, stride))
+                yield matrix.tally
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> None:
+    """Run what the arguments name and print a line of JSON for each case and way."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--case", action="append", default=[], help="cases that contain this; all without it")
+    parser.add_argument("--way", action="append", default=[])
+    parser.add_argument("--stride", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--part", default="0/1", help="N/M: every M-th case, from the N-th on")
+    options = parser.parse_args()
+    part, parts = map(int, options.part.split("/"))
+    cases = [case for case in CASES if not options.case or any(word in case for word in options.case)]
+    for tally in run(cases[part::parts], options.way or list(WAYS), options.stride, options.seed):
+        print(json.dumps(vars(tally)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

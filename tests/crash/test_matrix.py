@@ -1,0 +1,49 @@
+"""A sample of the crash matrix; ``scripts/reliability`` goes through all of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.kit import shim
+
+ROOT = Path(__file__).parents[2]
+
+
+def matrix(*words: str) -> list[dict[str, Any]]:
+    """Run a part of the matrix in a process of its own; a tally for each case and way."""
+    place = {**os.environ, "LD_PRELOAD": str(shim.build())}
+    line = [sys.executable, "-m", "tests.crash.matrix", *words]
+    done = subprocess.run(line, cwd=ROOT, env=place, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return [json.loads(row) for row in done.stdout.splitlines()]
+
+
+@pytest.mark.timeout(900)
+def test_killed_at_calls_of_every_operation() -> None:
+    tallies = matrix("--way", "kill", "--stride", "29")
+    assert sum(tally["points"] for tally in tallies) > 60
+    assert len(tallies) > 45
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("way", "cases"),
+    [
+        ("kill again while recovering", ("delete s1 of a line by auto", "revert with firmware")),
+        ("kill the tools", ("delete s1 of a line by commit", "internal snapshot")),
+        ("kill both", ("delete s2 of a line by pull",)),
+        ("EIO for good", ("snapshot of one disk", "revert within the tip, discard")),
+        ("EIO once", ("delete s1 of a line by commit", "branch from here")),
+        ("EIO while reading", ("switch", "delete s1 of a line by pull")),
+        ("ENOSPC for good", ("snapshot with firmware", "delete s1 of a line by commit")),
+    ],
+)
+def test_faults(way: str, cases: tuple[str, ...]) -> None:
+    tallies = matrix("--way", way, "--stride", "17", *(word for case in cases for word in ("--case", case)))
+    assert sum(tally["points"] for tally in tallies) > 0

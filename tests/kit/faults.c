@@ -1,0 +1,149 @@
+/* A library for LD_PRELOAD that counts the calls with which a process changes files, and at the n-th kills the process or
+ * lets the call fail. Calls on what is no regular file (sockets, pipes, terminals) are not counted.
+ *
+ * FAULTS_WHEN: at which call; FAULTS_ERROR: 0 to kill, otherwise the error number; FAULTS_ONCE: 1 for this call only, 0 for
+ * it and all that follow; FAULTS_KINDS: which calls (1 data, 2 sync, 4 names, 8 rights, 16 reads). A process can also arm
+ * itself with faults_arm(), which holds for it alone, not for the programs that it starts.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+enum { DATA = 1, SYNC = 2, NAMES = 4, RIGHTS = 8, READS = 16 };
+
+static long calls, when = -1;
+static int error_number, once = 1, kinds = 15;
+
+void faults_arm(long at, int error, int only_once, int which)
+{
+    __atomic_store_n(&calls, 0, __ATOMIC_SEQ_CST);
+    when = at;
+    error_number = error;
+    once = only_once;
+    kinds = which;
+}
+
+long faults_count(void) { return __atomic_load_n(&calls, __ATOMIC_SEQ_CST); }
+
+__attribute__((constructor)) static void from_environment(void)
+{
+    const char *at = getenv("FAULTS_WHEN");
+    if (at == NULL)
+        return;
+    const char *error = getenv("FAULTS_ERROR"), *only = getenv("FAULTS_ONCE"), *which = getenv("FAULTS_KINDS");
+    faults_arm(atol(at), error ? atoi(error) : 0, only ? atoi(only) : 1, which ? atoi(which) : 15);
+}
+
+/* Whether the call fails; does not return when the process is to die. */
+static int fails(int kind)
+{
+    if (when < 0 || !(kinds & kind))
+        return 0;
+    long number = __atomic_add_fetch(&calls, 1, __ATOMIC_SEQ_CST);
+    if (number != when && (once || number < when))
+        return 0;
+    if (error_number == 0) {
+        if (number != when)
+            return 0;
+        syscall(SYS_kill, getpid(), SIGKILL);
+        for (;;)
+            pause();
+    }
+    errno = error_number;
+    return 1;
+}
+
+static int fails_on(int descriptor, int kind)
+{
+    struct stat status;
+    if (when < 0 || !(kinds & kind) || fstat(descriptor, &status) != 0)
+        return 0;
+    if (!S_ISREG(status.st_mode) && !(kind == SYNC && S_ISDIR(status.st_mode)))
+        return 0;
+    return fails(kind);
+}
+
+#define NEXT(type, name) \
+    static type (*next)() = NULL; \
+    if (next == NULL) \
+        next = (type(*)())dlsym(RTLD_NEXT, #name)
+
+#define ON(type, name, kind, parameters, arguments, descriptor) \
+    type name parameters \
+    { \
+        NEXT(type, name); \
+        return fails_on(descriptor, kind) ? -1 : next arguments; \
+    }
+
+#define CALL(type, name, kind, parameters, arguments) \
+    type name parameters \
+    { \
+        NEXT(type, name); \
+        return fails(kind) ? -1 : next arguments; \
+    }
+
+ON(ssize_t, write, DATA, (int fd, const void *data, size_t size), (fd, data, size), fd)
+ON(ssize_t, writev, DATA, (int fd, const struct iovec *v, int n), (fd, v, n), fd)
+ON(ssize_t, pwrite, DATA, (int fd, const void *data, size_t size, off_t at), (fd, data, size, at), fd)
+ON(ssize_t, pwrite64, DATA, (int fd, const void *data, size_t size, off64_t at), (fd, data, size, at), fd)
+ON(ssize_t, pwritev, DATA, (int fd, const struct iovec *v, int n, off_t at), (fd, v, n, at), fd)
+ON(ssize_t, pwritev64, DATA, (int fd, const struct iovec *v, int n, off64_t at), (fd, v, n, at), fd)
+ON(int, ftruncate, DATA, (int fd, off_t size), (fd, size), fd)
+ON(int, ftruncate64, DATA, (int fd, off64_t size), (fd, size), fd)
+ON(int, fallocate, DATA, (int fd, int mode, off_t at, off_t size), (fd, mode, at, size), fd)
+ON(int, fallocate64, DATA, (int fd, int mode, off64_t at, off64_t size), (fd, mode, at, size), fd)
+ON(ssize_t, copy_file_range, DATA, (int in, off64_t *from, int out, off64_t *to, size_t size, unsigned flags),
+   (in, from, out, to, size, flags), out)
+ON(int, fsync, SYNC, (int fd), (fd), fd)
+ON(int, fdatasync, SYNC, (int fd), (fd), fd)
+ON(ssize_t, read, READS, (int fd, void *data, size_t size), (fd, data, size), fd)
+ON(ssize_t, pread, READS, (int fd, void *data, size_t size, off_t at), (fd, data, size, at), fd)
+ON(ssize_t, pread64, READS, (int fd, void *data, size_t size, off64_t at), (fd, data, size, at), fd)
+ON(ssize_t, preadv, READS, (int fd, const struct iovec *v, int n, off_t at), (fd, v, n, at), fd)
+ON(ssize_t, preadv64, READS, (int fd, const struct iovec *v, int n, off64_t at), (fd, v, n, at), fd)
+CALL(int, rename, NAMES, (const char *a, const char *b), (a, b))
+CALL(int, renameat, NAMES, (int x, const char *a, int y, const char *b), (x, a, y, b))
+CALL(int, renameat2, NAMES, (int x, const char *a, int y, const char *b, unsigned f), (x, a, y, b, f))
+CALL(int, link, NAMES, (const char *a, const char *b), (a, b))
+CALL(int, linkat, NAMES, (int x, const char *a, int y, const char *b, int f), (x, a, y, b, f))
+CALL(int, symlink, NAMES, (const char *a, const char *b), (a, b))
+CALL(int, unlink, NAMES, (const char *a), (a))
+CALL(int, unlinkat, NAMES, (int x, const char *a, int f), (x, a, f))
+CALL(int, rmdir, NAMES, (const char *a), (a))
+CALL(int, mkdir, NAMES, (const char *a, mode_t m), (a, m))
+CALL(int, mkdirat, NAMES, (int x, const char *a, mode_t m), (x, a, m))
+ON(int, fchmod, RIGHTS, (int fd, mode_t m), (fd, m), fd)
+ON(int, fchown, RIGHTS, (int fd, uid_t u, gid_t g), (fd, u, g), fd)
+ON(int, fsetxattr, RIGHTS, (int fd, const char *n, const void *v, size_t s, int f), (fd, n, v, s, f), fd)
+
+#define OPEN(name, before_parameters, before_arguments) \
+    int name(before_parameters const char *path, int flags, ...) \
+    { \
+        NEXT(int, name); \
+        mode_t mode = 0; \
+        if (flags & (O_CREAT | __O_TMPFILE)) { \
+            va_list rest; \
+            va_start(rest, flags); \
+            mode = va_arg(rest, mode_t); \
+            va_end(rest); \
+        } \
+        if ((flags & O_CREAT) && fails(NAMES)) \
+            return -1; \
+        return next(before_arguments path, flags, mode); \
+    }
+#define NOTHING
+#define WHERE int where,
+#define WHERE_IT_IS where,
+OPEN(open, NOTHING, NOTHING)
+OPEN(open64, NOTHING, NOTHING)
+OPEN(openat, WHERE, WHERE_IT_IS)
+OPEN(openat64, WHERE, WHERE_IT_IS)

@@ -1,0 +1,52 @@
+"""The library that kills a process, or lets its calls fail, at the n-th call that changes files (``faults.c``)."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).with_name("faults.c")
+DATA, SYNC, NAMES, RIGHTS, READS = 1, 2, 4, 8, 16
+CHANGES = DATA | SYNC | NAMES | RIGHTS
+
+
+def build() -> Path:
+    """The library, compiled once; skips the test where there is no compiler."""
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc is not installed")
+    target = Path(__file__).parents[2] / "build" / f"faults-{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]}.so"
+    if not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        made = target.with_suffix(f".{os.getpid()}")
+        subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-w", "-o", made, SOURCE, "-ldl"], check=True)
+        made.rename(target)
+    return target
+
+
+def loaded() -> ctypes.CDLL:
+    """The library as it is in this process, which was started with it."""
+    library = ctypes.CDLL(None)
+    library.faults_arm.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.c_int)
+    library.faults_count.restype = ctypes.c_long
+    return library
+
+
+def arm(when: int, *, error: int = 0, once: bool = True, kinds: int = CHANGES) -> None:
+    """Kill this process at its n-th call from now on, or (with an error number) let the call fail."""
+    loaded().faults_arm(when, error, int(once), kinds)
+
+
+def environment(when: int, *, error: int = 0, once: bool = True, kinds: int = CHANGES) -> dict[str, str]:
+    """What the programs that this process starts find in their environment, to do the same to themselves."""
+    return {
+        "FAULTS_WHEN": str(when),
+        "FAULTS_ERROR": str(error),
+        "FAULTS_ONCE": str(int(once)),
+        "FAULTS_KINDS": str(kinds),
+    }
