@@ -169,8 +169,10 @@ class World:
             {tree.active, getattr(request, "name", "")} if isinstance(request, RevertRequest | SwitchRequest) else set()
         )
         for name in set(self.truth) & ({*tree.snapshots, *tree.branches} - (going - set(tree.snapshots))):
-            for disk, wanted in self.truth[name].items():
-                assert_same(self.shown(tree, disk, name), wanted, f"{disk} of {name!r}, before recovery")
+            named = tree.snapshots[name].points if name in tree.snapshots else tree.branches[name].tips
+            for disk in set(named) & set(self.truth[name]):
+                what = f"{disk} of {name!r}, before recovery"
+                assert_same(self.shown(tree, disk, name), self.truth[name][disk], what)
 
     def check(self, *, leaks: bool = False) -> None:
         """Everything that must hold after every operation.

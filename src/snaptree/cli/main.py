@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from snaptree import __version__
-from snaptree.errors import SnaptreeError
+from snaptree.errors import IoError, SnaptreeError
 
 COMMANDS = {
     "add": "machines",
@@ -84,6 +84,11 @@ def run(arguments: list[str] | None = None) -> int:
         # Whoever read our output has gone; Python would complain once more at its own end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        return _said(
+            IoError(f"cannot use{where}: {error.strerror or error}", "check the path"), as_json="--json" in words
+        )
     except Exception as error:
         if os.environ.get("SNAPTREE_DEBUG"):
             raise

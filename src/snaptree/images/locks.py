@@ -13,11 +13,12 @@ import fcntl
 import os
 import stat
 import struct
+import threading
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from snaptree.errors import BusyError, IoError, NotFoundError, RefusedError
+from snaptree.errors import BusyError, CancelledError, IoError, NotFoundError, RefusedError
 
 _F_OFD_GETLK, _F_OFD_SETLK = 36, 37
 _FLOCK = struct.Struct("hhqqi4x")
@@ -112,10 +113,11 @@ class MachineLock:
     def __init__(self) -> None:
         self._held: dict[tuple[int, int], int] = {}
 
-    def acquire(self, paths: Collection[str], wait: float = 0.0) -> None:
+    def acquire(self, paths: Collection[str], wait: float = 0.0, cancelled: threading.Event | None = None) -> None:
         """Lock all the files, waiting for so many seconds at most.
 
         :raise BusyError: another operation has one of them.
+        :raise CancelledError: ``cancelled`` was set while it waited.
         """
         deadline = time.monotonic() + max(0.0, wait)
         while True:
@@ -125,6 +127,8 @@ class MachineLock:
             if time.monotonic() >= deadline:
                 hint = "try again later, or wait for it with --wait SECONDS"
                 raise BusyError(f"another snaptree operation works on {taken}", hint)
+            if cancelled is not None and cancelled.is_set():
+                raise CancelledError(f"stopped while waiting for another snaptree operation on {taken}")
             time.sleep(min(0.05, max(0.0, deadline - time.monotonic())))
 
     def extend(self, paths: Iterable[str]) -> None:

@@ -92,13 +92,13 @@ def snapshot_create(graph: Graph, tag: str) -> None:
     run(["snapshot", "-c", tag, image_name(graph)])
 
 
-def snapshot_apply(graph: Graph, tag: str) -> None:
-    """Make the active state what the internal snapshot shows, its size too."""
-    run(["snapshot", "-a", tag, image_name(graph)])
+def snapshot_apply(graph: Graph, number: str) -> None:
+    """Make the active state what the internal snapshot of that id shows, its size too."""
+    run(["snapshot", "-a", number, image_name(graph)])
 
 
 def snapshot_delete(graph: Graph, tag: str) -> None:
-    """Delete an internal snapshot."""
+    """Delete the internal snapshot of that name."""
     run(["snapshot", "-d", tag, image_name(graph)])
 
 
@@ -130,7 +130,7 @@ def write_zeroes(graph: Graph, ranges: Sequence[tuple[int, int]]) -> None:
 
 def convert_point(
     source: Graph,
-    tag: str,
+    point: tuple[str, str],
     target: Graph,
     *,
     progress: Callable[[float], None] = lambda done: None,
@@ -138,11 +138,13 @@ def convert_point(
 ) -> None:
     """Copy what an internal snapshot has of its own into an empty overlay on the same backing file.
 
+    :param point: id and name of the internal snapshot.
     :param progress: is told the part done, from 0 to 1.
     :raise CancelledError: ``cancelled`` said so; the target is worthless.
     """
     backing = source.get("backing")
-    arguments = ["convert", "-p", "-n", "-O", "qcow2", "-l", f"snapshot.name={tag.replace(',', ',,')}"]
+    number, tag = (each.replace(",", ",,") for each in point)
+    arguments = ["convert", "-p", "-n", "-O", "qcow2", "-l", f"snapshot.id={number},snapshot.name={tag}"]
     if backing is not None:
         arguments += ["-B", image_name(backing)]
     arguments += [image_name(source), image_name(target)]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 
 from snaptree.errors import BusyError, ExistsError
-from snaptree.images.locks import MachineLock, probe, who_has_open
+from snaptree.images.locks import MachineLock
 from snaptree.machines.finding import find_disk
 from snaptree.machines.options import AddOptions
-from snaptree.machines.standalone import Standalone, existing
+from snaptree.machines.standalone import Standalone, existing, require_unused
 from snaptree.machines.survey import read_survey
 from snaptree.model.machine import MachineConfig
 from snaptree.planning.adopt import AddRequest, FoundDisk, FoundSnapshot, add, empty
@@ -41,9 +42,34 @@ class Connection:
         :raise ExistsError: there is a machine of that name, or one that owns one of the disks.
         :raise UnhealthyError: a chain is not sound.
         """
+        if only_plan:
+            return self._plan_add(options)
+        import asyncio
+
+        from snaptree.running import executor
+
+        self._finish_forgotten(options.name, wait)
+        lock = MachineLock()
+        try:
+            touched: list[str] = []
+            while True:
+                plan = self._plan_add(options)
+                now = [path for path in plan.touches if os.path.exists(path)]
+                if now == touched:
+                    break
+                # What was read before the lock was taken may have changed since.
+                lock.acquire(now, wait)
+                touched = now
+            asyncio.run(executor.run(self.database, options.name, plan))
+        finally:
+            lock.release()
+        return plan
+
+    def _plan_add(self, options: AddOptions) -> Plan:
         if options.name in self.names():
             raise ExistsError(f"there is a machine {options.name!r} already", "choose another name, or remove it first")
-        disks = tuple(find_disk(option, options.bases, adopt=options.adopt) for option in options.disks)
+        found = (find_disk(option, options.bases, adopt=options.adopt) for option in options.disks)
+        disks = tuple(self._without_others(disk) for disk in found)
         self._require_free(disks, options)
         records: tuple[FoundSnapshot, ...] = ()
         if options.from_xml is not None:
@@ -60,35 +86,53 @@ class Connection:
             created=time.time(),
         )
         survey = read_survey(self.database, config, empty(options.name), beside=False)
-        plan = add(survey, AddRequest(config, disks, options.adopt, records))
-        if only_plan:
-            return plan
-        import asyncio
+        return add(survey, AddRequest(config, disks, options.adopt, records))
 
-        from snaptree.running import executor
+    def _without_others(self, disk: FoundDisk) -> FoundDisk:
+        """The disk without overlays beside it that belong to another machine."""
+        siblings = tuple(
+            chain for chain in disk.siblings if not any(trees.owners_of(self.database, each.path) for each in chain)
+        )
+        return replace(disk, siblings=siblings)
 
-        lock = MachineLock()
-        try:
-            lock.acquire([path for path in plan.touches if os.path.exists(path)], wait)
-            asyncio.run(executor.run(self.database, options.name, plan))
-        finally:
-            lock.release()
-        return plan
+    def _finish_forgotten(self, name: str, wait: float) -> None:
+        """Bring to their end operations of machines that are not known (any more): a removal that was killed, say.
 
-    def recover(self, name: str | None = None, *, wait: float = 0.0) -> tuple[str, ...]:
-        """Finish or undo what was killed, on one machine or on all; a sentence for each operation."""
-        if name is not None:
-            return self.machine(name).recover(wait=wait)
+        :raise BusyError: one of them is under way, and of a machine of this name.
+        """
+        for machine in dict.fromkeys(each.machine for each in operations.unfinished(self.database)):
+            if machine in self.names():
+                continue
+            try:
+                self._recover_forgotten(machine, wait if machine == name else 0.0)
+            except BusyError:
+                if machine == name:
+                    raise
+
+    def _recover_forgotten(self, machine: str, wait: float) -> tuple[str, ...]:
         import asyncio
 
         from snaptree.running import recovery
 
+        lock = MachineLock()
+        try:
+            files = recovery.files_of(self.database, machine)
+            lock.acquire([path for path in files if os.path.exists(path)], wait)
+            return asyncio.run(recovery.recover(self.database, machine))
+        finally:
+            lock.release()
+
+    def recover(self, name: str | None = None, *, wait: float = 0.0) -> tuple[str, ...]:
+        """Finish or undo what was killed, on one machine or on all; a sentence for each operation."""
+        waiting = dict.fromkeys(each.machine for each in operations.unfinished(self.database))
+        if name is not None and (name not in waiting or name in self.names()):
+            return self.machine(name).recover(wait=wait)
         said: list[str] = []
-        for each in dict.fromkeys(operation.machine for operation in operations.unfinished(self.database)):
+        for each in [name] if name is not None else waiting:
             if each in self.names():
                 said += self.machine(each).recover(wait=wait)
             else:
-                said += asyncio.run(recovery.recover(self.database, each))
+                said += self._recover_forgotten(each, wait)
         return tuple(said)
 
     def _require_free(self, disks: tuple[FoundDisk, ...], options: AddOptions) -> None:
@@ -102,7 +146,6 @@ class Connection:
                         f"{facts.path} belongs to machine {owners[0]!r}",
                         "make an overlay on it (qemu-img create -b) and add that",
                     )
-                conflict = probe(facts.path)
-                if conflict is not None and conflict.writing:
-                    who = ", ".join(who_has_open((facts.path,)).get(facts.path, ())) or "another process"
-                    raise BusyError(f"{facts.path} is open for writing by {who}", "stop it, then add the machine")
+                require_unused(facts.path)
+            for chain in disk.siblings:
+                require_unused(chain[0].path)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from snaptree.errors import BusyError, NotFoundError, RefusedError
-from snaptree.images.locks import MachineLock
+from snaptree.images.locks import MachineLock, probe, who_has_open
 from snaptree.machines.finding import find_disk
 from snaptree.machines.findings import Finding
 from snaptree.machines.options import DiskOption
@@ -150,7 +150,7 @@ class Standalone:
         from snaptree.errors import CancelledError
         from snaptree.running import executor, recovery
 
-        with self._locked(wait) as lock:
+        with self._locked(wait, cancelled) as lock:
             await recovery.recover(self.database, self.name)
             self.config = trees.load_config(self.database, self.name)
             tree = self.tree()
@@ -163,10 +163,14 @@ class Standalone:
             return plan
 
     @contextmanager
-    def _locked(self, wait: float) -> Iterator[MachineLock]:
+    def _locked(self, wait: float, cancelled: threading.Event | None = None) -> Iterator[MachineLock]:
         lock = MachineLock()
         try:
-            lock.acquire(_anchors(self.tree()), wait)
+            anchors: list[str] = []
+            # While it waited, the one before may have moved the machine to other files.
+            while (now := _anchors(self.tree())) != anchors:
+                lock.acquire(now, wait, cancelled)
+                anchors = now
             yield lock
         finally:
             lock.release()
@@ -194,6 +198,7 @@ class Standalone:
             owners = trees.owners_of(self.database, path)
             if owners:
                 raise BusyError(f"{path} belongs to machine {owners[0]!r}", "make an overlay on it and add that")
+            require_unused(path)
         return AttachRequest(found, adopt)
 
     def verify(self) -> tuple[Finding, ...]:
@@ -227,11 +232,22 @@ def _folders(request: Request) -> list[str]:
     return [os.path.dirname(path) for path in files.values()]
 
 
+def require_unused(path: str) -> None:
+    """Refuse an image that a program has open for writing.
+
+    :raise BusyError: names the program where that can be known.
+    """
+    conflict = probe(path)
+    if conflict is not None and conflict.writing:
+        who = ", ".join(who_has_open((path,)).get(path, ())) or "another process"
+        raise BusyError(f"{path} is open for writing by {who}", "stop it, then try again")
+
+
 def existing(path: str | None) -> str | None:
-    """The path, if something is there.
+    """The path itself, without links, if something is there.
 
     :raise NotFoundError: nothing is.
     """
-    if path is not None and not os.path.lexists(path):
+    if path is not None and not os.path.exists(path):
         raise NotFoundError(f"there is no {path}", "give the path of the machine's firmware state")
-    return path
+    return os.path.realpath(path) if path is not None else None

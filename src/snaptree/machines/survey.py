@@ -87,10 +87,12 @@ def _outsiders(
         if each.identity is not None and tree.layers[number].owned
     }
     mine = {layer.path for layer in tree.layers.values()}
-    made = {claim.path for claim in operations.claims_of(database)}
+    # What an operation that is under way has made stands on nothing yet.
+    busy = {each.id for each in operations.unfinished(database)}
+    made = {claim.path for number in busy for claim in operations.claims_of(database, number)}
     folders = sorted({os.path.dirname(path) for path in owned})
     for overlay, backing in gate.find_overlays(folders, set(inodes)):
-        if overlay in mine or (overlay in made and not trees.owners_of(database, overlay)):
+        if overlay in mine or overlay in made:
             continue
         try:
             status = os.stat(backing)
@@ -107,7 +109,7 @@ def _strays(database: Database, tree: Tree) -> tuple[Stray, ...]:
     folders = {os.path.dirname(layer.path) for layer in tree.layers.values() if layer.owned}
     busy = {operation.id for operation in operations.unfinished(database)}
     found: list[Stray] = []
-    for claim in operations.claims_of(database):
+    for claim in operations.claims_left(database):
         if os.path.dirname(claim.path) not in folders or trees.owners_of(database, claim.path):
             continue
         try:

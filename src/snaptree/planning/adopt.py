@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from snaptree.errors import ExistsError, NotFoundError, RefusedError, UnhealthyError
 from snaptree.model.branch import Branch
 from snaptree.model.delta import diff
+from snaptree.model.invariants import violations
 from snaptree.model.layer import Layer, LayerId, Point
 from snaptree.model.machine import MachineConfig
 from snaptree.model.names import check_name, check_target
@@ -92,6 +93,11 @@ def add(survey: Survey, request: AddRequest) -> Plan:
         notes += said
     tree = _with_records(tree, request.records) if request.records else tree
     tree = _with_internals(tree, request.disks, notes)
+    wrong = violations(tree)
+    if wrong:
+        raise UnhealthyError(
+            f"what was found is no sound tree: {wrong[0]}", "mend the chain or the snapshots' XML first"
+        )
     steps: tuple[Step, ...] = (
         Register(request.config),
         Record(diff(empty(request.config.name), tree), _frozen(tree), f"machine {request.config.name} is known"),

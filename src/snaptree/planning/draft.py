@@ -6,7 +6,7 @@ import posixpath
 from collections.abc import Mapping
 from dataclasses import replace
 
-from snaptree.errors import ExistsError, NotFoundError, RefusedError
+from snaptree.errors import ExistsError, NoSpaceError, NotFoundError, RefusedError
 from snaptree.model.delta import diff
 from snaptree.model.layer import Layer, LayerId, Point
 from snaptree.model.snapshot import FirmwareFile
@@ -58,6 +58,7 @@ class Draft:
         self.made: set[str] = set()
         self.spared: set[LayerId] = set()
         self.extra = 0
+        self.needs: dict[int, int] = {}
         self.bytes = 0
         self.chosen = dict(chosen or {})
         self.outsiders = frozenset(each.layer for each in survey.outsiders)
@@ -107,7 +108,8 @@ class Draft:
             folder, base = posixpath.split(chosen)
             if folder not in self.survey.names:
                 raise NotFoundError(f"there is no folder {folder} for {chosen}", "make the folder first")
-            if base in self.survey.names[folder] or chosen in self.made:
+            known = {layer.path for layer in self.before.layers.values()}
+            if base in self.survey.names[folder] or chosen in self.made or chosen in known:
                 raise ExistsError(f"{chosen} exists already", "choose another name with --file")
             if not base.endswith(".qcow2"):
                 raise RefusedError(f"{chosen} does not end in .qcow2, which new layers are", "name it NAME.qcow2")
@@ -116,12 +118,14 @@ class Draft:
         folder, base = posixpath.split(self.before.roots[disk][0])
         stem = base.rsplit(".", 1)[0] if "." in base[1:] else base
         taken = self.survey.names.get(folder, frozenset())
+        known = {layer.path for layer in self.before.layers.values()}
         for number in range(1, 100_000):
             ending = f".{label}.qcow2" if number == 1 else f".{label}-{number}.qcow2"
-            room = 240 - len(ending.encode())
-            name = stem.encode()[: max(room, 8)].decode(errors="ignore") + ending
+            room = 240 - len(ending.encode(errors="surrogateescape"))
+            name = stem.encode(errors="surrogateescape")[: max(room, 8)].decode(errors="ignore") + ending
             path = posixpath.join(folder, name)
-            if name not in taken and path not in self.made:
+            # The path of a layer that is missing just now stays its own.
+            if name not in taken and path not in self.made and path not in known:
                 self.made.add(path)
                 return path
         raise ExistsError(f"no free name for a new layer in {folder}")
@@ -201,6 +205,9 @@ class Draft:
         self.touches.add(source.path)
         self.extra += weight + OVERLAY_BYTES
         self.bytes += weight
+        if facts.identity is not None and posixpath.dirname(path) == posixpath.dirname(source.path):
+            device = facts.identity.device
+            self.needs[device] = self.needs.get(device, 0) + weight + OVERLAY_BYTES
         return self._add(source.disk, path, source.parent, size)
 
     def _owner_like(self, disk: str) -> str:
@@ -276,6 +283,7 @@ class Draft:
 
     def conclude(self, operation: str, summary: str, what: str) -> Plan:
         """The plan: prepare, change the tree in one transaction, finish, clean up what nothing needs."""
+        self._require_room(summary)
         after = settle(self.tree, self.outsiders)
         cleanup, freed = self.cleanup(after)
         baseline = tuple(
@@ -300,6 +308,16 @@ class Draft:
             notes=tuple(self.notes),
             touches=tuple(sorted(self.touches)),
         )
+
+    def _require_room(self, summary: str) -> None:
+        """Refuse new layers with data that would not fit; empty ones hardly need room."""
+        for device, need in self.needs.items():
+            free = self.survey.file_systems[device].free if device in self.survey.file_systems else need
+            if need > free:
+                raise NoSpaceError(
+                    f"cannot {summary}: it needs up to {need} bytes of room, and the file system has {free}",
+                    "free some room first",
+                )
 
     def cleanup(self, after: Tree) -> tuple[list[Step], int]:
         """The steps that remove what the tree before had and the tree after does not, and how many bytes that frees."""

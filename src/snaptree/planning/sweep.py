@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from snaptree.errors import NotFoundError, RefusedError
+from snaptree.errors import NotFoundError, RefusedError, UsageError
 from snaptree.model.layer import LayerId, Point
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
@@ -65,6 +65,8 @@ def squash(tree: Tree, survey: Survey, request: SquashRequest) -> Plan:
         raise NotFoundError(
             f"machine {tree.machine} has no disk {request.disk!r}", f"its disks: {', '.join(tree.disks)}"
         )
+    if request.merge == "none":
+        raise UsageError("--merge none leaves nothing to do for squash", "leave it out, or use commit or pull")
     row = _row_by_file(tree, survey, request)
     plans = plan_merges(tree, survey, [row], request.merge, external=request.merge != "pull")
     if not plans or not any(plan.way for plan in plans):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import threading
 from collections.abc import Callable
 
-from snaptree.errors import CancelledError, SnaptreeError
+from snaptree.errors import CancelledError, NotFoundError, SnaptreeError
 from snaptree.images import durable
 from snaptree.planning.plan import Plan
-from snaptree.planning.steps import Move, Record, Step
+from snaptree.planning.steps import CopyFirmware, Move, Record, Step
 from snaptree.running import carry
 from snaptree.running.carry.tree import refresh
 from snaptree.running.context import Context
@@ -48,12 +50,22 @@ async def run(
 
 
 def require_free(plan: Plan) -> None:
-    """See that nobody has open what the plan and the merges that follow it use, before anything is touched.
+    """See that what the plan and the merges that follow it use is there, and open nowhere, before anything is touched.
 
-    :raise BusyError: somebody has.
+    :raise NotFoundError: a piece of firmware state is not there.
+    :raise BusyError: somebody has one of the images open.
     """
+    steps = tuple(step for each in plan.every() for step in each.steps)
+    made = {step.target for step in steps if isinstance(step, CopyFirmware)}
+    for step in steps:
+        if isinstance(step, CopyFirmware) and step.source not in made and not os.path.exists(step.source):
+            hint = "put it back, or forget it with 'snaptree set --nvram' or '--tpm'"
+            raise NotFoundError(f"there is no {step.role} state at {step.source}", hint)
+    # Every file that is worked on is held open; a machine may have more than a process usually may.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     holding = Holding()
-    holding.take_steps(tuple(step for each in plan.every() for step in each.steps))
+    holding.take_steps(steps)
     holding.release()
 
 
@@ -113,6 +125,8 @@ async def undo_all(steps: tuple[Step, ...], context: Context, why: str) -> str:
 
     :return: ``undone``, or ``paused`` when data that went down stays there.
     """
+    # Where a file could not be locked again after one of QEMU's programs had it, somebody else has it now.
+    context.holding.take_steps(steps)
     for step in reversed(steps):
         await carry.undo(step, context)
         refresh(written_by(step), context)

@@ -79,6 +79,10 @@ class Journal:
         """The layers of the stored tree at these paths whose identity is kept."""
         return trees.frozen_at(self.database, self.machine, paths)
 
+    def owned(self, path: str) -> bool:
+        """Whether a machine owns a layer at the path."""
+        return bool(trees.owners_of(self.database, path))
+
     def machine_known(self) -> bool:
         """Whether the machine is in the state file."""
         return self.machine in trees.names(self.database)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from snaptree.planning.steps import Move, Record, Step, Unlink
+from snaptree.running.carry import moving
 from snaptree.running.context import Context
 from snaptree.running.executor import take, undo_all
 from snaptree.running.holding import Holding
@@ -37,13 +39,51 @@ async def _settle(database: Database, operation: operations.Operation) -> str:
             state = await undo_all(begun, context, "it was killed and has been recovered")
             how = "waits to go on" if state == operations.PAUSED else "was undone"
             return f"{operation.summary}: it had been killed, and {how}"
-        holding.take_steps(steps[operation.step :])
-        for number in range(operation.step, len(steps)):
-            if number > operation.step:
+        first, spared = _restart(database, operation, steps)
+        holding.take_steps(steps[first:])
+        for number in range(first, len(steps)):
+            step = steps[number]
+            if number > first:
                 journal.take(number)
-                context.recovering = False
-            await take(steps[number], context)
+                context.recovering = number <= operation.step
+            if not (isinstance(step, Unlink) and step.path in spared):
+                await take(step, context)
         journal.end(operations.DONE, "it was killed and has been recovered")
         return f"{operation.summary}: it had been killed, and was finished"
     finally:
         holding.release()
+
+
+def _restart(
+    database: Database, operation: operations.Operation, steps: tuple[Step, ...]
+) -> tuple[int, frozenset[str]]:
+    """From which step to go on, and which files stay: those whose data went down, and that were written to since.
+
+    Until the tree says otherwise a machine starts from the file whose data has gone down. Where it did so after the
+    kill, the data moves once more; where the tree said otherwise already, the file is kept.
+    """
+    move = next((number for number, step in enumerate(steps[: operation.step]) if isinstance(step, Move)), None)
+    if move is None:
+        return operation.step, frozenset()
+    changed = {
+        path
+        for path, looks in moving.sources(steps[move])
+        if looks and operations.note_of(database, operation.id, move, path) not in (None, looks)
+    }
+    recorded = any(isinstance(step, Record) for step in steps[move : operation.step])
+    if not changed or recorded:
+        return operation.step, frozenset(changed)
+    return move, frozenset()
+
+
+def files_of(database: Database, machine: str) -> tuple[str, ...]:
+    """The files that the machine's unfinished operations take away or bring in; whoever recovers locks them."""
+    found: dict[str, None] = {}
+    for operation in operations.unfinished(database, machine):
+        for step in operations.steps_of(database, operation.id):
+            if isinstance(step, Unlink):
+                found[step.path] = None
+            elif isinstance(step, Record):
+                layers = (layer for layer in step.delta.layers.values() if layer is not None and layer.owned)
+                found.update(dict.fromkeys(layer.path for layer in layers))
+    return tuple(found)

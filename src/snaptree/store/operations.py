@@ -104,6 +104,19 @@ def claims_of(database: Database, operation: int | None = None) -> tuple[Claim, 
     return tuple(Claim(load(str(row[0])), int(str(row[1])), int(str(row[2]))) for row in rows)
 
 
+def claims_left(database: Database) -> tuple[Claim, ...]:
+    """The files that operations made which were undone afterwards: nothing has ever stood on them.
+
+    What an operation has made that came to its end belongs to its machine, or to the user who let it go.
+    """
+    query = (
+        "SELECT claim.path, claim.device, claim.inode FROM claim JOIN operation ON claim.operation=operation.id "
+        "WHERE operation.state IN (?, ?)"
+    )
+    rows = database.rows(query, (UNDONE, PAUSED))
+    return tuple(Claim(load(str(row[0])), int(str(row[1])), int(str(row[2]))) for row in rows)
+
+
 def unfinished(database: Database, machine: str | None = None) -> tuple[Operation, ...]:
     """Operations that are running or were killed, oldest first."""
     if machine is None:

@@ -17,6 +17,7 @@ def copy(step: CopyFirmware, context: Context) -> None:
             f"there is no {step.role} state at {step.source}", "give its path with 'snaptree set --nvram' or '--tpm'"
         )
     if step.replace:
+        os.makedirs(os.path.dirname(step.target), exist_ok=True)
         durable.replace_small(step.source, step.target, context.token)
     else:
         os.makedirs(os.path.dirname(step.target), mode=0o700, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from snaptree.errors import NotFoundError
 from snaptree.images import durable, gate, qemu_img
 from snaptree.images.facts import read_facts
 from snaptree.images.holes import punch_free
@@ -12,6 +13,17 @@ from snaptree.running.context import Context
 def tags_of(path: str) -> tuple[str, ...]:
     """The tags of the internal snapshots that the image has."""
     return tuple(each.name for each in read_facts(path, "qcow2").internals)
+
+
+def id_of(path: str, tag: str) -> str:
+    """The id of the internal snapshot of that name: where QEMU goes back to one, it takes ids before names.
+
+    :raise NotFoundError: there is none.
+    """
+    for each in read_facts(path, "qcow2").internals:
+        if each.name == tag:
+            return each.id
+    raise NotFoundError(f"{path} has no internal snapshot {tag!r}", "see 'snaptree verify'")
 
 
 def mend(path: str) -> None:
@@ -44,7 +56,7 @@ def apply(step: ApplyInternal, context: Context) -> None:
         if context.recovering:
             mend(step.path)
         graph = gate.graph([(step.path, "qcow2"), *step.below], read_only=False)
-        qemu_img.snapshot_apply(graph, step.tag)
+        qemu_img.snapshot_apply(graph, id_of(step.path, step.tag))
         if context.recovering:
             mend(step.path)
 

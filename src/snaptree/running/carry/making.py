@@ -8,6 +8,7 @@ from snaptree.images import durable, gate, layout, qemu_img
 from snaptree.images.facts import read_facts
 from snaptree.planning.steps import BuildFromPoint, MakeOverlay, TakeName, Unlink
 from snaptree.running.carry.headers import repoint_file
+from snaptree.running.carry.internals import id_of
 from snaptree.running.context import Context
 from snaptree.store.operations import Claim
 
@@ -60,7 +61,7 @@ def _converted(step: BuildFromPoint, context: Context) -> str:
     with context.holding.handed_over([step.source, *(path for path, _ in step.below)]):
         qemu_img.convert_point(
             gate.graph([(step.source, "qcow2"), *step.below]),
-            step.tag,
+            (id_of(step.source, step.tag), step.tag),
             gate.graph([(temporary, "qcow2"), *step.below], read_only=False),
             progress=lambda done: context.moved(int(done * step.bytes), step.bytes),
             cancelled=context.cancelled.is_set,
@@ -78,7 +79,7 @@ def _gone_back(step: BuildFromPoint, tags: tuple[str, ...], context: Context) ->
         repoint_file(temporary, name, step.below[0][1])
     with context.holding.handed_over([path for path, _ in step.below]):
         graph = gate.graph([(temporary, "qcow2"), *step.below], read_only=False)
-        qemu_img.snapshot_apply(graph, step.tag)
+        qemu_img.snapshot_apply(graph, id_of(temporary, step.tag))
         for tag in tags:
             qemu_img.snapshot_delete(graph, tag)
     return temporary
@@ -101,5 +102,7 @@ def take_name(step: TakeName) -> None:
 def unlink(step: Unlink, context: Context) -> None:
     """Remove a file that nothing needs, if it still is the one that the plan saw."""
     identity = (step.device, step.inode) if step.inode else None
+    if context.journal.owned(step.path):
+        return  # After a kill somebody has given the path to a machine again.
     durable.remove(step.path, identity)
     context.journal.unclaim(Claim(step.path, step.device, step.inode))

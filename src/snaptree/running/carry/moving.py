@@ -9,7 +9,7 @@ from snaptree.images.facts import read_facts
 from snaptree.images.holes import punch_free
 from snaptree.images.measure import hidden_ranges
 from snaptree.images.tail import zero_tail
-from snaptree.planning.steps import Cover, Move, MoveJob, Repoint, Shrink
+from snaptree.planning.steps import Cover, Move, MoveJob, Repoint, Shrink, Step
 from snaptree.qemu.daemon import StorageDaemon
 from snaptree.qemu.jobs import Commit, JobProgress, Pull, run_jobs
 from snaptree.running.carry.headers import repoint
@@ -61,6 +61,8 @@ async def move(step: Move, context: Context) -> None:
         path, image_format = target_of(job)
         if image_format == "qcow2":
             punch_free(path)
+    for path, looks in sources(step):
+        context.journal.note(path, looks)
     for job in step.jobs:
         # QEMU counts zeroes among what a commit has written.
         context.journal.moved += max(0, ended[job.name].current - job.zeroes) if job.way == "commit" else job.bytes
@@ -97,6 +99,17 @@ def bytes_moved(job: MoveJob, state: JobProgress | None) -> int:
     if job.way == "commit" or not job.profile:
         return int(job.bytes * part)
     return job.profile[min(len(job.profile) - 1, int(part * (len(job.profile) - 1)))]
+
+
+def sources(step: Step) -> list[tuple[str, str]]:
+    """What the tops look like whose data goes down, to find out after a crash whether they were written to since."""
+    found: list[tuple[str, str]] = []
+    for job in step.jobs if isinstance(step, Move) else ():
+        if job.way == "commit":
+            path = job.row[-1][0]
+            looks = read_facts(path, job.row[-1][1]).identity
+            found.append((path, "" if looks is None else f"{looks.inode} {looks.size} {looks.mtime_ns} {looks.header}"))
+    return found
 
 
 def target_of(job: MoveJob) -> tuple[str, str]:

@@ -12,7 +12,9 @@ from snaptree.running.context import Context
 def record(step: Record, context: Context) -> None:
     """Change the tree, and keep what newly frozen layers look like."""
     identities: dict[LayerId, Identity] = {}
-    for number in step.baseline:
+    # What the plan knows of a frozen layer's looks may be older than an earlier step's writing.
+    frozen = [layer.id for layer in step.delta.layers.values() if layer is not None and layer.identity is not None]
+    for number in dict.fromkeys((*step.baseline, *frozen)):
         layer = step.delta.layers.get(number) or context.journal.layer(number)
         if layer is not None:
             identities[number] = identity_of(layer)
