@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import statistics
 import struct
@@ -197,11 +196,11 @@ def measure_survey(folder: Path, size: int = 10 << 40) -> None:
             at = data + (np.arange(per_table, dtype=np.uint64) + np.uint64(number * per_table)) * np.uint64(cluster)
             file.write((at | np.uint64(1 << 63)).astype(">u8").tobytes())
     script = (
-        "import resource; from snaptree.images.facts import read_facts;"
+        "import re; from snaptree.images.facts import read_facts;"
         "from snaptree.images.measure import measure_row;"
         f"read_facts({str(path)!r}, 'qcow2');"
         f"row = measure_row([({str(base)!r}, 'qcow2'), ({str(path)!r}, 'qcow2')]);"
-        "print(row.commit_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "print(row.commit_bytes, re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])"
     )
     began = time.monotonic()
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
@@ -216,7 +215,6 @@ def main() -> None:
         measure_planning()
         measure_commands(folder)
         measure_survey(folder)
-        print(f"this bench itself took {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024} MiB")
     finally:
         shutil.rmtree(folder)
 

@@ -139,6 +139,8 @@ class World:
             case SwitchRequest():
                 truth[request.name] = {**here, **truth[request.name]}
             case DetachRequest():
+                for name in set(now.branches) - set(before.branches):
+                    truth[name] = {request.target: here[request.target]}
                 del truth[before.active][request.target]
             case AttachRequest():
                 self.reread(request.disk.target)

@@ -81,6 +81,7 @@ def _read(descriptor: int, facts: LayerFacts, image_format: str | None) -> Layer
         links=status.st_nlink,
         block_device=device,
         writable=os.access(path, os.W_OK),
+        removable=os.access(os.path.dirname(path), os.W_OK | os.X_OK),
     )
     if image_format is None:
         image_format = guess_format(path, os.pread(descriptor, 4, 0))
@@ -118,6 +119,7 @@ def _qcow2(descriptor: int, facts: LayerFacts, identity: Identity, header: Heade
         external_data=header.external_data,
         extended_l2=header.extended_l2,
         lazy_refcounts=header.lazy_refcounts,
+        autoclear=bool(header.autoclear),
         compression=header.compression,
         bitmaps=bitmaps,
         internals=tuple(entry.facts for entry in entries),

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import replace
 
 from snaptree.errors import BusyError, ExistsError
 from snaptree.images.locks import MachineLock
 from snaptree.machines.finding import find_disk
+from snaptree.machines.free import require_free, without_others
 from snaptree.machines.options import AddOptions
-from snaptree.machines.standalone import Standalone, existing, require_unused
+from snaptree.machines.standalone import Standalone, existing
 from snaptree.machines.survey import read_survey
 from snaptree.model.machine import MachineConfig
-from snaptree.planning.adopt import AddRequest, FoundDisk, FoundSnapshot, add, empty
+from snaptree.planning.adopt import AddRequest, FoundSnapshot, add, empty
 from snaptree.planning.plan import Plan
 from snaptree.store import operations, trees
 from snaptree.store.database import Database, default_state
@@ -69,8 +69,9 @@ class Connection:
         if options.name in self.names():
             raise ExistsError(f"there is a machine {options.name!r} already", "choose another name, or remove it first")
         found = (find_disk(option, options.bases, adopt=options.adopt) for option in options.disks)
-        disks = tuple(self._without_others(disk) for disk in found)
-        self._require_free(disks, options)
+        disks = tuple(without_others(self.database, disk) for disk in found)
+        for disk in disks:
+            require_free(self.database, disk, adopt=options.adopt)
         records: tuple[FoundSnapshot, ...] = ()
         if options.from_xml is not None:
             from snaptree.machines.libvirt_xml import read_folder
@@ -87,13 +88,6 @@ class Connection:
         )
         survey = read_survey(self.database, config, empty(options.name), beside=False)
         return add(survey, AddRequest(config, disks, options.adopt, records))
-
-    def _without_others(self, disk: FoundDisk) -> FoundDisk:
-        """The disk without overlays beside it that belong to another machine."""
-        siblings = tuple(
-            chain for chain in disk.siblings if not any(trees.owners_of(self.database, each.path) for each in chain)
-        )
-        return replace(disk, siblings=siblings)
 
     def _finish_forgotten(self, name: str, wait: float) -> None:
         """Bring to their end operations of machines that are not known (any more): a removal that was killed, say.
@@ -134,18 +128,3 @@ class Connection:
             else:
                 said += self._recover_forgotten(each, wait)
         return tuple(said)
-
-    def _require_free(self, disks: tuple[FoundDisk, ...], options: AddOptions) -> None:
-        """Refuse disks that another machine owns or that a program has open for writing."""
-        for disk in disks:
-            owned = disk.chain if options.adopt else disk.chain[:1]
-            for facts in owned:
-                owners = trees.owners_of(self.database, facts.path)
-                if owners:
-                    raise ExistsError(
-                        f"{facts.path} belongs to machine {owners[0]!r}",
-                        "make an overlay on it (qemu-img create -b) and add that",
-                    )
-                require_unused(facts.path)
-            for chain in disk.siblings:
-                require_unused(chain[0].path)

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from snaptree.errors import BusyError, NotFoundError, RefusedError
-from snaptree.images.locks import MachineLock, probe, who_has_open
+from snaptree.errors import NotFoundError, RefusedError
+from snaptree.images.locks import MachineLock
 from snaptree.machines.finding import find_disk
 from snaptree.machines.findings import Finding
+from snaptree.machines.free import require_free, without_others
 from snaptree.machines.options import DiskOption
 from snaptree.machines.survey import measure, read_survey
 from snaptree.model.layer import LayerId
@@ -191,14 +192,11 @@ class Standalone:
     def attach_request(self, disk: DiskOption, bases: tuple[str, ...] = (), *, adopt: bool = False) -> AttachRequest:
         """Read a disk that is to be attached.
 
-        :raise BusyError: another machine owns it.
+        :raise ExistsError: a machine owns it.
         """
         found = find_disk(disk, (*self.config.bases, *bases), adopt=adopt)
-        for path in {each.path for each in (found.chain if adopt else found.chain[:1])}:
-            owners = trees.owners_of(self.database, path)
-            if owners:
-                raise BusyError(f"{path} belongs to machine {owners[0]!r}", "make an overlay on it and add that")
-            require_unused(path)
+        found = without_others(self.database, found)
+        require_free(self.database, found, adopt=adopt)
         return AttachRequest(found, adopt)
 
     def verify(self) -> tuple[Finding, ...]:
@@ -230,17 +228,6 @@ def _anchors(tree: Tree) -> list[str]:
 def _folders(request: Request) -> list[str]:
     files: Mapping[str, str] = getattr(request, "files", {})
     return [os.path.dirname(path) for path in files.values()]
-
-
-def require_unused(path: str) -> None:
-    """Refuse an image that a program has open for writing.
-
-    :raise BusyError: names the program where that can be known.
-    """
-    conflict = probe(path)
-    if conflict is not None and conflict.writing:
-        who = ", ".join(who_has_open((path,)).get(path, ())) or "another process"
-        raise BusyError(f"{path} is open for writing by {who}", "stop it, then try again")
 
 
 def existing(path: str | None) -> str | None:

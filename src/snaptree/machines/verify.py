@@ -39,7 +39,10 @@ def verify(tree: Tree, survey: Survey, unfinished: Iterable[str] = ()) -> tuple[
     for layer in tree.layers.values():
         facts = survey.layers[layer.id]
         blocked = layer.id in sick and sick[layer.id].blocks
-        if layer.format == "qcow2" and facts.exists and not blocked:
+        if facts.encrypted:
+            detail = f"{layer.path} is encrypted, and was not checked"
+            found.append(Finding("encrypted", layer.path, detail, (), "", "warning"))
+        elif layer.format == "qcow2" and facts.exists and not blocked:
             found += _check(tree, layer.id, dirty=facts.dirty)
     for sentence in violations(tree, frozenset(each.layer for each in survey.outsiders)):
         found.append(Finding("tree", "", sentence, (), "run 'snaptree recover', then tell the authors"))

@@ -52,6 +52,10 @@ class LayerFacts:
     external_data: bool = False
     extended_l2: bool = False
     lazy_refcounts: bool = False
+    autoclear: bool = False
+    """Whether any autoclear feature bit is set: bitmaps, or something that QEMU does not know."""
+    removable: bool = True
+    """Whether names in its folder may be changed."""
     compression: str = "zlib"
     bitmaps: tuple[str, ...] = ()
     internals: tuple[InternalFacts, ...] = ()

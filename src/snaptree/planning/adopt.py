@@ -135,6 +135,14 @@ def attach(tree: Tree, survey: Survey, request: AttachRequest) -> Plan:
     return draft.conclude("attach", f"look after disk {target!r}", f"disk {target!r} is known")
 
 
+def free_name(tree: Tree, wanted: str) -> str:
+    """The name, or one like it that nothing has."""
+    name, number = wanted, 2
+    while tree.has_name(name):
+        name, number = f"{wanted}-{number}", number + 1
+    return name
+
+
 def detach(tree: Tree, survey: Survey, request: DetachRequest) -> Plan:
     """Plan to let a disk of the active branch go. Snapshots and parked branches keep what they have of it.
 
@@ -154,7 +162,15 @@ def detach(tree: Tree, survey: Survey, request: DetachRequest) -> Plan:
     )
     after = settle(draft.tree, draft.outsiders)
     gone = [layer for layer in tree.layers.values() if layer.owned and layer.id not in after.layers]
-    if not request.delete_files:
+    others = any(layer.disk == target and layer.owned for layer in after.layers.values())
+    if not request.delete_files and others:
+        # Snapshots or branches go on with layers of this disk: only a name keeps from them what its tip stands on.
+        name = free_name(tree, f"{active.name}-{target}")
+        kept = Branch(name, active.parent, {target: active.tips[target]}, survey.now)
+        draft.tree = draft.tree.with_branches(kept)
+        path = tree.layers[active.tips[target].layer].path
+        draft.notes.append(f"{path} stays as the branch {name!r}, for there are snapshots or branches with {target}")
+    elif not request.delete_files:
         draft.spared = {layer.id for layer in gone}
         draft.notes += [f"{layer.path} stays where it is" for layer in gone]
     return draft.conclude("detach", f"let disk {target!r} go", f"disk {target!r} is gone")
@@ -259,9 +275,7 @@ def _with_siblings(tree: Tree, disk: FoundDisk, now: float) -> tuple[Tree, list[
             continue
         tree, tip = _with_chain(tree, disk.target, chain, adopt=True)
         stem = posixpath.basename(top.path).rsplit(".", 1)[0].lstrip(".-") or "branch"
-        name, number = stem[:80], 2
-        while tree.has_name(name):
-            name, number = f"{stem[:80]}-{number}", number + 1
+        name = free_name(tree, stem[:80])
         tree = tree.with_branches(Branch(name, None, {disk.target: Point(tip)}, now))
         notes.append(f"{top.path} is adopted as the tip of branch {name!r}")
     return tree, notes
@@ -333,9 +347,7 @@ def _with_internals(tree: Tree, disks: tuple[FoundDisk, ...], notes: list[str]) 
         except Exception:
             notes.append(f"the internal snapshot {tag!r} has a name that a snapshot cannot have: it is left alone")
             continue
-        number = 2
-        while tree.has_name(name):
-            name, number = f"{tag}-{number}", number + 1
+        name = free_name(tree, name)
         tree = tree.with_snapshots(Snapshot(name, parent, points, created))
         parent = name
     return _with_parents(tree) if found else tree

@@ -11,7 +11,7 @@ from snaptree.model.layer import LayerId, Point
 from snaptree.model.snapshot import Snapshot
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
-from snaptree.planning.create import require_disks, require_free_name
+from snaptree.planning.create import require_disks, require_free_name, require_plain
 from snaptree.planning.draft import Draft, renamed_tip
 from snaptree.planning.plan import Plan
 from snaptree.planning.settle import settle, without_names
@@ -69,6 +69,7 @@ def _go_to(draft: Draft, base: Tree, point: Point, label: str, purpose: str, *, 
         return Point(draft.stack(point.layer, label, purpose).id)
     if point.layer not in base.layers or _whole(base, point.layer, draft.outsiders):
         draft.require_whole(point.layer, purpose)
+        require_plain(draft.facts(point.layer), f"{purpose} within {layer.path}")
         for branch in [each for each in draft.tree.branches.values() if each.tips.get(layer.disk) == Point(layer.id)]:
             tag = draft.new_tag(layer.id, branch.name)
             draft.prepare.append(MakeInternal(layer.path, tag))

@@ -117,6 +117,8 @@ def _common_obstacle(draft: Draft, row: Row, written: Layer) -> str:
             return f"{layer.path} has persistent bitmaps ({', '.join(facts.bitmaps)}), which a merge would drop"
         if layer.id not in draft.survey.layers:
             return f"{layer.path} has only just been made"
+        if not facts.removable:
+            return f"the folder of {layer.path} may not be changed"
     for layer in tree.chain(row[0]):
         ailment = draft.ailments.get(layer.id)
         if ailment is not None and ailment.blocks:
@@ -165,6 +167,8 @@ def _pull_obstacle(draft: Draft, row: Row) -> str:
     top = tree.layers[row[-1]]
     if draft.facts(top.id).internals or tree.internals.get(top.id):
         return f"{top.path} has internal snapshots, which need what is below it"
+    if not draft.facts(row[0]).writable:
+        return f"{tree.layers[row[0]].path} may not be changed"
     if is_owned_root(tree, row[0]) and tree.layers[row[0]].format != top.format:
         root = tree.layers[row[0]]
         return f"{root.path} is {root.format} and stays so unless --merge pull says otherwise"

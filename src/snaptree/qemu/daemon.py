@@ -63,14 +63,13 @@ class StorageDaemon:
     ) -> None:
         assert self._process is not None
         try:
-            if kind is None:
-                await self.qmp.execute("quit", seconds=30.0)
+            await self.qmp.execute("quit", seconds=30.0 if kind is None else 2.0)
         except ToolError:
             # It may close the connection before its answer has come through.
             pass
         finally:
             await self.qmp.close()
-            await self._wait(60.0 if kind is None else 5.0)
+            await self._wait(60.0 if kind is None else 2.0)
 
     async def _wait(self, seconds: float) -> None:
         assert self._process is not None

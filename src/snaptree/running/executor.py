@@ -7,10 +7,10 @@ import resource
 import threading
 from collections.abc import Callable
 
-from snaptree.errors import CancelledError, NotFoundError, SnaptreeError
+from snaptree.errors import CancelledError, NotFoundError, RefusedError, SnaptreeError
 from snaptree.images import durable
 from snaptree.planning.plan import Plan
-from snaptree.planning.steps import CopyFirmware, Move, Record, Step
+from snaptree.planning.steps import BuildFromPoint, CopyFirmware, MakeOverlay, Move, Record, Step, Unlink
 from snaptree.running import carry
 from snaptree.running.carry.tree import refresh
 from snaptree.running.context import Context
@@ -53,6 +53,7 @@ def require_free(plan: Plan) -> None:
     """See that what the plan and the merges that follow it use is there, and open nowhere, before anything is touched.
 
     :raise NotFoundError: a piece of firmware state is not there.
+    :raise RefusedError: a folder may not be changed.
     :raise BusyError: somebody has one of the images open.
     """
     steps = tuple(step for each in plan.every() for step in each.steps)
@@ -61,6 +62,11 @@ def require_free(plan: Plan) -> None:
         if isinstance(step, CopyFirmware) and step.source not in made and not os.path.exists(step.source):
             hint = "put it back, or forget it with 'snaptree set --nvram' or '--tpm'"
             raise NotFoundError(f"there is no {step.role} state at {step.source}", hint)
+    paths = [step.path for step in steps if isinstance(step, Unlink | MakeOverlay | BuildFromPoint)]
+    for folder in {os.path.dirname(path) for path in paths}:
+        if os.path.isdir(folder) and not os.access(folder, os.W_OK | os.X_OK):
+            hint = "check its owner and mode, or use sudo"
+            raise RefusedError(f"not allowed to make or remove files in {folder}", hint)
     # Every file that is worked on is held open; a machine may have more than a process usually may.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

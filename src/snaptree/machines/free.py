@@ -1,0 +1,49 @@
+"""Whether images are free to be looked after: nobody owns them, stands on them or has them open."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+from snaptree.errors import BusyError, ExistsError, RefusedError
+from snaptree.images.locks import probe, who_has_open
+from snaptree.planning.adopt import FoundDisk
+from snaptree.store import trees
+from snaptree.store.database import Database
+
+
+def require_free(database: Database, disk: FoundDisk, *, adopt: bool) -> None:
+    """Refuse a disk whose files belong to a machine, under whatever name, or that a program has open for writing.
+
+    :raise ExistsError: a machine owns one of the files.
+    :raise RefusedError: a machine stands on one of them.
+    :raise BusyError: a program has one open for writing.
+    """
+    owned = [*(disk.chain if adopt else disk.chain[:1]), *(chain[0] for chain in disk.siblings)]
+    wanted = {
+        (facts.identity.device, facts.identity.inode): facts.path for facts in owned if facts.identity is not None
+    }
+    for path, machine, is_owned in trees.layers_of_all(database):
+        try:
+            status = os.stat(path)
+        except OSError:
+            continue
+        mine = wanted.get((status.st_dev, status.st_ino))
+        hint = "make an overlay on it (qemu-img create -b) and add that"
+        if mine is not None and is_owned:
+            raise ExistsError(f"{mine} belongs to machine {machine!r}", hint)
+        if mine is not None:
+            raise RefusedError(f"machine {machine!r} stands on {mine}, and would see every change of it", hint)
+    for facts in owned:
+        conflict = probe(facts.path)
+        if conflict is not None and conflict.writing:
+            who = ", ".join(who_has_open((facts.path,)).get(facts.path, ())) or "another process"
+            raise BusyError(f"{facts.path} is open for writing by {who}", "stop it, then try again")
+
+
+def without_others(database: Database, disk: FoundDisk) -> FoundDisk:
+    """The disk without overlays beside it that belong to another machine."""
+    siblings = tuple(
+        chain for chain in disk.siblings if not any(trees.owners_of(database, each.path) for each in chain)
+    )
+    return replace(disk, siblings=siblings)
