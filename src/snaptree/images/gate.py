@@ -94,8 +94,6 @@ def read_chain(
     wanted = image_format
     while at is not None:
         above = links[-1].path if links else None
-        if above is not None:
-            _require_allowed(at, above, folder, allowed)
         facts = read_facts(at, wanted)
         _require_sound(facts, above, wanted)
         assert facts.identity is not None
@@ -108,6 +106,8 @@ def read_chain(
         backing = resolve_backing(at, facts.backing) if facts.backing is not None else None
         links.append(Link(at, replace(facts, backing=backing)))
         if backing is not None:
+            # Before anything is opened, even to find out what it is.
+            _require_allowed(backing, at, folder, allowed)
             if above is None:
                 _require_one_meaning(path, backing, facts.backing)
             wanted = _backing_format(at, backing, facts.backing_format or said.get(backing))
