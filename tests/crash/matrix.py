@@ -227,6 +227,7 @@ def main() -> None:
     """Run what the arguments name and print a line of JSON for each case and way."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", action="append", default=[], help="cases that contain this; all without it")
+    parser.add_argument("--exactly", action="append", default=[], help="this very case")
     parser.add_argument("--way", action="append", default=[])
     parser.add_argument("--stride", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
@@ -234,6 +235,7 @@ def main() -> None:
     options = parser.parse_args()
     part, parts = map(int, options.part.split("/"))
     cases = [case for case in CASES if not options.case or any(word in case for word in options.case)]
+    cases = options.exactly or cases
     for tally in run(cases[part::parts], options.way or list(WAYS), options.stride, options.seed):
         print(json.dumps(vars(tally)), flush=True)
 
