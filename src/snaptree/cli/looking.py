@@ -11,6 +11,7 @@ from snaptree.cli.parsing import json_option, machine_argument
 from snaptree.errors import NotFoundError
 from snaptree.machines import report
 from snaptree.machines.connection import Connection
+from snaptree.model.sizes import readable
 
 
 @click.command("tree")
@@ -64,7 +65,7 @@ def show_command(machine: str, snapshot: str | None, xml: str | None, as_json: b
             elif key == "created":
                 click.echo(f"{key:>12}: {report.moment(value)}")
             elif key == "frees":
-                click.echo(f"{key:>12}: {report.readable(value)}")
+                click.echo(f"{key:>12}: {readable(value)}")
             elif value not in (None, ""):
                 click.echo(f"{key:>12}: {value}")
         return
@@ -73,7 +74,7 @@ def show_command(machine: str, snapshot: str | None, xml: str | None, as_json: b
         return
     click.echo(f"machine {machine} ({everything['provider']}, {everything['state']}), on branch {view.tree.active!r}")
     for layer in everything["layers"]:
-        room = f"{report.readable(layer['allocated']):>10} of {report.readable(layer['virtual_size']):>10}"
+        room = f"{readable(layer['allocated']):>10} of {readable(layer['virtual_size']):>10}"
         health = f"  [{layer['health']}]" if layer["health"] != "ok" else ""
         click.echo(f"  {layer['disk']:5} {layer['role']:8} {room}  {layer['path']}{health}")
     for line in everything["pending"]:
@@ -92,7 +93,7 @@ def log_command(machine: str, as_json: bool) -> None:
         return
     for entry in entries:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.started))
-        moved = f", moved {report.readable(entry.bytes)}" if entry.bytes else ""
+        moved = f", moved {readable(entry.bytes)}" if entry.bytes else ""
         click.echo(f"{entry.id:5d}  {when}  {entry.state:7}  {entry.summary}{moved}")
         if entry.detail:
             click.echo(f"       {entry.detail}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from snaptree.machines.report import readable as size
+from snaptree.model.sizes import readable as size
 
 if TYPE_CHECKING:
     from snaptree.machines.standalone import Standalone

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from snaptree.model.branch import Branch
 from snaptree.model.layer import LayerId, Point
+from snaptree.model.sizes import readable
 from snaptree.model.snapshot import Snapshot
 from snaptree.model.tree import Tree
 from snaptree.planning.settle import role
@@ -22,16 +23,6 @@ VERSION = 1
 def moment(seconds: float) -> str:
     """A time for people, in the local zone."""
     return datetime.datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
-
-
-def readable(number: int) -> str:
-    """A number of bytes for people: ``1.2 GiB``."""
-    value, unit = float(number), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
-        if abs(value) < 1024 or unit == "PiB":
-            break
-        value /= 1024
-    return f"{number} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
 def show(view: View) -> dict[str, Any]:

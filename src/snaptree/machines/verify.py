@@ -9,6 +9,7 @@ from snaptree.images import gate, qemu_img
 from snaptree.machines.findings import Finding
 from snaptree.model.invariants import violations
 from snaptree.model.layer import LayerId
+from snaptree.model.sizes import readable
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
 from snaptree.planning.health import ailments
@@ -51,7 +52,7 @@ def verify(tree: Tree, survey: Survey, unfinished: Iterable[str] = ()) -> tuple[
         detail = f"{outsider.what} stands on {path}, which is left as it is therefore"
         found.append(Finding("outsider", path, detail, affected(tree, outsider.layer), "", "warning"))
     for stray in survey.strays:
-        detail = f"nothing needs {stray.path} ({stray.allocated} bytes)"
+        detail = f"nothing needs {stray.path} ({readable(stray.allocated)})"
         found.append(
             Finding("over", stray.path, detail, (), f"'snaptree gc {tree.machine} --delete' removes it", "warning")
         )

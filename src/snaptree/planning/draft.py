@@ -9,6 +9,7 @@ from dataclasses import replace
 from snaptree.errors import ExistsError, NoSpaceError, NotFoundError, RefusedError
 from snaptree.model.delta import diff
 from snaptree.model.layer import Layer, LayerId, Point
+from snaptree.model.sizes import readable
 from snaptree.model.snapshot import FirmwareFile
 from snaptree.model.survey import LayerFacts, Survey
 from snaptree.model.tree import MAX_CHAIN, Tree
@@ -314,10 +315,8 @@ class Draft:
         for device, need in self.needs.items():
             free = self.survey.file_systems[device].free if device in self.survey.file_systems else need
             if need > free:
-                raise NoSpaceError(
-                    f"cannot {summary}: it needs up to {need} bytes of room, and the file system has {free}",
-                    "free some room first",
-                )
+                figures = f"it needs up to {readable(need)} of room, and the file system has {readable(free)}"
+                raise NoSpaceError(f"cannot {summary}: {figures}", "free some room first")
 
     def cleanup(self, after: Tree) -> tuple[list[Step], int]:
         """The steps that remove what the tree before had and the tree after does not, and how many bytes that frees."""
@@ -325,12 +324,15 @@ class Draft:
         freed = 0
         gone = [layer for layer in self.before.layers.values() if layer.id not in after.layers and layer.owned]
         depth = {layer.id: sum(1 for _ in self.before.chain(layer.id)) for layer in gone}
+        named = {layer.path for layer in after.layers.values()}
         for layer in sorted(gone, key=lambda each: -depth[each.id]):
             facts = self.facts(layer.id)
             if layer.id in self.spared or facts.identity is None or facts.problem == "missing":
                 continue
             room = facts.allocated if facts.links == 1 else 0
             freed += room
+            if layer.path in named:
+                continue  # The rename that put the merged layer in its place has removed it.
             steps.append(Unlink(layer.path, facts.identity.device, facts.identity.inode, room))
         for layer in self.before.layers.values():
             now, facts = after.layers.get(layer.id), self.facts(layer.id)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from snaptree.errors import NoSpaceError
 from snaptree.model.delta import diff
 from snaptree.model.layer import Layer, LayerId, Point
+from snaptree.model.sizes import readable
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
 from snaptree.planning.draft import Draft, is_tip, paths_of
@@ -84,7 +85,7 @@ def _merge(draft: Draft, rows: Sequence[Row], way: str) -> Plan:
         if need > free:
             files = ", ".join(tree.layers[each.row[0]].path for each in choices)
             raise NoSpaceError(
-                f"merging {files} needs {need} bytes of room, and the file system has {free}",
+                f"merging {files} needs {readable(need)} of room, and the file system has {readable(free)}",
                 "free some room, or use --merge none and run gc later",
             )
     if not choices:

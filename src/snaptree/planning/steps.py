@@ -12,6 +12,7 @@ from typing import ClassVar, TypeAlias
 from snaptree.model.delta import Delta
 from snaptree.model.layer import LayerId
 from snaptree.model.machine import MachineConfig
+from snaptree.model.sizes import readable
 
 File: TypeAlias = tuple[str, str]
 """One image in a chain: ``(path, format)``."""
@@ -160,7 +161,7 @@ class Shrink:
 
     @property
     def summary(self) -> str:
-        return f"shrink {self.path} to {self.size} bytes"
+        return f"shrink {self.path} to {readable(self.size)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +199,7 @@ class Move:
     @property
     def summary(self) -> str:
         parts = [
-            f"{job.way} {job.bytes} bytes of {job.disk} "
+            f"{job.way} {readable(job.bytes)} of {job.disk} "
             + (f"down into {job.row[0][0]}" if job.way == "commit" else f"up into {job.row[-1][0]}")
             for job in self.jobs
         ]

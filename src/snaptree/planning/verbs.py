@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from snaptree.model.machine import MachineConfig
+from snaptree.model.sizes import readable
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
 from snaptree.planning import adopt, create, delete, revert, sweep
@@ -123,7 +124,7 @@ def _gc(tree: Tree, survey: Survey, request: GcRequest) -> Plan:
         if request.delete and stray.made:
             steps.append(Unlink(stray.path, stray.device, stray.inode, stray.allocated))
         elif stray.made:
-            notes.append(f"nothing needs {stray.path} ({stray.allocated} bytes); --delete removes it")
+            notes.append(f"nothing needs {stray.path} ({readable(stray.allocated)}); --delete removes it")
         else:
             notes.append(f"{stray.path} is not snaptree's and stands on nothing that it knows: it is left alone")
     for outsider in survey.outsiders:

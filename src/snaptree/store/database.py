@@ -94,8 +94,14 @@ class Database:
         os.makedirs(self.folder, mode=0o700, exist_ok=True)
         if not os.access(self.folder, os.W_OK | os.X_OK):
             raise PermissionError(13, "it is not writable")
-        # SQLite makes its files with the umask; the folder is private, and the file is made so beforehand.
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        # SQLite makes its files with the umask; the folder is private, and the file is made so beforehand. One that is
+        # there must not be opened here: closing it would drop the locks that SQLite holds on it in this process, and
+        # another process would take itself for the last one and remove the write-ahead log.
+        try:
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        except FileExistsError:
+            if not os.path.isfile(self.path) or os.path.islink(self.path):
+                raise PermissionError(1, f"{self.path} is no plain file") from None
         connection = sqlite3.connect(self.path, timeout=10.0, isolation_level=None, check_same_thread=False)
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")

@@ -1,0 +1,100 @@
+"""Ten processes at one machine, and at machines that share a base: each waits or is refused, and all stays right."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.kit import images
+from tests.kit.scene import Scene
+
+TOOL = [sys.executable, "-c", "import sys; from snaptree.cli.main import run; sys.exit(run(sys.argv[1:]))"]
+GOOD = {0, 3, 4, 5, 6}
+"""Done, or refused clearly: somebody else was first."""
+
+
+def at_once(scene: Scene, lines: list[list[str]]) -> list[int]:
+    place = {**os.environ, "SNAPTREE_STATE": str(scene.state)}
+    running = [
+        subprocess.Popen([*TOOL, *line], env=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for line in lines
+    ]
+    statuses = []
+    for line, process in zip(lines, running, strict=True):
+        _, err = process.communicate(timeout=120)
+        assert process.returncode in GOOD, f"{line}: {process.returncode} {err.decode()}"
+        assert b"Traceback" not in err and b"unforeseen" not in err, err
+        statuses.append(process.returncode)
+    return statuses
+
+
+def test_ten_verbs_on_one_machine(web1: Scene) -> None:
+    chance = random.Random(1)
+    for number in range(3):
+        web1(f"snapshot web1 s{number}")
+        web1.write("." * (number + 1) + str(number))
+    for turn in range(3):
+        lines = [
+            ["snapshot", "web1", f"a{turn}", "--wait", "60"],
+            ["snapshot", "web1", f"b{turn}"],
+            ["snapshot", "web1", f"i{turn}", "--internal", "--wait", "60"],
+            ["delete", "web1", f"s{turn}", "--wait", "60"],
+            ["delete", "web1", f"s{turn}"],
+            ["branch", "web1", f"c{turn}", "--wait", "60"],
+            ["revert", "web1", "s2", "--wait", "60"],
+            ["gc", "web1", "--wait", "60"],
+            ["verify", "web1"],
+            ["rename", "web1", "main", f"main{turn}"],
+        ]
+        chance.shuffle(lines)
+        statuses = at_once(web1, [line for line in lines if line[0] != "verify"])
+        assert statuses.count(0) >= 4
+        assert web1("tree web1").out
+        active = next(each["name"] for each in web1.show()["branches"] if each["active"])
+        if active != "main":
+            web1(f"rename web1 {active} main")
+        assert set(web1.shows("main")) <= set("b012.?")
+    web1("gc web1")
+    web1.sound()
+
+
+def test_machines_that_share_a_base(scene: Scene) -> None:
+    golden = scene.image("golden.qcow2", word="golden")
+    before = golden.read_bytes()
+    machines = [f"web{number}" for number in range(5)]
+    for machine in machines:
+        scene.image(f"{machine}.qcow2", backing="golden.qcow2")
+    at_once(scene, [["add", machine, "--disk", f"vda={scene.disks / machine}.qcow2"] for machine in machines])
+    assert [each["machine"] for each in scene("list --json").json] == machines
+    for verb in (
+        ["snapshot", "{}", "s1"],
+        ["branch", "{}", "b1", "--from", "s1"],
+        ["delete", "{}", "s1", "--with-branches"],
+    ):
+        statuses = at_once(scene, [[word.format(machine) for word in verb] for machine in machines])
+        assert statuses == [0] * 5
+    for machine in machines:
+        assert scene.shows(machine=machine) == "golden.."
+    assert golden.read_bytes() == before
+    scene.sound(*machines)
+
+
+def test_qemu_cannot_open_a_tip_while_it_is_merged(scene: Scene, tmp_path: Path) -> None:
+    path = images.create(scene.disks / "web1.qcow2", 512 << 20)
+    scene("add web1 --disk vda=web1.qcow2")
+    scene("snapshot web1 s1")
+    images.io(scene.path("main"), "qcow2", "write -P 2 0 200M")
+    place = {**os.environ, "SNAPTREE_STATE": str(scene.state)}
+    process = subprocess.Popen([*TOOL, "delete", "web1", "s1", "--merge", "commit"], env=place)
+    opened = refused = 0
+    while process.poll() is None:
+        if "half-merged" in scene("show web1").out:
+            done = subprocess.run(["qemu-io", "-c", "write -P 9 0 64k", path], capture_output=True, check=False)
+            refused += done.returncode != 0
+            opened += done.returncode == 0
+    assert process.returncode == 0
+    assert refused > 0 and opened == 0
+    images.io(path, "qcow2", "read -q -P 2 0 200M")
+    scene.sound()

@@ -1,0 +1,100 @@
+"""``verify`` finds each thing that is not as the tree says, whom it affects, and what to do."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.kit import images
+from tests.kit.scene import Scene
+
+
+def three(web1: Scene) -> None:
+    """s1 <- s2 <- main, and other on s1."""
+    web1("snapshot web1 s1")
+    web1.write(".1")
+    web1("snapshot web1 s2")
+    web1.write("..m")
+    web1("branch web1 other --from s1")
+
+
+def changed(web1: Scene) -> None:
+    images.io(web1.path("s2"), "qcow2", "write -P 9 0 64k")
+
+
+def repointed(web1: Scene) -> None:
+    images.run("qemu-img", "rebase", "-u", "-b", "elsewhere.qcow2", "-F", "qcow2", web1.path("s2"))
+
+
+def missing(web1: Scene) -> None:
+    web1.path("s2").rename(web1.folder / "away")
+
+
+def replaced(web1: Scene) -> None:
+    path = web1.path("s2")
+    content = path.read_bytes()
+    path.rename(web1.folder / "away")
+    path.write_bytes(content)
+
+
+def broken_counts(web1: Scene) -> None:
+    path = web1.path("s2")
+    with path.open("r+b") as file:
+        file.seek(48)
+        (table,) = struct.unpack(">Q", file.read(8))
+        file.seek(table)
+        (block,) = struct.unpack(">Q", file.read(8))
+        file.seek(block)
+        file.write(bytes(64))
+
+
+FOUND: dict[str, tuple[Callable[[Scene], None], str, list[str]]] = {
+    "changed from outside": (changed, "changed", ["main", "s2"]),
+    "a wrong backing name": (repointed, "changed", ["main", "s2"]),
+    "missing": (missing, "missing", ["main", "s2"]),
+    "replaced by a copy": (replaced, "changed", ["main", "s2"]),
+    "broken reference counts": (broken_counts, "", ["main", "s2"]),
+}
+
+
+@pytest.mark.parametrize("what", FOUND)
+def test_it_is_found(web1: Scene, what: str) -> None:
+    spoil, word, affected = FOUND[what]
+    three(web1)
+    path = str(web1.path("s2"))
+    spoil(web1)
+
+    said = web1("verify web1 --json", status=10)
+
+    found: list[dict[str, Any]] = [each for each in _first(said.out)["findings"] if each["path"] == path]
+    assert found and found[0]["severity"] == "error"
+    assert not word or found[0]["kind"] == word
+    assert found[0]["affects"] == affected and found[0]["hint"]
+
+
+def _first(text: str) -> Any:
+    import json
+
+    return json.JSONDecoder().raw_decode(text)[0]
+
+
+def test_what_stands_on_a_layer_from_outside_is_told(web1: Scene) -> None:
+    three(web1)
+    web1.image("theirs.qcow2", backing="web1.qcow2")
+    web1.image("machine.qcow2", backing="web1.qcow2")
+    web1("add web2 --disk vda=machine.qcow2")
+
+    findings = web1("verify web1 --json").json["findings"]
+
+    details = " ".join(each["detail"] for each in findings)
+    assert "theirs.qcow2 stands on" in details and "machine 'web2' stands on" in details
+    assert {each["severity"] for each in findings} == {"warning"}
+
+
+def test_a_sound_machine_has_no_findings(web1: Scene, tmp_path: Path) -> None:
+    three(web1)
+    assert web1("verify web1 --json").json["findings"] == []
+    assert "all files are as the tree says" in web1("verify web1").out
