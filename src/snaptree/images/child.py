@@ -1,4 +1,7 @@
-"""Programs of QEMU's end when the process that started them does, so that none works on without its journal."""
+"""Programs of QEMU's end when the process that started them does, so that none works on without its journal.
+
+They are started with ``close_fds=False``: what they inherit is what was made inheritable, the locks on their images.
+"""
 
 from __future__ import annotations
 

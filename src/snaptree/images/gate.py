@@ -248,14 +248,19 @@ def blockdev(
     backing: dict[str, Any] | str | None,
     *,
     read_only: bool = True,
+    locking: bool = True,
 ) -> dict[str, Any]:
     """One image as QEMU's ``BlockdevOptions``, with every driver named; ``backing`` overrides what the header says.
 
     Of a qcow2 image's clusters that become free the file's blocks are kept (see ``images/holes.py``).
+
+    :param locking: whether QEMU locks the file itself; not where it inherits our locks.
     """
     discard = "ignore" if image_format == "qcow2" else "unmap"
     driver = "host_device" if stat.S_ISBLK(os.stat(path).st_mode) else "file"
     file: dict[str, Any] = {"driver": driver, "filename": path, "read-only": read_only, "discard": discard}
+    if not locking:
+        file["locking"] = "off"
     if read_only:
         # The node can be made writable for a commit; the file is opened for writing only then.
         file = {**file, "read-only": False, "auto-read-only": True}
@@ -268,10 +273,11 @@ def blockdev(
     return found
 
 
-def graph(chain: Sequence[tuple[str, str]], *, read_only: bool = True) -> dict[str, Any]:
+def graph(chain: Sequence[tuple[str, str]], *, read_only: bool = True, locking: bool = True) -> dict[str, Any]:
     """A chain of ``(path, format)``, top first, as one nested graph; all but the top are read-only."""
     found: dict[str, Any] | None = None
     for number, (path, image_format) in reversed(list(enumerate(chain))):
-        found = blockdev(path, image_format, None, found, read_only=read_only if number == 0 else True)
+        only_read = read_only if number == 0 else True
+        found = blockdev(path, image_format, None, found, read_only=only_read, locking=locking)
     assert found is not None
     return found

@@ -76,6 +76,10 @@ class ImageLock:
             self.release()
             raise
 
+    def let_inherit(self, *, inherit: bool) -> None:
+        """Whether programs that are started from now on hold the locks too, as long as they run."""
+        os.set_inheritable(self._descriptor, inherit)
+
     def release(self) -> None:
         """Give the locks up."""
         if self._descriptor >= 0:

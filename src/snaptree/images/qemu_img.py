@@ -55,6 +55,7 @@ def run(arguments: Sequence[str], *, good: Sequence[int] = (0,)) -> str:
         errors="replace",
         start_new_session=True,
         preexec_fn=ends_with_us(),
+        close_fds=False,
         check=False,
     )
     if done.returncode not in good:
@@ -121,6 +122,7 @@ def write_zeroes(graph: Graph, ranges: Sequence[tuple[int, int]]) -> None:
         errors="replace",
         start_new_session=True,
         preexec_fn=ends_with_us(),
+        close_fds=False,
         check=False,
     )
     # It prints what failed and goes on with the next command.
@@ -155,6 +157,7 @@ def convert_point(
         stderr=subprocess.PIPE,
         start_new_session=True,
         preexec_fn=ends_with_us(),
+        close_fds=False,
     )
     try:
         _follow(process, progress, cancelled)

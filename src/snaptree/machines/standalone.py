@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from snaptree.errors import NotFoundError, RefusedError
@@ -167,11 +168,13 @@ class Standalone:
     def _locked(self, wait: float, cancelled: threading.Event | None = None) -> Iterator[MachineLock]:
         lock = MachineLock()
         try:
+            deadline = time.monotonic() + wait
             anchors: list[str] = []
-            # While it waited, the one before may have moved the machine to other files.
+            # While it waited, the one before may have moved the machine to other files, and removed these.
             while (now := _anchors(self.tree())) != anchors:
-                lock.acquire(now, wait, cancelled)
-                anchors = now
+                with suppress(NotFoundError):
+                    lock.acquire(now, max(0.0, deadline - time.monotonic()), cancelled)
+                    anchors = now
             yield lock
         finally:
             lock.release()

@@ -39,13 +39,14 @@ class StorageDaemon:
                 "qemu-storage-daemon is not installed", "install QEMU's tools (qemu-utils on Debian and Ubuntu)"
             )
         ours, theirs = socket.socketpair()
+        theirs.set_inheritable(True)
         try:
             self._process = subprocess.Popen(
                 [program, "--chardev", f"socket,id=m,fd={theirs.fileno()}", "--monitor", "chardev=m"],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._said,
-                pass_fds=[theirs.fileno()],
+                close_fds=False,
                 start_new_session=True,
                 preexec_fn=ends_with_us(),
             )

@@ -71,8 +71,7 @@ def _inode(path: str) -> tuple[int, int] | None:
 class Holding:
     """QEMU's image locks on the files of an operation.
 
-    While snaptree works on images itself no QEMU can open them for writing. A file is given up while one of QEMU's own
-    programs works on it, which then holds the same locks itself.
+    While snaptree works on images no other QEMU can open them for writing.
 
     :param patience: for how many seconds to wait for somebody else to give a file up: one who only looks, or one of
         QEMU's programs that is just being killed because its snaptree was.
@@ -125,20 +124,21 @@ class Holding:
         return BusyError(f"{path} is open{by}", "stop the machine or the program that uses it, then try again")
 
     @contextmanager
-    def handed_over(self, paths: Iterable[str]) -> Iterator[None]:
-        """Give files up to one of QEMU's programs for the block, and take them again afterwards.
+    def lent(self, paths: Iterable[str]) -> Iterator[None]:
+        """Let QEMU's programs that are started in the block work on files: they inherit the locks.
 
-        :raise BusyError: somebody else was quicker afterwards.
+        They take none themselves. A file is locked without a gap, and as long as either they or we live: whoever comes
+        after a kill waits until they are gone.
         """
         inodes = {_inode(path) for path in paths}
-        given = [self._locks.pop(inode) for inode in list(self._locks) if inode in inodes]
-        for lock in given:
-            lock.release()
+        locks = [lock for inode, lock in self._locks.items() if inode in inodes]
+        for lock in locks:
+            lock.let_inherit(inherit=True)
         try:
             yield
         finally:
-            for lock in given:
-                self._lock(lock.path, lock.mode)
+            for lock in locks:
+                lock.let_inherit(inherit=False)
 
     def release(self) -> None:
         """Give everything up."""

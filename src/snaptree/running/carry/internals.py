@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from snaptree.errors import NotFoundError
 from snaptree.images import durable, gate, qemu_img
 from snaptree.images.facts import read_facts
@@ -13,6 +15,11 @@ from snaptree.running.context import Context
 def tags_of(path: str) -> tuple[str, ...]:
     """The tags of the internal snapshots that the image has."""
     return tuple(each.name for each in read_facts(path, "qcow2").internals)
+
+
+def _node(path: str) -> dict[str, Any]:
+    """The image by itself, to be written; internal snapshots are made and deleted without what is beneath."""
+    return gate.blockdev(path, "qcow2", None, None, read_only=False, locking=False)
 
 
 def id_of(path: str, tag: str) -> str:
@@ -35,31 +42,31 @@ def mend(path: str) -> None:
     """
     facts = read_facts(path, "qcow2")
     if not (facts.internals and (facts.bitmaps or facts.autoclear)):
-        qemu_img.check(gate.blockdev(path, "qcow2", None, None, read_only=False), repair="all")
+        qemu_img.check(_node(path), repair="all")
 
 
 def make(step: MakeInternal, context: Context) -> None:
     """Take an internal snapshot."""
-    with context.holding.handed_over([step.path]):
-        qemu_img.snapshot_create(gate.blockdev(step.path, "qcow2", None, None, read_only=False), step.tag)
+    with context.holding.lent([step.path]):
+        qemu_img.snapshot_create(_node(step.path), step.tag)
 
 
 def unmake(step: MakeInternal, context: Context) -> None:
     """Take an internal snapshot back; whether it was taken, half taken or not at all."""
-    with context.holding.handed_over([step.path]):
+    with context.holding.lent([step.path]):
         mend(step.path)
         if step.tag in tags_of(step.path):
-            qemu_img.snapshot_delete(gate.blockdev(step.path, "qcow2", None, None, read_only=False), step.tag)
+            qemu_img.snapshot_delete(_node(step.path), step.tag)
     durable.sync_file(step.path)
 
 
 def apply(step: ApplyInternal, context: Context) -> None:
     """Make the active state what an internal snapshot shows."""
     files = [step.path, *(path for path, _ in step.below)]
-    with context.holding.handed_over(files):
+    with context.holding.lent(files):
         if context.recovering:
             mend(step.path)
-        graph = gate.graph([(step.path, "qcow2"), *step.below], read_only=False)
+        graph = gate.graph([(step.path, "qcow2"), *step.below], read_only=False, locking=False)
         qemu_img.snapshot_apply(graph, id_of(step.path, step.tag))
         if context.recovering:
             mend(step.path)
@@ -67,10 +74,10 @@ def apply(step: ApplyInternal, context: Context) -> None:
 
 def delete(step: DeleteInternal, context: Context) -> None:
     """Delete an internal snapshot."""
-    with context.holding.handed_over([step.path]):
+    with context.holding.lent([step.path]):
         if context.recovering:
             mend(step.path)
         if step.tag in tags_of(step.path):
-            qemu_img.snapshot_delete(gate.blockdev(step.path, "qcow2", None, None, read_only=False), step.tag)
+            qemu_img.snapshot_delete(_node(step.path), step.tag)
     durable.sync_file(step.path)
     punch_free(step.path)

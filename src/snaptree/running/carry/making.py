@@ -58,11 +58,11 @@ def _converted(step: BuildFromPoint, context: Context) -> str:
     )
     temporary = durable.prepare_file(step.path, step.source, context.token, writes, length)
     _claimer(step.path, context)(temporary, *durable.inode_of(temporary))
-    with context.holding.handed_over([step.source, *(path for path, _ in step.below)]):
+    with context.holding.lent([step.source, *(path for path, _ in step.below)]):
         qemu_img.convert_point(
-            gate.graph([(step.source, "qcow2"), *step.below]),
+            gate.graph([(step.source, "qcow2"), *step.below], locking=False),
             (id_of(step.source, step.tag), step.tag),
-            gate.graph([(temporary, "qcow2"), *step.below], read_only=False),
+            gate.graph([(temporary, "qcow2"), *step.below], read_only=False, locking=False),
             progress=lambda done: context.moved(int(done * step.bytes), step.bytes),
             cancelled=context.cancelled.is_set,
         )
@@ -77,8 +77,8 @@ def _gone_back(step: BuildFromPoint, tags: tuple[str, ...], context: Context) ->
     if step.below:
         name = gate.relative_backing_name(step.path, step.below[0][0])
         repoint_file(temporary, name, step.below[0][1])
-    with context.holding.handed_over([path for path, _ in step.below]):
-        graph = gate.graph([(temporary, "qcow2"), *step.below], read_only=False)
+    with context.holding.lent([path for path, _ in step.below]):
+        graph = gate.graph([(temporary, "qcow2"), *step.below], read_only=False, locking=False)
         qemu_img.snapshot_apply(graph, id_of(temporary, step.tag))
         for tag in tags:
             qemu_img.snapshot_delete(graph, tag)

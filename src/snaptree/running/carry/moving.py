@@ -24,19 +24,21 @@ def cover(step: Cover, context: Context) -> None:
     """
     ranges = hidden_ranges(step.row)
     if ranges:
-        with context.holding.handed_over([path for path, _ in (*step.row, *step.below)]):
-            qemu_img.write_zeroes(gate.graph([*reversed(step.row), *step.below], read_only=False), ranges)
+        with context.holding.lent([path for path, _ in (*step.row, *step.below)]):
+            qemu_img.write_zeroes(
+                gate.graph([*reversed(step.row), *step.below], read_only=False, locking=False), ranges
+            )
         durable.sync_file(step.row[-1][0])
 
 
 def shrink(step: Shrink, context: Context) -> None:
     """Cut a layer, with nothing left past its end that could show when it grows."""
     qcow2 = step.format == "qcow2"
-    with context.holding.handed_over([step.path, *(path for path, _ in step.below)]):
+    with context.holding.lent([step.path, *(path for path, _ in step.below)]):
         if context.recovering and qcow2:
             mend(step.path)
         if read_facts(step.path, step.format).virtual_size != step.size:
-            graph = gate.graph([(step.path, step.format), *step.below], read_only=False)
+            graph = gate.graph([(step.path, step.format), *step.below], read_only=False, locking=False)
             qemu_img.resize(graph, step.size, shrink=True)
     if qcow2:
         zero_tail(step.path)
@@ -51,7 +53,7 @@ async def move(step: Move, context: Context) -> None:
     def report(state: dict[str, JobProgress]) -> None:
         context.moved(sum(bytes_moved(job, state.get(job.name)) for job in step.jobs), total)
 
-    with context.holding.handed_over(files):
+    with context.holding.lent(files):
         async with StorageDaemon() as daemon:
             jobs = [await _open(daemon, job, number) for number, job in enumerate(step.jobs)]
             ended = await run_jobs(daemon.qmp, jobs, progress=report, cancelled=context.cancelled)
@@ -76,7 +78,7 @@ async def _open(daemon: StorageDaemon, job: MoveJob, number: int) -> Commit | Pu
     nodes: list[str] = []
     for place, (path, image_format) in enumerate(chain):
         node = f"j{number}n{place}"
-        await daemon.add(gate.blockdev(path, image_format, node, below))
+        await daemon.add(gate.blockdev(path, image_format, node, below, locking=False))
         nodes.append(node)
         below = node
     lowest = nodes[len(job.below)]
@@ -125,7 +127,7 @@ def unmove(step: Move, context: Context) -> None:
     for job in step.jobs:
         path, image_format = target_of(job)
         if image_format == "qcow2" and os.path.exists(path):
-            with context.holding.handed_over([path]):
+            with context.holding.lent([path]):
                 mend(path)
         if job.way == "pull" and os.path.exists(path):
             below = job.row[-2]
