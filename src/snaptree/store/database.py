@@ -139,6 +139,19 @@ class Database:
                 f"{self.path} cannot be written: {error}", "free some room or mend the state folder, then try again"
             ) from error
 
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """All that the block reads is of one moment."""
+        connection = self.open()
+        try:
+            connection.execute("BEGIN")
+            try:
+                yield connection
+            finally:
+                connection.execute("ROLLBACK")
+        except sqlite3.Error as error:
+            raise StateError(f"{self.path} cannot be read: {error}", "is it a state file of snaptree?") from error
+
     def rows(self, query: str, values: tuple[object, ...] = ()) -> list[tuple[object, ...]]:
         """The rows of a query; none when nothing has been remembered yet."""
         if self._connection is None and not self.exists():

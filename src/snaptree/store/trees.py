@@ -43,12 +43,8 @@ def load_tree(database: Database, name: str) -> Tree:
     :raise NotFoundError: no such machine was added.
     """
     load_config(database, name)
-    connection = database.open()
-    connection.execute("BEGIN")
-    try:
+    with database.reading() as connection:
         return _read(connection, name)
-    finally:
-        connection.execute("COMMIT")
 
 
 def _layer(row: tuple[Any, ...]) -> Layer:
