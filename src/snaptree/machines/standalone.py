@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from snaptree.errors import NotFoundError, RefusedError
+from snaptree.images import durable
 from snaptree.images.locks import MachineLock
 from snaptree.machines.finding import find_disk
 from snaptree.machines.findings import Finding
@@ -152,7 +153,7 @@ class Standalone:
         from snaptree.errors import CancelledError
         from snaptree.running import executor, recovery
 
-        with self._locked(wait, cancelled) as lock:
+        with durable.explained(f"a file of machine {self.name}", "use"), self._locked(wait, cancelled) as lock:
             await recovery.recover(self.database, self.name)
             self.config = trees.load_config(self.database, self.name)
             tree = self.tree()

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from snaptree.errors import SnaptreeError, UnhealthyError
-from snaptree.images import gate
+from snaptree.images import durable, gate
 from snaptree.images.facts import read_facts
 from snaptree.images.locks import probe
 from snaptree.model.layer import LayerId
@@ -164,7 +164,8 @@ def measure(tree: Tree, survey: Survey, rows: Collection[tuple[LayerId, ...]]) -
         layers = [(tree.layers[each].path, tree.layers[each].format) for each in row]
         below = [(each.path, each.format) for each in list(tree.chain(row[0]))[1:]]
         try:
-            figures[row] = measure_row(layers, below)
+            with durable.explained(layers[-1][0], "read the tables of"):
+                figures[row] = measure_row(layers, below)
         except UnhealthyError as error:
             # The row cannot be merged; the rest of the plan can go on without it.
             figures[row] = RowFacts(0, 0, 0, 0, 0)
