@@ -52,7 +52,8 @@ def test_hostile_images_are_harmless(tmp_path: Path) -> None:
         WATCHING = True
         try:
             links = gate.read_chain(str(path), None)
-            measure_row([(link.path, link.facts.format) for link in reversed(links)])
+            row = [(link.path, link.facts.format) for link in reversed(links)]
+            measure_row(row if len(row) > 1 else row * 2)
             gate.find_overlays([str(folder)], set())
             good += 1
         except SnaptreeError as error:
