@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,6 +44,18 @@ class _Way:
     profile: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(STEPS + 1))
 
 
+@contextlib.contextmanager
+def _opened(layers: Sequence[tuple[str, str]]) -> Iterator[list[Allocation]]:
+    """The allocation of each layer, in their order, while the block lasts."""
+    with contextlib.ExitStack() as stack:
+        row: list[Allocation] = []
+        for path, image_format in layers:
+            descriptor = open_to_read(path)
+            stack.callback(os.close, descriptor)
+            row.append(open_allocation(descriptor, path, image_format))
+        yield row
+
+
 def measure_row(layers: Sequence[tuple[str, str]], below: Sequence[tuple[str, str]] = ()) -> RowFacts:
     """Count what merging the row would move, as QEMU's jobs do it.
 
@@ -54,12 +66,7 @@ def measure_row(layers: Sequence[tuple[str, str]], below: Sequence[tuple[str, st
     :param below: what the lowest stands on; it is not read.
     :raise UnhealthyError: a table is damaged.
     """
-    with contextlib.ExitStack() as stack:
-        row: list[Allocation] = []
-        for path, image_format in layers:
-            descriptor = open_to_read(path)
-            stack.callback(os.close, descriptor)
-            row.append(open_allocation(descriptor, path, image_format))
+    with _opened(layers) as row:
         return _measure(row, has_below=bool(below))
 
 
@@ -112,12 +119,7 @@ def hidden_ranges(layers: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
     :param layers: ``(path, format)``, lowest first.
     """
     found: list[tuple[int, int]] = []
-    with contextlib.ExitStack() as stack:
-        row: list[Allocation] = []
-        for path, image_format in layers:
-            descriptor = open_to_read(path)
-            stack.callback(os.close, descriptor)
-            row.append(open_allocation(descriptor, path, image_format))
+    with _opened(layers) as row:
         length = row[-1].virtual_size
         shortest = min(each.virtual_size for each in row[:-1])
         if shortest >= length:

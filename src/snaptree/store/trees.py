@@ -116,13 +116,13 @@ def owners_of(database: Database, path: str) -> tuple[str, ...]:
     return tuple(str(row[0]) for row in rows)
 
 
-# ---- changes: inside a transaction that the caller holds -----------------------------------------------------------
-
-
 def layers_of_all(database: Database) -> tuple[tuple[str, str, bool], ...]:
     """``(path, machine, owned)`` of every layer of every machine, the owned ones first."""
     rows = database.rows("SELECT DISTINCT path, machine, owned FROM layer ORDER BY owned DESC")
     return tuple((load(str(path)), str(machine), bool(owned)) for path, machine, owned in rows)
+
+
+# ---- changes: inside a transaction that the caller holds -----------------------------------------------------------
 
 
 def register(connection: sqlite3.Connection, config: MachineConfig, *, new: bool) -> None:
