@@ -42,14 +42,11 @@ def _fail(arguments: Sequence[str], said: str) -> Exception:
     return ToolError(f"qemu-img {arguments[0]} failed: {line}")
 
 
-def run(arguments: Sequence[str], *, good: Sequence[int] = (0,)) -> str:
-    """Run qemu-img to its end; what it printed.
-
-    :raise ToolError: it failed.
-    """
-    done = subprocess.run(
-        [find_tool("qemu-img"), *arguments],
-        stdin=subprocess.DEVNULL,
+def _ended(words: Sequence[str], commands: str = "") -> subprocess.CompletedProcess[str]:
+    """Run one of QEMU's programs to its end; it reads the commands and then the end of its input."""
+    return subprocess.run(
+        [find_tool(words[0]), *words[1:]],
+        input=commands,
         capture_output=True,
         text=True,
         errors="replace",
@@ -58,6 +55,14 @@ def run(arguments: Sequence[str], *, good: Sequence[int] = (0,)) -> str:
         close_fds=False,
         check=False,
     )
+
+
+def run(arguments: Sequence[str], *, good: Sequence[int] = (0,)) -> str:
+    """Run qemu-img to its end; what it printed.
+
+    :raise ToolError: it failed.
+    """
+    done = _ended(["qemu-img", *arguments])
     if done.returncode not in good:
         raise _fail(arguments, done.stderr)
     return done.stdout
@@ -114,17 +119,7 @@ def write_zeroes(graph: Graph, ranges: Sequence[tuple[int, int]]) -> None:
     :raise ToolError: it failed.
     """
     commands = "".join(f"write -q -z {start} {length}\n" for start, length in ranges)
-    done = subprocess.run(
-        [find_tool("qemu-io"), image_name(graph)],
-        input=commands,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-        preexec_fn=ends_with_us(),
-        close_fds=False,
-        check=False,
-    )
+    done = _ended(["qemu-io", image_name(graph)], commands)
     # It prints what failed and goes on with the next command.
     if done.returncode != 0 or "failed" in done.stdout or done.stderr:
         raise _fail(["zeroes"], done.stderr or done.stdout)

@@ -95,13 +95,9 @@ def note_of(database: Database, operation: int, step: int, path: str) -> str | N
     return str(rows[0][0]) if rows else None
 
 
-def claims_of(database: Database, operation: int | None = None) -> tuple[Claim, ...]:
-    """The files that one operation made, or all that snaptree made."""
-    if operation is None:
-        rows = database.rows("SELECT path, device, inode FROM claim")
-    else:
-        rows = database.rows("SELECT path, device, inode FROM claim WHERE operation=?", (operation,))
-    return tuple(Claim(load(str(row[0])), int(str(row[1])), int(str(row[2]))) for row in rows)
+def claims_of(database: Database, operation: int) -> tuple[Claim, ...]:
+    """The files that one operation made."""
+    return _claims(database.rows("SELECT path, device, inode FROM claim WHERE operation=?", (operation,)))
 
 
 def claims_left(database: Database) -> tuple[Claim, ...]:
@@ -113,7 +109,10 @@ def claims_left(database: Database) -> tuple[Claim, ...]:
         "SELECT claim.path, claim.device, claim.inode FROM claim JOIN operation ON claim.operation=operation.id "
         "WHERE operation.state IN (?, ?)"
     )
-    rows = database.rows(query, (UNDONE, PAUSED))
+    return _claims(database.rows(query, (UNDONE, PAUSED)))
+
+
+def _claims(rows: list[tuple[object, ...]]) -> tuple[Claim, ...]:
     return tuple(Claim(load(str(row[0])), int(str(row[1])), int(str(row[2]))) for row in rows)
 
 
