@@ -40,8 +40,8 @@ LIMIT = 5000
 class Way:
     """How the operation is interrupted.
 
-    ``who`` is ``snaptree``, ``tools`` (QEMU's programs that it starts) or ``both``; ``error`` 0 kills, otherwise the
-    calls fail with it, once or from then on. ``again``: recovery is killed too, twice.
+    ``who`` is ``snaptree``, ``tools`` (QEMU's programs that it starts) or ``both`` at once; ``error`` 0 kills,
+    otherwise the calls fail with it, once or from then on. ``again``: recovery is killed too, twice.
     """
 
     who: str = "snaptree"
@@ -92,6 +92,7 @@ class Matrix:
         self.extra = set(self.world.extra)
         shutil.copytree(self.world.folder, folder / "kept")
         self.tally = Tally(case, way)
+        self.told = folder / "told"
 
     def restore(self) -> None:
         """Everything as it was built; the files are others, so what is kept of their looks is read anew."""
@@ -125,6 +126,7 @@ class Matrix:
         try:
             interrupted = self.interrupted(number, request)
             self.tally.points += interrupted
+            world.wait_until_free()
             if world.name in world.connection.names():
                 world.check_meanwhile(request)
             self.recover(number)
@@ -137,16 +139,19 @@ class Matrix:
     def interrupted(self, number: int, request: Request) -> bool:
         """Run the operation in a process of its own; whether the n-th call came."""
         way = self.way
+        self.told.unlink(missing_ok=True)
         child = os.fork()
         if child == 0:
             status = UNFORESEEN
             try:
-                if way.who in ("tools", "both"):
-                    os.environ.update(shim.environment(number, error=way.error, once=way.once, kinds=way.kinds))
-                if way.who in ("snaptree", "both"):
-                    # With both, snaptree dies somewhere else than its tools do.
-                    at = number if way.who == "snaptree" else 3 * number
-                    shim.arm(at, error=way.error, once=way.once, kinds=way.kinds)
+                if way.who == "snaptree":
+                    shim.arm(number, error=way.error, once=way.once, kinds=way.kinds)
+                else:
+                    both = way.who == "both"
+                    told = shim.environment(
+                        number, self.told, error=way.error, once=way.once, kinds=way.kinds, parent=both
+                    )
+                    os.environ.update(told)
                 status = self.attempt(number, request)
             finally:
                 os._exit(status)
@@ -169,7 +174,7 @@ class Matrix:
         except BaseException as error:
             traceback.print_exception(error)
             return UNFORESEEN
-        came = self.way.who == "snaptree" and shim.loaded().faults_count() >= number
+        came = shim.loaded().faults_count() >= number if self.way.who == "snaptree" else self.told.exists()
         return DONE_ALL_THE_SAME if came else DONE
 
     def recover(self, number: int) -> None:

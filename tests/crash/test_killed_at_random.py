@@ -96,6 +96,7 @@ class Killer:
     def whole_before_recovery(self, request: Request) -> None:
         """What is kept is whole at every moment, before anything is put right."""
         world = self.world
+        world.wait_until_free()
         for operation in operations.unfinished(world.connection.database):
             kinds = [step.kind for step in operations.steps_of(world.connection.database, operation.id)]
             self.steps[kinds[operation.step] if operation.step >= 0 else "begin"] += 1

@@ -2,8 +2,9 @@
  * lets the call fail. Calls on what is no regular file (sockets, pipes, terminals) are not counted.
  *
  * FAULTS_WHEN: at which call; FAULTS_ERROR: 0 to kill, otherwise the error number; FAULTS_ONCE: 1 for this call only, 0 for
- * it and all that follow; FAULTS_KINDS: which calls (1 data, 2 sync, 4 names, 8 rights, 16 reads). A process can also arm
- * itself with faults_arm(), which holds for it alone, not for the programs that it starts.
+ * it and all that follow; FAULTS_KINDS: which calls (1 data, 2 sync, 4 names, 8 rights, 16 reads); FAULTS_PARENT: 1 to kill
+ * the process that started this one too, at the same moment; FAULTS_TELL: a file to make when it has come so far. A process can also arm itself with faults_arm(), which holds
+ * for it alone, not for the programs that it starts.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -21,7 +22,8 @@
 enum { DATA = 1, SYNC = 2, NAMES = 4, RIGHTS = 8, READS = 16 };
 
 static long calls, when = -1;
-static int error_number, once = 1, kinds = 15;
+static int error_number, once = 1, kinds = 15, parent_too;
+static const char *tell;
 
 void faults_arm(long at, int error, int only_once, int which)
 {
@@ -40,6 +42,8 @@ __attribute__((constructor)) static void from_environment(void)
     if (at == NULL)
         return;
     const char *error = getenv("FAULTS_ERROR"), *only = getenv("FAULTS_ONCE"), *which = getenv("FAULTS_KINDS");
+    tell = getenv("FAULTS_TELL");
+    parent_too = getenv("FAULTS_PARENT") != NULL;
     faults_arm(atol(at), error ? atoi(error) : 0, only ? atoi(only) : 1, which ? atoi(which) : 15);
 }
 
@@ -51,9 +55,13 @@ static int fails(int kind)
     long number = __atomic_add_fetch(&calls, 1, __ATOMIC_SEQ_CST);
     if (number != when && (once || number < when))
         return 0;
+    if (tell != NULL)
+        syscall(SYS_close, syscall(SYS_openat, AT_FDCWD, tell, O_CREAT | O_WRONLY, 0600));
     if (error_number == 0) {
         if (number != when)
             return 0;
+        if (parent_too)
+            syscall(SYS_kill, getppid(), SIGKILL);
         syscall(SYS_kill, getpid(), SIGKILL);
         for (;;)
             pause();

@@ -42,9 +42,17 @@ def arm(when: int, *, error: int = 0, once: bool = True, kinds: int = CHANGES) -
     loaded().faults_arm(when, error, int(once), kinds)
 
 
-def environment(when: int, *, error: int = 0, once: bool = True, kinds: int = CHANGES) -> dict[str, str]:
-    """What the programs that this process starts find in their environment, to do the same to themselves."""
+def environment(
+    when: int, tell: Path, *, error: int = 0, once: bool = True, kinds: int = CHANGES, parent: bool = False
+) -> dict[str, str]:
+    """What the programs that this process starts find in their environment, to do the same to themselves.
+
+    :param tell: a file that they make when it has come so far.
+    :param parent: this process is killed at the same moment.
+    """
     return {
+        **({"FAULTS_PARENT": "1"} if parent else {}),
+        "FAULTS_TELL": str(tell),
         "FAULTS_WHEN": str(when),
         "FAULTS_ERROR": str(error),
         "FAULTS_ONCE": str(int(once)),

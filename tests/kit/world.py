@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from tests.kit import images
 
 from snaptree.errors import CancelledError
+from snaptree.images.locks import probe, who_has_open
 from snaptree.machines.connection import Connection
 from snaptree.machines.options import AddOptions, DiskOption
 from snaptree.machines.standalone import Standalone
@@ -162,6 +164,14 @@ class World:
                 self.known.clear()
             self.known[key] = images.read(chain[0].path, chain[0].format, point.internal)
         return self.known[key]
+
+    def wait_until_free(self, seconds: float = 20.0) -> None:
+        """Wait until QEMU's programs are gone whose snaptree was killed, as recovery does."""
+        until = time.monotonic() + seconds
+        for path in filter(Path.is_file, self.images.rglob("*")):
+            while probe(str(path)) is not None:
+                assert time.monotonic() < until, f"{path} is still open by {who_has_open([str(path)])}"
+                time.sleep(0.005)
 
     def check_meanwhile(self, request: Request) -> None:
         """What is kept is whole at every moment, before anything that a kill left is put right."""

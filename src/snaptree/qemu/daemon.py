@@ -90,6 +90,16 @@ class StorageDaemon:
         """Open an image, given as ``BlockdevOptions``."""
         await self.qmp.execute("blockdev-add", **blockdev)
 
+    async def settle(self, blockdev: dict[str, Any]) -> None:
+        """Have everything written to an image that QEMU holds back, tables too.
+
+        Closing an image does so as well, but says nothing when it fails.
+
+        :param blockdev: what the image was opened with, read-only now.
+        :raise ToolError: something could not be written.
+        """
+        await self.qmp.execute("blockdev-reopen", options=[blockdev])
+
     def last_words(self) -> str:
         """What it wrote to its standard error."""
         self._said.seek(0)

@@ -27,13 +27,13 @@ class Commit:
 class Pull:
     """A stream of all between ``top`` and ``base`` into ``top`` (node names); ``base`` is ``None`` to pull everything.
 
-    ``backing_name`` is what the header will name as backing file.
+    Only the data moves: the header of ``top`` names the same backing file afterwards. QEMU would change it when the job
+    is finalized, before it has written the tables that say what was copied; killed between, the image has neither.
     """
 
     id: str
     top: str
     base: str | None
-    backing_name: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +79,8 @@ async def _start(qmp: QmpSession, job: Commit | Pull, speed: int) -> None:
         await qmp.execute("block-commit", base_node=job.base, top_node=job.top, **common)
         return
     if job.base is not None:
-        common |= {"base_node": job.base, "backing_file": job.backing_name}
-    await qmp.execute("block-stream", **common)
+        common["base_node"] = job.base
+    await qmp.execute("block-stream", auto_finalize=False, **common)
 
 
 async def _follow(
@@ -102,16 +102,17 @@ async def _follow(
                 continue
             now[name] = JobProgress(info["current-progress"], info["total-progress"], status)
             if status == "concluded":
-                if "error" in info:
+                if "error" in info and not (isinstance(jobs[name], Pull) and name in completing):
                     raise explain(f"the {name} job failed", info["error"])
                 ended[name] = now[name]
                 await qmp.execute("job-dismiss", id=name)
         progress({**now, **ended})
-        waiting = [name for name, each in now.items() if each.status == "ready" and name not in completing]
+        waiting = [name for name, each in now.items() if each.status in ("ready", "pending") and name not in completing]
         # All disks come to their end together: none completes while another may still fail.
-        if waiting and all(each.status in ("ready", "concluded") for each in now.values()):
+        if waiting and all(each.status in ("ready", "pending", "concluded") for each in now.values()):
             for name in waiting:
-                await qmp.execute("job-complete", id=name)
+                # A pull has copied all by now; cancelled, it leaves the header alone.
+                await qmp.execute("job-cancel" if isinstance(jobs[name], Pull) else "job-complete", id=name)
                 completing.add(name)
             pause = FIRST_POLL
         await asyncio.sleep(pause)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from snaptree.images import durable, gate, qemu_img
 from snaptree.images.facts import read_facts
 from snaptree.images.holes import punch_free
 from snaptree.images.measure import hidden_ranges
 from snaptree.images.tail import zero_tail
-from snaptree.planning.steps import Cover, Move, MoveJob, Repoint, Shrink, Step
+from snaptree.planning.steps import Cover, Move, MoveJob, Shrink, Step
 from snaptree.qemu.daemon import StorageDaemon
 from snaptree.qemu.jobs import Commit, JobProgress, Pull, run_jobs
-from snaptree.running.carry.headers import repoint
 from snaptree.running.carry.internals import mend
 from snaptree.running.context import Context
 
@@ -55,8 +55,12 @@ async def move(step: Move, context: Context) -> None:
 
     with context.holding.lent(files):
         async with StorageDaemon() as daemon:
-            jobs = [await _open(daemon, job, number) for number, job in enumerate(step.jobs)]
+            opened = [await _open(daemon, job, number) for number, job in enumerate(step.jobs)]
+            jobs = [_job(job, nodes) for job, nodes in zip(step.jobs, opened, strict=True)]
             ended = await run_jobs(daemon.qmp, jobs, progress=report, cancelled=context.cancelled)
+            for job, nodes in zip(step.jobs, opened, strict=True):
+                place = nodes[len(job.below) if job.way == "commit" else -1]
+                await daemon.settle(place)
         for job in step.jobs:
             durable.sync_file(target_of(job)[0])
     for job in step.jobs:
@@ -71,22 +75,21 @@ async def move(step: Move, context: Context) -> None:
     context.moved(total, total)
 
 
-async def _open(daemon: StorageDaemon, job: MoveJob, number: int) -> Commit | Pull:
-    """Open the job's chain, lowest first, with nodes of its own."""
-    chain = [*reversed(job.below), *job.row]
-    below: str | None = None
-    nodes: list[str] = []
-    for place, (path, image_format) in enumerate(chain):
-        node = f"j{number}n{place}"
-        await daemon.add(gate.blockdev(path, image_format, node, below, locking=False))
-        nodes.append(node)
-        below = node
-    lowest = nodes[len(job.below)]
+async def _open(daemon: StorageDaemon, job: MoveJob, number: int) -> list[dict[str, Any]]:
+    """Open the job's chain, lowest first, with nodes of its own; what each was opened with."""
+    nodes: list[dict[str, Any]] = []
+    for place, (path, image_format) in enumerate([*reversed(job.below), *job.row]):
+        below = nodes[-1]["node-name"] if nodes else None
+        nodes.append(gate.blockdev(path, image_format, f"j{number}n{place}", below, locking=False))
+        await daemon.add(nodes[-1])
+    return nodes
+
+
+def _job(job: MoveJob, nodes: list[dict[str, Any]]) -> Commit | Pull:
+    names = [node["node-name"] for node in nodes]
     if job.way == "commit":
-        return Commit(job.name, nodes[-1], lowest)
-    base = nodes[len(job.below) - 1] if job.below else None
-    name = gate.relative_backing_name(job.row[-1][0], job.below[0][0]) if job.below else None
-    return Pull(job.name, nodes[-1], base, name)
+        return Commit(job.name, names[-1], names[len(job.below)])
+    return Pull(job.name, names[-1], names[len(job.below) - 1] if job.below else None)
 
 
 def bytes_moved(job: MoveJob, state: JobProgress | None) -> int:
@@ -120,15 +123,13 @@ def target_of(job: MoveJob) -> tuple[str, str]:
 
 
 def unmove(step: Move, context: Context) -> None:
-    """Take back what can be: a pull that has come to its end points at its old backing file again.
+    """Put right the reference counts that a job which was killed has left between.
 
-    What a commit has written stays: the lower layer is marked and is read only through the upper one.
+    What was written stays: a pull's copies show the same as what they were copied from, and a layer that a commit has
+    written to is marked and read only through the upper one.
     """
     for job in step.jobs:
         path, image_format = target_of(job)
         if image_format == "qcow2" and os.path.exists(path):
             with context.holding.lent([path]):
                 mend(path)
-        if job.way == "pull" and os.path.exists(path):
-            below = job.row[-2]
-            repoint(Repoint(path, below[0], below[1]), context)
