@@ -27,6 +27,7 @@ from tests.kit.world import World, hidden_files
 
 from snaptree.errors import SnaptreeError
 from snaptree.images.facts import read_facts
+from snaptree.model.tree import Tree
 from snaptree.planning.verbs import GcRequest, RemoveRequest, Request
 from snaptree.store import trees
 from snaptree.store.database import Database
@@ -83,10 +84,11 @@ class Tally:
 class Matrix:
     """One case in one way: the tree is built once, and put back for every point."""
 
-    def __init__(self, folder: Path, case: str, way: str) -> None:
+    def __init__(self, folder: Path, case: str, way: str, place: Path | None = None) -> None:
         self.folder = folder
         self.case, self.way = CASES[case], WAYS[way]
-        self.world = World(folder / "world")
+        self.world = World((place or folder) / "world")
+        self.cut: Path | None = None
         self.case.build(self.world)
         self.truth = copy.deepcopy(self.world.truth)
         self.extra = set(self.world.extra)
@@ -126,15 +128,23 @@ class Matrix:
         try:
             interrupted = self.interrupted(number, request)
             self.tally.points += interrupted
-            world.wait_until_free()
-            if world.name in world.connection.names():
-                world.check_meanwhile(request)
-            self.recover(number)
-            self.look(request, before)
+            self.afterwards(interrupted=interrupted)
+            self.judge(number, request, before, interrupted=interrupted)
         except BaseException as error:
             error.add_note(f"{self.tally.case}, {self.tally.way}, at call {number}")
             raise
         return interrupted
+
+    def judge(self, number: int, request: Request, before: Tree, *, interrupted: bool) -> None:
+        """All is well before recovery and after it."""
+        if self.world.name in self.world.connection.names():
+            self.world.check_meanwhile(request)
+        self.recover(number)
+        self.look(request, before, interrupted=interrupted)
+
+    def afterwards(self, *, interrupted: bool) -> None:
+        """What comes before the first look: QEMU's programs whose snaptree was killed have gone."""
+        self.world.wait_until_free()
 
     def interrupted(self, number: int, request: Request) -> bool:
         """Run the operation in a process of its own; whether the n-th call came."""
@@ -145,11 +155,11 @@ class Matrix:
             status = UNFORESEEN
             try:
                 if way.who == "snaptree":
-                    shim.arm(number, error=way.error, once=way.once, kinds=way.kinds)
+                    shim.arm(number, error=way.error, once=way.once, kinds=way.kinds, cut=self.cut)
                 else:
                     both = way.who == "both"
                     told = shim.environment(
-                        number, self.told, error=way.error, once=way.once, kinds=way.kinds, parent=both
+                        number, self.told, error=way.error, once=way.once, kinds=way.kinds, parent=both, cut=self.cut
                     )
                     os.environ.update(told)
                 status = self.attempt(number, request)
@@ -198,8 +208,8 @@ class Matrix:
         if self.world.name in connection.names():
             self.world.machine.run(GcRequest())
 
-    def look(self, request: Request, before: object) -> None:
-        """Everything that is kept is byte-exact, nothing is over or missing."""
+    def look(self, request: Request, before: Tree, *, interrupted: bool) -> None:
+        """Everything that is kept is byte-exact, nothing is over or missing; what has come to its end is done."""
         world = self.world
         assert not hidden_files(world.folder), hidden_files(world.folder)
         if isinstance(request, RemoveRequest) and world.name not in world.connection.names():
@@ -207,7 +217,8 @@ class Matrix:
             assert left <= world.extra | {str(path) for path in world.foreign}, left
             return
         assert world.machine.unfinished() == ()
-        world.settle(request, before)  # type: ignore[arg-type]
+        done = world.settle(request, before)
+        assert done or interrupted, f"{request} has come to its end, and is not done"
         world.check(leaks=True)
         self.tally.bytes += sum(len(content) for disks in world.truth.values() for content in disks.values())
 

@@ -12,6 +12,7 @@ from tests.kit.space import mounted
 
 from snaptree.errors import CancelledError, ExistsError, IoError, NoSpaceError
 from snaptree.images import durable
+from snaptree.images.inode import inode_of
 
 
 def no_claim(path: str, device: int, inode: int) -> None:
@@ -65,13 +66,13 @@ def test_the_claim_comes_before_the_name(tmp_path: Path) -> None:
 def test_only_the_file_that_is_meant_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_text("old")
-    identity = durable.inode_of(str(path))
+    identity = inode_of(str(path))
     other = tmp_path / "b"
     other.write_text("new")
     os.replace(other, path)
     assert durable.remove(str(path), identity) is False
     assert path.read_text() == "new"
-    assert durable.remove(str(path), durable.inode_of(str(path))) is True
+    assert durable.remove(str(path), inode_of(str(path))) is True
     assert durable.remove(str(path), identity) is False
 
 

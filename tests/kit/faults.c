@@ -3,8 +3,9 @@
  *
  * FAULTS_WHEN: at which call; FAULTS_ERROR: 0 to kill, otherwise the error number; FAULTS_ONCE: 1 for this call only, 0 for
  * it and all that follow; FAULTS_KINDS: which calls (1 data, 2 sync, 4 names, 8 rights, 16 reads); FAULTS_PARENT: 1 to kill
- * the process that started this one too, at the same moment; FAULTS_TELL: a file to make when it has come so far. A process can also arm itself with faults_arm(), which holds
- * for it alone, not for the programs that it starts.
+ * the process that started this one too, at the same moment; FAULTS_TELL: a file to make when it has come so far;
+ * FAULTS_CUT: a folder whose file system is shut down before the kill, so that nothing reaches its disk any more. A process
+ * can also arm itself with faults_arm() and faults_cut(), which hold for it alone, not for the programs that it starts.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -13,6 +14,8 @@
 #include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/types.h>
@@ -23,7 +26,7 @@ enum { DATA = 1, SYNC = 2, NAMES = 4, RIGHTS = 8, READS = 16 };
 
 static long calls, when = -1;
 static int error_number, once = 1, kinds = 15, parent_too;
-static const char *tell;
+static const char *tell, *cut;
 
 void faults_arm(long at, int error, int only_once, int which)
 {
@@ -36,6 +39,17 @@ void faults_arm(long at, int error, int only_once, int which)
 
 long faults_count(void) { return __atomic_load_n(&calls, __ATOMIC_SEQ_CST); }
 
+/* The power of the folder's disk fails together with the kill. */
+void faults_cut(const char *folder) { cut = folder ? strdup(folder) : NULL; }
+
+static void cut_power(void)
+{
+    /* FS_IOC_SHUTDOWN with FS_SHUTDOWN_FLAGS_NOLOGFLUSH, the same number on ext4 and XFS (include/uapi/linux/fs.h). */
+    unsigned flags = 2;
+    int folder = syscall(SYS_openat, AT_FDCWD, cut, O_RDONLY | O_DIRECTORY);
+    syscall(SYS_ioctl, folder, _IOR('X', 125, unsigned), &flags);
+}
+
 __attribute__((constructor)) static void from_environment(void)
 {
     const char *at = getenv("FAULTS_WHEN");
@@ -43,6 +57,7 @@ __attribute__((constructor)) static void from_environment(void)
         return;
     const char *error = getenv("FAULTS_ERROR"), *only = getenv("FAULTS_ONCE"), *which = getenv("FAULTS_KINDS");
     tell = getenv("FAULTS_TELL");
+    cut = getenv("FAULTS_CUT");
     parent_too = getenv("FAULTS_PARENT") != NULL;
     faults_arm(atol(at), error ? atoi(error) : 0, only ? atoi(only) : 1, which ? atoi(which) : 15);
 }
@@ -60,6 +75,8 @@ static int fails(int kind)
     if (error_number == 0) {
         if (number != when)
             return 0;
+        if (cut != NULL)
+            cut_power();
         if (parent_too)
             syscall(SYS_kill, getppid(), SIGKILL);
         syscall(SYS_kill, getpid(), SIGKILL);

@@ -33,25 +33,39 @@ def loaded() -> ctypes.CDLL:
     """The library as it is in this process, which was started with it."""
     library = ctypes.CDLL(None)
     library.faults_arm.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.c_int)
+    library.faults_cut.argtypes = (ctypes.c_char_p,)
     library.faults_count.restype = ctypes.c_long
     return library
 
 
-def arm(when: int, *, error: int = 0, once: bool = True, kinds: int = CHANGES) -> None:
-    """Kill this process at its n-th call from now on, or (with an error number) let the call fail."""
+def arm(when: int, *, error: int = 0, once: bool = True, kinds: int = CHANGES, cut: Path | None = None) -> None:
+    """Kill this process at its n-th call from now on, or (with an error number) let the call fail.
+
+    :param cut: the power of the disk that this folder is on fails at the same moment.
+    """
+    loaded().faults_cut(os.fsencode(cut) if cut is not None else None)
     loaded().faults_arm(when, error, int(once), kinds)
 
 
 def environment(
-    when: int, tell: Path, *, error: int = 0, once: bool = True, kinds: int = CHANGES, parent: bool = False
+    when: int,
+    tell: Path,
+    *,
+    error: int = 0,
+    once: bool = True,
+    kinds: int = CHANGES,
+    parent: bool = False,
+    cut: Path | None = None,
 ) -> dict[str, str]:
     """What the programs that this process starts find in their environment, to do the same to themselves.
 
     :param tell: a file that they make when it has come so far.
     :param parent: this process is killed at the same moment.
+    :param cut: the power of the disk that this folder is on fails at the same moment.
     """
     return {
         **({"FAULTS_PARENT": "1"} if parent else {}),
+        **({"FAULTS_CUT": str(cut)} if cut is not None else {}),
         "FAULTS_TELL": str(tell),
         "FAULTS_WHEN": str(when),
         "FAULTS_ERROR": str(error),

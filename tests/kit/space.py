@@ -4,42 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-from tests.kit import images
-
-MAKE = {
-    "ext4": ("mkfs.ext4", "-q", "-F"),
-    "xfs": ("mkfs.xfs", "-q", "-f", "-m", "reflink=1"),
-    "btrfs": ("mkfs.btrfs", "-q", "-f"),
-}
+from tests.kit.disks import Disk
 
 
 @contextlib.contextmanager
 def mounted(folder: Path, kind: str, size: int) -> Iterator[Path]:
     """A new file system of so many bytes, mounted for the block; skips the test where that cannot be."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting needs root")
-    tool = shutil.which(MAKE[kind][0], path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
-    if tool is None:
-        pytest.skip(f"{MAKE[kind][0]} is not installed")
-    disk, place = folder / f"{kind}.disk", folder / f"{kind}.mount"
-    with disk.open("wb") as file:
-        file.truncate(size)
-    place.mkdir()
-    images.run(tool, *MAKE[kind][1:], disk)
-    done = subprocess.run(["mount", "-o", "loop", disk, place], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"loop devices cannot be mounted here: {done.stderr.strip()}")
+    disk = Disk(folder, kind, size)
     try:
-        yield place
+        yield disk.mount()
     finally:
-        subprocess.run(["umount", "-l", place], check=True)
-        disk.unlink()
+        disk.remove()
 
 
 @contextlib.contextmanager

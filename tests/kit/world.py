@@ -111,7 +111,7 @@ class World:
         self._expect(request, before, done=True)
         return plan
 
-    def settle(self, request: Request, before: Tree) -> None:
+    def settle(self, request: Request, before: Tree) -> bool:
         """After a kill and recovery: find out from the names whether the request was done, and expect accordingly."""
         now = self.tree
         done = request_done(before, now, request)
@@ -120,6 +120,7 @@ class World:
             target = self.truth[request.name]
             done = all(self.shown(now, disk, now.active) == content for disk, content in target.items())
         self._expect(request, before, done=done)
+        return done
 
     def _expect(self, request: Request, before: Tree, *, done: bool) -> None:
         if not done:

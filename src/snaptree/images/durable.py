@@ -20,9 +20,10 @@ from contextlib import contextmanager, suppress
 from typing import TypeAlias
 
 from snaptree.errors import CancelledError, ExistsError, IoError, NoSpaceError, RefusedError, SnaptreeError
+from snaptree.images.inode import inode_of, is_still
 
 Claim: TypeAlias = Callable[[str, int, int], None]
-"""Told of a new file before it has its name: its temporary path, device and inode."""
+"""Told of a new file before it has its name: its temporary path, generation and inode."""
 
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
@@ -93,13 +94,6 @@ def temporary_path(path: str, token: str) -> str:
     return os.path.join(folder, f".snaptree-{token}-{short}")
 
 
-def inode_of(path: str) -> tuple[int, int]:
-    """Device and inode of the file itself."""
-    with explained(path, "look at"):
-        status = os.lstat(path)
-    return status.st_dev, status.st_ino
-
-
 def copy_rights(descriptor: int, like: str) -> None:
     """Give an open file the owner, group, ACL, label and mode of another, the owner before the mode.
 
@@ -162,8 +156,8 @@ def make_file(path: str, writes: Iterable[tuple[int, bytes]], length: int, like:
     """
     temporary = prepare_file(path, like, token, writes, length)
     try:
-        claim(temporary, *inode_of(temporary))
         with explained(path, "make"):
+            claim(temporary, *inode_of(temporary))
             rename_new(temporary, path)
     except BaseException:
         with suppress(OSError):
@@ -302,16 +296,15 @@ def put_in_place(source: str, target: str) -> None:
 
 
 def remove(path: str, identity: tuple[int, int] | None) -> bool:
-    """Remove a file if it still is the one meant (device and inode); whether it was there.
+    """Remove a file if it still is the one meant (generation and inode); whether it was there.
 
     What is gone already, or is another file by now, is left alone.
     """
     with explained(path, "remove"):
         try:
-            status = os.lstat(path)
+            if identity is not None and not is_still(path, *identity):
+                return False
         except FileNotFoundError:
-            return False
-        if identity is not None and (status.st_dev, status.st_ino) != identity:
             return False
         os.unlink(path)
     sync_folder(path)

@@ -17,6 +17,7 @@ from snaptree.images.header import (
     read_header,
     read_internals,
 )
+from snaptree.images.inode import generation_of
 from snaptree.model.layer import Identity
 from snaptree.model.survey import LayerFacts
 
@@ -72,7 +73,9 @@ def _read(descriptor: int, facts: LayerFacts, image_format: str | None) -> Layer
     status = os.fstat(descriptor)
     device = stat.S_ISBLK(status.st_mode)
     size = os.lseek(descriptor, 0, os.SEEK_END) if device else status.st_size
-    identity = Identity(status.st_dev, status.st_ino, size, status.st_mtime_ns)
+    identity = Identity(
+        status.st_dev, status.st_ino, size, status.st_mtime_ns, generation=0 if device else generation_of(descriptor)
+    )
     facts = replace(
         facts,
         identity=identity,

@@ -11,6 +11,7 @@ from dataclasses import replace
 from snaptree.errors import SnaptreeError, UnhealthyError
 from snaptree.images import durable, gate
 from snaptree.images.facts import read_facts
+from snaptree.images.inode import is_still
 from snaptree.images.locks import probe
 from snaptree.model.layer import LayerId
 from snaptree.model.machine import MachineConfig
@@ -113,11 +114,11 @@ def _strays(database: Database, tree: Tree) -> tuple[Stray, ...]:
         if os.path.dirname(claim.path) not in folders or trees.owners_of(database, claim.path):
             continue
         try:
-            status = os.lstat(claim.path)
+            same, allocated = is_still(claim.path, claim.generation, claim.inode), os.lstat(claim.path).st_blocks * 512
         except OSError:
             continue
-        if (status.st_dev, status.st_ino) == (claim.device, claim.inode) and not busy:
-            found.append(Stray(claim.path, claim.device, claim.inode, status.st_blocks * 512, made=True))
+        if same and not busy:
+            found.append(Stray(claim.path, claim.generation, claim.inode, allocated, made=True))
     return tuple(found)
 
 

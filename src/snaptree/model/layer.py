@@ -13,7 +13,8 @@ class Identity:
     """What a frozen layer's file looked like when it was frozen, to find out whether somebody has written to it since.
 
     ``size`` is the file's length in bytes, ``mtime_ns`` its modification time, ``header`` the SHA-256 (hex) of the
-    qcow2 header's fixed fields and snapshot table position, or empty for a raw file.
+    qcow2 header's fixed fields and snapshot table position, or empty for a raw file. ``generation`` tells a file from
+    another one that has got its inode number, 0 where the file system does not say; ``device`` holds until a reboot.
     """
 
     device: int
@@ -21,6 +22,7 @@ class Identity:
     size: int
     mtime_ns: int
     header: str = ""
+    generation: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,7 +117,7 @@ class Stray:
     """An image file that the tree does not know. ``made``: the journal says that snaptree made it."""
 
     path: str
-    device: int
+    generation: int
     inode: int
     allocated: int
     made: bool

@@ -192,7 +192,7 @@ def remove(tree: Tree, survey: Survey, *, delete_files: bool) -> Plan:
         if layer.id in held:
             notes.append(f"{layer.path} stays: something outside stands on it")
         elif facts is not None and facts.identity is not None:
-            steps.append(Unlink(layer.path, facts.identity.device, facts.identity.inode, facts.allocated))
+            steps.append(Unlink(layer.path, facts.identity.generation, facts.identity.inode, facts.allocated))
             freed += facts.allocated
     for memory in tree.memories.values() if delete_files else ():
         steps.append(Unlink(memory.path, 0, 0, memory.size))

@@ -333,12 +333,12 @@ class Draft:
             freed += room
             if layer.path in named:
                 continue  # The rename that put the merged layer in its place has removed it.
-            steps.append(Unlink(layer.path, facts.identity.device, facts.identity.inode, room))
+            steps.append(Unlink(layer.path, facts.identity.generation, facts.identity.inode, room))
         for layer in self.before.layers.values():
             now, facts = after.layers.get(layer.id), self.facts(layer.id)
             if now is not None and now.path != layer.path and facts.identity is not None:
                 # It has taken another name; the old one is a second name of the same file.
-                steps.append(Unlink(layer.path, facts.identity.device, facts.identity.inode))
+                steps.append(Unlink(layer.path, facts.identity.generation, facts.identity.inode))
         for layer_id, tags in self.before.internals.items():
             if layer_id not in after.layers or not after.layers[layer_id].owned:
                 continue

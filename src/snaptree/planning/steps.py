@@ -255,13 +255,13 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Unlink:
-    """Remove a file that nothing needs, if it still is the file that the plan saw (device and inode)."""
+    """Remove a file that nothing needs, if it still is the file that the plan saw (by its inode)."""
 
     kind: ClassVar[str] = "unlink"
     crash: ClassVar[str] = "the file is there or gone; nothing needs it"
 
     path: str
-    device: int
+    generation: int
     inode: int
     freed: int = 0
 

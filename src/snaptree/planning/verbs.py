@@ -122,7 +122,7 @@ def _gc(tree: Tree, survey: Survey, request: GcRequest) -> Plan:
     notes: list[str] = []
     for stray in survey.strays:
         if request.delete and stray.made:
-            steps.append(Unlink(stray.path, stray.device, stray.inode, stray.allocated))
+            steps.append(Unlink(stray.path, stray.generation, stray.inode, stray.allocated))
         elif stray.made:
             notes.append(f"nothing needs {stray.path} ({readable(stray.allocated)}); --delete removes it")
         else:

@@ -127,10 +127,10 @@ class Journal:
         with self.database.transaction() as connection:
             trees.forget(connection, step.name)
 
-    def claim(self, path: str, device: int, inode: int) -> None:
+    def claim(self, path: str, generation: int, inode: int) -> None:
         """A file was made that will have the path."""
         with self.database.transaction() as connection:
-            operations.claim(connection, self.operation, Claim(path, device, inode))
+            operations.claim(connection, self.operation, Claim(path, generation, inode))
 
     def claims(self, path: str) -> tuple[Claim, ...]:
         """What this operation made at the path."""

@@ -29,8 +29,8 @@ CREATE TABLE operation (
     started REAL NOT NULL, ended REAL, bytes INTEGER NOT NULL DEFAULT 0, detail TEXT NOT NULL DEFAULT '');
 CREATE INDEX operation_machine ON operation (machine, state);
 CREATE TABLE claim (
-    operation INTEGER NOT NULL, path TEXT NOT NULL, device INTEGER NOT NULL, inode INTEGER NOT NULL,
-    PRIMARY KEY (path, device, inode));
+    operation INTEGER NOT NULL, path TEXT NOT NULL, generation INTEGER NOT NULL, inode INTEGER NOT NULL,
+    PRIMARY KEY (path, generation, inode));
 CREATE TABLE note (
     operation INTEGER NOT NULL, step INTEGER NOT NULL, about TEXT NOT NULL, value TEXT NOT NULL,
     PRIMARY KEY (operation, step, about)

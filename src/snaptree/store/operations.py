@@ -36,7 +36,7 @@ class Claim:
     """A file that snaptree made: its path and inode at the time."""
 
     path: str
-    device: int
+    generation: int
     inode: int
 
 
@@ -71,14 +71,14 @@ def end(connection: sqlite3.Connection, operation: int, state: str, now: float, 
 def claim(connection: sqlite3.Connection, operation: int, made: Claim) -> None:
     """Say durably that snaptree made a file."""
     connection.execute(
-        "INSERT OR REPLACE INTO claim VALUES (?, ?, ?, ?)", (operation, dump(made.path), made.device, made.inode)
+        "INSERT OR REPLACE INTO claim VALUES (?, ?, ?, ?)", (operation, dump(made.path), made.generation, made.inode)
     )
 
 
 def unclaim(connection: sqlite3.Connection, made: Claim) -> None:
     """Forget a file that is gone."""
     connection.execute(
-        "DELETE FROM claim WHERE path=? AND device=? AND inode=?", (dump(made.path), made.device, made.inode)
+        "DELETE FROM claim WHERE path=? AND generation=? AND inode=?", (dump(made.path), made.generation, made.inode)
     )
 
 
@@ -97,7 +97,7 @@ def note_of(database: Database, operation: int, step: int, path: str) -> str | N
 
 def claims_of(database: Database, operation: int) -> tuple[Claim, ...]:
     """The files that one operation made."""
-    return _claims(database.rows("SELECT path, device, inode FROM claim WHERE operation=?", (operation,)))
+    return _claims(database.rows("SELECT path, generation, inode FROM claim WHERE operation=?", (operation,)))
 
 
 def claims_left(database: Database) -> tuple[Claim, ...]:
@@ -106,7 +106,7 @@ def claims_left(database: Database) -> tuple[Claim, ...]:
     What an operation has made that came to its end belongs to its machine, or to the user who let it go.
     """
     query = (
-        "SELECT claim.path, claim.device, claim.inode FROM claim JOIN operation ON claim.operation=operation.id "
+        "SELECT claim.path, claim.generation, claim.inode FROM claim JOIN operation ON claim.operation=operation.id "
         "WHERE operation.state IN (?, ?)"
     )
     return _claims(database.rows(query, (UNDONE, PAUSED)))

@@ -6,6 +6,7 @@ import os
 
 from snaptree.images import durable, gate, layout, qemu_img
 from snaptree.images.facts import read_facts
+from snaptree.images.inode import inode_of
 from snaptree.planning.steps import BuildFromPoint, MakeOverlay, TakeName, Unlink
 from snaptree.running.carry.headers import repoint_file
 from snaptree.running.carry.internals import id_of
@@ -14,8 +15,8 @@ from snaptree.store.operations import Claim
 
 
 def _claimer(path: str, context: Context) -> durable.Claim:
-    def claim(_temporary: str, device: int, inode: int) -> None:
-        context.journal.claim(path, device, inode)
+    def claim(_temporary: str, generation: int, inode: int) -> None:
+        context.journal.claim(path, generation, inode)
 
     return claim
 
@@ -57,7 +58,7 @@ def _converted(step: BuildFromPoint, context: Context) -> str:
         backing_format=backing[1] if backing else None,
     )
     temporary = durable.prepare_file(step.path, step.source, context.token, writes, length)
-    _claimer(step.path, context)(temporary, *durable.inode_of(temporary))
+    _claimer(step.path, context)(temporary, *inode_of(temporary))
     with context.holding.lent([step.source, *(path for path, _ in step.below)]):
         qemu_img.convert_point(
             gate.graph([(step.source, "qcow2"), *step.below], locking=False),
@@ -72,7 +73,7 @@ def _converted(step: BuildFromPoint, context: Context) -> str:
 def _gone_back(step: BuildFromPoint, tags: tuple[str, ...], context: Context) -> str:
     """A copy of the whole source in which the point is the active state, and the only one; its temporary path."""
     temporary = durable.prepare_file(step.path, step.source, context.token, (), 0)
-    _claimer(step.path, context)(temporary, *durable.inode_of(temporary))
+    _claimer(step.path, context)(temporary, *inode_of(temporary))
     durable.copy_into(step.source, temporary, cancelled=context.cancelled.is_set)
     if step.below:
         name = gate.relative_backing_name(step.path, step.below[0][0])
@@ -89,7 +90,7 @@ def unmake(path: str, context: Context) -> None:
     """Remove what was made for the path, whole or not, and nothing else."""
     durable.discard_temporary(path, context.token)
     for made in context.journal.claims(path):
-        durable.remove(path, (made.device, made.inode))
+        durable.remove(path, (made.generation, made.inode))
         context.journal.unclaim(made)
 
 
@@ -101,8 +102,8 @@ def take_name(step: TakeName) -> None:
 
 def unlink(step: Unlink, context: Context) -> None:
     """Remove a file that nothing needs, if it still is the one that the plan saw."""
-    identity = (step.device, step.inode) if step.inode else None
+    identity = (step.generation, step.inode) if step.inode else None
     if context.journal.owned(step.path):
         return  # After a kill somebody has given the path to a machine again.
     durable.remove(step.path, identity)
-    context.journal.unclaim(Claim(step.path, step.device, step.inode))
+    context.journal.unclaim(Claim(step.path, step.generation, step.inode))

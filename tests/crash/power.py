@@ -1,0 +1,161 @@
+"""Power cuts: every operation loses its disk at every moment where what is on it changes, and is recovered.
+
+At a sync: the file system is shut down before every call that syncs, of snaptree's and of QEMU's programs; what was
+synced is there afterwards, the rest is gone. By replay: every write and flush that the file system makes during the
+whole operation is recorded, and disks are made of them as they can be after a power cut: all that came before a flush,
+and some of what came after it.
+
+Like ``tests/crash/matrix.py`` this runs in a process of its own and tells what it did as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import gc
+import json
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.crash.cases import CASES
+from tests.crash.matrix import LIMIT, WAYS, Matrix, Tally, Way
+from tests.kit import shim
+from tests.kit.disks import SMALLEST, Disk
+from tests.kit.write_log import LoggedDisk, Replay, states
+
+AT_A_SYNC = {
+    "power cut at a sync": Way(kinds=shim.SYNC),
+    "power cut at a sync of the tools": Way("both", kinds=shim.SYNC),
+}
+REPLAY = "power cut, replayed"
+KINDS = ("ext4", "xfs")
+ON = {f"{way} on {kind}": (way, kind) for way in (*AT_A_SYNC, REPLAY) for kind in KINDS}
+WAYS.update(AT_A_SYNC)
+
+
+class ShutDown(Matrix):
+    """The matrix on a disk whose power fails at the moment of the kill."""
+
+    def __init__(self, folder: Path, case: str, way: str, disk: Disk) -> None:
+        self.disk = disk
+        super().__init__(folder, case, way, disk.mount())
+        self.cut = disk.place
+
+    def restore(self) -> None:
+        super().restore()
+        self.disk.sync()
+
+    def afterwards(self, *, interrupted: bool) -> None:
+        """The power comes back. At the last point it fails after the operation has come to its end."""
+        if not interrupted:
+            self.disk.shut_down()
+        self.world.known.clear()
+        gc.collect()
+        self.disk.unmount()
+        self.disk.mount()
+
+
+class Recorded(Matrix):
+    """One whole operation, and what is left of it when the power fails anywhere in it."""
+
+    def __init__(self, folder: Path, case: str, disk: LoggedDisk) -> None:
+        self.disk = disk
+        super().__init__(folder, case, "kill", disk.mount())
+        world = self.world
+        self.request, self.before = self.case.request(world), world.tree
+        disk.sync()
+        self.start = len(disk.requests())
+        assert not self.interrupted(LIMIT, self.request)
+        self.end = len(disk.requests())
+        gc.collect()
+        disk.unmount()
+        disk.stop()
+        self.requests = disk.requests()
+
+    def states(self, samples: int, seed: int) -> None:
+        """Go through what a power cut can leave."""
+        # What the operation has said to be done is on disk with the last flush before it said so.
+        done = max(number for number, each in enumerate(self.requests[: self.end]) if each.flush)
+        replay = Replay(self.disk, self.requests)
+        for number, state in enumerate(states(self.requests, self.start, random.Random(seed), samples)):
+            replay.make(state)
+            world = self.world
+            world.truth, world.extra = copy.deepcopy(self.truth), set(self.extra)
+            world.known.clear()
+            world.sound.clear()
+            self.disk.mount()
+            try:
+                self.judge(number, self.request, self.before, interrupted=state.flushed < done)
+            except BaseException as error:
+                error.add_note(f"{self.tally.case}, seed {seed}, samples {samples}, state {number}: {state}")
+                raise
+            finally:
+                gc.collect()
+                self.disk.unmount()
+            self.tally.points += 1
+        replay.close()
+
+
+@contextlib.contextmanager
+def folder_of_its_own() -> Iterator[Path]:
+    """A folder that goes with all that is in it."""
+    folder = Path(tempfile.mkdtemp(prefix="snaptree-power-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def replayed(case: str, kind: str, samples: int, seed: int) -> Tally:
+    """One case on one kind of file system, recorded and replayed."""
+    with folder_of_its_own() as folder:
+        disk = LoggedDisk(folder, kind, SMALLEST[kind])
+        try:
+            recorded = Recorded(folder, case, disk)
+            recorded.states(samples, seed)
+            return recorded.tally
+        finally:
+            disk.stop()
+            disk.remove()
+
+
+def at_a_sync(case: str, way: str, kind: str, stride: int, seed: int) -> Tally:
+    """One case on one kind of file system, which is shut down at every so manieth sync."""
+    with folder_of_its_own() as folder:
+        disk = Disk(folder, kind, SMALLEST[kind])
+        try:
+            matrix = ShutDown(folder, case, way, disk)
+            matrix.points(stride, random.Random(f"{case} {seed}").randint(1, stride))
+            return matrix.tally
+        finally:
+            disk.remove()
+
+
+def main() -> None:
+    """Run what the arguments name and print a line of JSON for each case and way."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--case", action="append", default=[], help="cases that contain this; all without it")
+    parser.add_argument("--exactly", action="append", default=[], help="this very case")
+    parser.add_argument("--way", action="append", default=[], choices=list(ON))
+    parser.add_argument("--stride", type=int, default=1, help="at every so manieth sync")
+    parser.add_argument("--samples", type=int, default=1, help="so many random choices after every flush")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    cases = [case for case in CASES if not options.case or any(word in case for word in options.case)]
+    for case in options.exactly or cases:
+        for name in options.way or ON:
+            way, kind = ON[name]
+            if way == REPLAY:
+                tally = replayed(case, kind, options.samples, options.seed)
+            else:
+                tally = at_a_sync(case, way, kind, options.stride, options.seed)
+            tally.way = name
+            print(json.dumps(vars(tally)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
