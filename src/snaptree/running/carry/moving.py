@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from snaptree.errors import UnhealthyError
 from snaptree.images import durable, gate, qemu_img
 from snaptree.images.facts import read_facts
 from snaptree.images.holes import punch_free
@@ -54,6 +55,8 @@ async def move(step: Move, context: Context) -> None:
         context.moved(sum(bytes_moved(job, state.get(job.name)) for job in step.jobs), total)
 
     with context.holding.lent(files):
+        for job in step.jobs:
+            _require_counted(*target_of(job))
         async with StorageDaemon() as daemon:
             opened = [await _open(daemon, job, number) for number, job in enumerate(step.jobs)]
             jobs = [_job(job, nodes) for job, nodes in zip(step.jobs, opened, strict=True)]
@@ -73,6 +76,21 @@ async def move(step: Move, context: Context) -> None:
         # QEMU counts zeroes among what a commit has written.
         context.journal.moved += max(0, ended[job.name].current - job.zeroes) if job.way == "commit" else job.bytes
     context.moved(total, total)
+
+
+def _require_counted(path: str, image_format: str) -> None:
+    """Put reference counts right that are late (lazy refcounts, and the writer was killed), or refuse to write.
+
+    QEMU does so itself where it opens an image for writing, but not where it goes over from reading to writing, as for
+    a job: it would take clusters for free that are in use.
+
+    :raise UnhealthyError: they cannot be put right without losing something.
+    """
+    if image_format != "qcow2" or not read_facts(path, image_format).dirty:
+        return
+    mend(path)
+    if read_facts(path, image_format).dirty:
+        raise UnhealthyError(f"{path} was not closed cleanly", f"run 'qemu-img check -r all {path}' on a copy first")
 
 
 async def _open(daemon: StorageDaemon, job: MoveJob, number: int) -> list[dict[str, Any]]:
