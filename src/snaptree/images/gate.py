@@ -261,8 +261,9 @@ def blockdev(
     file: dict[str, Any] = {"driver": driver, "filename": path, "read-only": read_only, "discard": discard}
     if not locking:
         file["locking"] = "off"
-    if read_only:
-        # The node can be made writable for a commit; the file is opened for writing only then.
+    if read_only and node is not None:
+        # The node can be made writable for a commit; the file is opened for writing only then. One without a name never
+        # is, and its file must say so: qemu-img check (10.0.2) dies where it could write to the file but not the image.
         file = {**file, "read-only": False, "auto-read-only": True}
     found: dict[str, Any] = {"driver": image_format, "read-only": read_only, "discard": "unmap", "file": file}
     if node is not None:
