@@ -28,7 +28,7 @@ Claim: TypeAlias = Callable[[str, int, int], None]
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
-_LABELS = ("system.posix_acl_access", "security.selinux")
+_ACL, _LABEL = "system.posix_acl_access", "security.selinux"
 _COPIED_AT_ONCE = 64 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -95,12 +95,18 @@ def temporary_path(path: str, token: str) -> str:
 
 
 def copy_rights(descriptor: int, like: str) -> None:
-    """Give an open file the owner, group, ACL, label and mode of another, the owner before the mode.
+    """Give an open file that only we may read the owner, group, label, ACL and mode of another, in this order.
 
-    Without the right to give a file away, owner and group stay ours and group and others get nothing more than there.
+    At no moment may anybody read it who may not read the other. Without the right to give a file away, owner and group
+    stay ours, and group and others get nothing.
+
+    :raise OSError: the other is a symbolic link, or not there.
     """
-    status = os.stat(like)
+    status = os.lstat(like)
+    if stat.S_ISLNK(status.st_mode):
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), like)
     mode = stat.S_IMODE(status.st_mode) & 0o777
+    acl = _attribute(like, _ACL)
     mine = os.fstat(descriptor)
     if (mine.st_uid, mine.st_gid) != (status.st_uid, status.st_gid):
         try:
@@ -109,11 +115,34 @@ def copy_rights(descriptor: int, like: str) -> None:
             try:
                 os.fchown(descriptor, -1, status.st_gid)
             except PermissionError:
-                mode &= 0o700
-    for label in _LABELS:
+                mode, acl = mode & 0o700, None
+    label = _attribute(like, _LABEL)
+    if label is not None:
         with suppress(OSError):
-            os.setxattr(descriptor, label, os.getxattr(like, label))
+            os.setxattr(descriptor, _LABEL, label)
+    if not _set_acl(descriptor, acl):
+        # The mode's group bits were the ACL's mask: they would let the whole group in, or whom the folder's ACL names.
+        mode &= 0o700
     os.fchmod(descriptor, mode)
+
+
+def _attribute(path: str, name: str) -> bytes | None:
+    try:
+        return os.getxattr(path, name, follow_symlinks=False)
+    except OSError:
+        return None
+
+
+def _set_acl(descriptor: int, acl: bytes | None) -> bool:
+    """Give the file the ACL, or none where its folder has given it one; whether it has what it should."""
+    try:
+        if acl is not None:
+            os.setxattr(descriptor, _ACL, acl)
+        else:
+            os.removexattr(descriptor, _ACL)
+    except OSError as error:
+        return acl is None and error.errno in (errno.ENODATA, errno.EOPNOTSUPP)
+    return True
 
 
 def prepare_file(path: str, like: str, token: str, writes: Iterable[tuple[int, bytes]], length: int) -> str:
@@ -327,7 +356,7 @@ def copy_small(source: str, target: str, like: str, token: str) -> None:
     temporary = temporary_path(target, token)
     remove_small(temporary)
     with explained(target, "copy to"):
-        _copy(source, temporary)
+        _copy(source, temporary, like)
         _sync_tree(temporary)
         rename_new(temporary, target)
     sync_folder(target)
@@ -338,9 +367,7 @@ def replace_small(source: str, target: str, token: str) -> None:
     temporary = temporary_path(target, token)
     remove_small(temporary)
     with explained(target, "replace"):
-        _copy(source, temporary)
-        if os.path.lexists(target):
-            _rights_of_top(temporary, target)
+        _copy(source, temporary, target if os.path.lexists(target) else source)
         _sync_tree(temporary)
         if os.path.isdir(target) and not os.path.islink(target):
             _renameat2(temporary, target, _RENAME_EXCHANGE)
@@ -364,21 +391,22 @@ def remove_small(path: str) -> None:
     sync_folder(path)
 
 
-def _copy(source: str, target: str) -> None:
+def _copy(source: str, target: str, like: str) -> None:
     mode = os.lstat(source).st_mode
     if stat.S_ISLNK(mode):
         os.symlink(os.readlink(source), target)
     elif stat.S_ISDIR(mode):
         os.mkdir(target, 0o700)
         for name in sorted(os.listdir(source)):
-            _copy(os.path.join(source, name), os.path.join(target, name))
-        _rights_of_top(target, source)
+            inside = os.path.join(source, name)
+            _copy(inside, os.path.join(target, name), inside)
+        _rights_of_top(target, like)
     elif stat.S_ISREG(mode):
         reading = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             writing = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
-                copy_rights(writing, source)
+                copy_rights(writing, like)
                 while data := os.read(reading, 1 << 20):
                     view = memoryview(data)
                     while view:
