@@ -12,6 +12,7 @@ from snaptree.images import durable
 from snaptree.planning.plan import Plan
 from snaptree.planning.steps import BuildFromPoint, CopyFirmware, MakeOverlay, Move, Record, Step, Unlink
 from snaptree.running import carry
+from snaptree.running.carry import firmware
 from snaptree.running.carry.tree import refresh
 from snaptree.running.context import Context
 from snaptree.running.holding import Holding, written_by
@@ -53,13 +54,16 @@ def require_free(plan: Plan) -> None:
     """See that what the plan and the merges that follow it use is there, and open nowhere, before anything is touched.
 
     :raise NotFoundError: a piece of firmware state is not there.
-    :raise RefusedError: a folder may not be changed.
+    :raise RefusedError: a folder may not be changed, or a piece of firmware state is a symbolic link.
     :raise BusyError: somebody has one of the images open.
     """
     steps = tuple(step for each in plan.every() for step in each.steps)
     made = {step.target for step in steps if isinstance(step, CopyFirmware)}
     for step in steps:
-        if isinstance(step, CopyFirmware) and step.source not in made and not os.path.exists(step.source):
+        if not isinstance(step, CopyFirmware):
+            continue
+        firmware.require_no_link(step)
+        if step.source not in made and not os.path.exists(step.source):
             hint = "put it back, or forget it with 'snaptree set --nvram' or '--tpm'"
             raise NotFoundError(f"there is no {step.role} state at {step.source}", hint)
     paths = [step.path for step in steps if isinstance(step, Unlink | MakeOverlay | BuildFromPoint)]

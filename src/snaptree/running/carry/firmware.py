@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from snaptree.errors import NotFoundError
+from snaptree.errors import NotFoundError, RefusedError
 from snaptree.images import durable
 from snaptree.planning.steps import CopyFirmware, RemoveFirmware
 from snaptree.running.context import Context
@@ -16,12 +16,24 @@ def copy(step: CopyFirmware, context: Context) -> None:
         raise NotFoundError(
             f"there is no {step.role} state at {step.source}", "give its path with 'snaptree set --nvram' or '--tpm'"
         )
+    require_no_link(step)
     if step.replace:
         os.makedirs(os.path.dirname(step.target), exist_ok=True)
         durable.replace_small(step.source, step.target, context.token)
     else:
         os.makedirs(os.path.dirname(step.target), mode=0o700, exist_ok=True)
         durable.copy_small(step.source, step.target, step.source, context.token)
+
+
+def require_no_link(step: CopyFirmware) -> None:
+    """Refuse state in whose place a symbolic link is: a copy of the link keeps nothing, and following it is no copy.
+
+    :raise RefusedError: there is one.
+    """
+    for path in (step.source, step.target):
+        if os.path.islink(path):
+            hint = "give the path of the state itself with 'snaptree set --nvram' or '--tpm'"
+            raise RefusedError(f"{path}, where {step.role} state should be, is a symbolic link", hint)
 
 
 def uncopy(step: CopyFirmware, context: Context) -> None:
