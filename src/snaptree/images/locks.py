@@ -190,6 +190,8 @@ def _unlockable(path: str, error: OSError) -> Exception:
         return NotFoundError(f"there is no {path}", "check the path; 'snaptree verify' says what is missing")
     if error.errno in (errno.EACCES, errno.EPERM):
         return RefusedError(f"not allowed to open {path}", "check its owner and mode, or use sudo")
+    if error.errno == errno.ELOOP:
+        return RefusedError(f"{path} is a symbolic link now", "put the image itself in its place again")
     return IoError(f"{path} cannot be locked: {error.strerror}")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from snaptree.errors import NotFoundError, RefusedError
+from snaptree.errors import BusyError, NotFoundError, RefusedError
 from snaptree.images import durable
 from snaptree.images.locks import MachineLock
 from snaptree.machines.finding import find_disk
@@ -114,6 +114,10 @@ class Standalone:
                 f"machine {self.name} is running: another process has its disk open",
                 "stop the machine first; running machines are not handled yet",
             )
+        for folder in _folders(request):
+            if os.path.realpath(folder) != folder:
+                hint = f"name the folder itself, {os.path.realpath(folder)}"
+                raise RefusedError(f"{folder} is or leads through a symbolic link", hint)
         while True:
             try:
                 return verbs.plan(tree, survey, request)
@@ -158,10 +162,14 @@ class Standalone:
             self.config = trees.load_config(self.database, self.name)
             tree = self.tree()
             lock.extend(_anchors(tree))
+            seen = _seen(tree, request)
             plan = self._plan(tree, self.survey(tree, _folders(request)), request)
             if confirm is not None and not confirm(plan):
                 raise CancelledError("nothing was done", "")
             lock.extend([path for each in plan.every() for path in each.touches if os.path.exists(path)])
+            moved = sorted(path for path, inode in _seen(tree, request).items() if inode != seen[path])
+            if moved:
+                raise BusyError(f"{moved[0]} has been replaced since it was planned", "see what did it, and try again")
             await executor.run(self.database, self.name, plan, report=progress or silent, cancelled=cancelled)
             return plan
 
@@ -232,6 +240,20 @@ def _anchors(tree: Tree) -> list[str]:
 def _folders(request: Request) -> list[str]:
     files: Mapping[str, str] = getattr(request, "files", {})
     return [os.path.dirname(path) for path in files.values()]
+
+
+def _seen(tree: Tree, request: Request) -> dict[str, tuple[int, int] | None]:
+    """What is at each path that a plan rests on (device and inode): the layers, and the folders of new files."""
+    folders = _folders(request)
+    found: dict[str, tuple[int, int] | None] = {}
+    for path in (*(layer.path for layer in tree.layers.values()), *folders):
+        try:
+            status = os.stat(path) if path in folders else os.lstat(path)
+        except OSError:
+            found[path] = None
+        else:
+            found[path] = (status.st_dev, status.st_ino)
+    return found
 
 
 def existing(path: str | None) -> str | None:

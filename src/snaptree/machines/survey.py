@@ -49,6 +49,11 @@ def read_survey(
 def _facts_of(tree: Tree, number: LayerId) -> LayerFacts:
     layer = tree.layers[number]
     facts = read_facts(layer.path, layer.format)
+    folder, name = os.path.split(layer.path)
+    if os.path.realpath(folder) != folder:
+        # Links were followed when it was added; one that has come since may lead anywhere.
+        there = os.path.join(os.path.realpath(folder), name)
+        facts = replace(facts, problem="changed", detail=f"{layer.path} leads through a symbolic link to {there} now")
     if facts.backing is None:
         return facts
     try:
