@@ -86,6 +86,7 @@ def test_model_and_planning_do_no_input_or_output() -> None:
 def test_one_module_changes_files() -> None:
     """Locks open files and the state's folder is made by the store; nothing else changes what is on disk."""
     allowed = {"images/durable.py"}
+    folder = {("store/database.py", "chmod")}
     found = []
     for _, path, tree in modules():
         name = str(path.relative_to(SOURCE))
@@ -98,6 +99,7 @@ def test_one_module_changes_files() -> None:
                 and isinstance(node.func.value, ast.Name)
                 and node.func.value.id in ("os", "shutil")
                 and node.func.attr in CHANGES_FILES
+                and (name, node.func.attr) not in folder
             ):
                 found.append(f"{name}:{node.lineno} {node.func.value.id}.{node.func.attr}")
     assert found == []

@@ -90,8 +90,26 @@ class Database:
             self._connection.close()
             self._connection = None
 
+    def _make_folder(self) -> None:
+        """Make the state folder, and those above it that are missing, for us only, whatever the umask.
+
+        One of ours that is there and more open, and its files, are made as private as one that snaptree makes.
+        """
+        missing = [self.folder]
+        while not os.path.isdir(missing[-1]) and (above := os.path.dirname(missing[-1])) != missing[-1]:
+            missing.append(above)
+        for folder in reversed(missing):
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+        for path, mode in ((self.folder, 0o700), *((self.path + each, 0o600) for each in ("", "-wal", "-shm"))):
+            try:
+                status = os.stat(path)
+            except FileNotFoundError:
+                continue
+            if status.st_uid == os.geteuid() and status.st_mode & 0o777 & ~mode:
+                os.chmod(path, status.st_mode & mode)
+
     def _connect(self) -> sqlite3.Connection:
-        os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        self._make_folder()
         if not os.access(self.folder, os.W_OK | os.X_OK):
             raise PermissionError(13, "it is not writable")
         # SQLite makes its files with the umask; the folder is private, and the file is made so beforehand. One that is
