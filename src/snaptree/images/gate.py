@@ -80,7 +80,8 @@ def read_chain(
     :param bases: backing files outside the disk's folder that the user allows, or that the tree knows.
     :param formats: formats of backing files by path, where a header does not say it.
     :raise NotFoundError: the image is not there.
-    :raise RefusedError: a backing file is somewhere that the user did not allow, or is not a plain file.
+    :raise RefusedError: a backing file is somewhere that the user did not allow, or is not a plain file; an image is
+        encrypted.
     :raise UsageError: the image's format is not known and has to be said.
     :raise UnhealthyError: an image is damaged, missing, in a loop, or of another format than it should be.
     """
@@ -153,6 +154,8 @@ def _require_sound(facts: LayerFacts, above: str | None, wanted: str | None) -> 
         raise UnhealthyError(facts.detail, f"if it is a raw disk, say so with --disk vda={path},format=raw")
     if facts.problem:
         raise UnhealthyError(facts.detail, "it cannot be looked after as it is; see 'qemu-img check'")
+    if facts.encrypted:
+        raise RefusedError(f"{path} is encrypted", "encrypted images are not supported yet")
     if facts.format not in ("qcow2", "raw"):
         raise RefusedError(f"{path} is {facts.format}, and only qcow2 and raw are handled", "convert it with qemu-img")
     if facts.dirty and above is not None:

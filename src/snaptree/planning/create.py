@@ -66,15 +66,13 @@ def require_disks(tree: Tree, disks: tuple[str, ...] | Mapping[str, str]) -> Non
 def require_plain(facts: LayerFacts, purpose: str) -> None:
     """Refuse internal snapshots where QEMU cannot go back to them.
 
-    :raise RefusedError: the image has persistent bitmaps, or is encrypted.
+    :raise RefusedError: the image has persistent bitmaps.
     """
     if facts.bitmaps:
         raise RefusedError(
             f"cannot {purpose}: it has persistent bitmaps ({', '.join(facts.bitmaps)}), with which QEMU cannot go back",
             "take an external snapshot (without --internal), or remove them with 'qemu-img bitmap --remove'",
         )
-    if facts.encrypted:
-        raise RefusedError(f"cannot {purpose}: it is encrypted", "encrypted layers are not supported yet")
 
 
 def snapshot(tree: Tree, survey: Survey, request: SnapshotRequest) -> Plan:
@@ -101,6 +99,7 @@ def snapshot(tree: Tree, survey: Survey, request: SnapshotRequest) -> Plan:
         layer = tree.layers[tip]
         draft.require_whole(tip, f"take a snapshot of {disk}")
         if request.internal and layer.format == "qcow2":
+            draft.require_readable(tip, f"take an internal snapshot in {layer.path}")
             require_plain(draft.facts(tip), f"take an internal snapshot in {layer.path}")
             tag = draft.new_tag(tip, request.name)
             draft.prepare.append(MakeInternal(layer.path, tag))

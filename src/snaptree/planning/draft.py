@@ -96,6 +96,18 @@ class Draft:
         """Refuse to build on an unhealthy chain."""
         require_whole(self.tree, self.ailments, layer, purpose)
 
+    def require_readable(self, layer: LayerId, purpose: str) -> None:
+        """Refuse a chain that QEMU does not open without a key.
+
+        :raise RefusedError: one of its layers is encrypted.
+        """
+        for each in self.tree.chain(layer):
+            if self.facts(each.id).encrypted:
+                raise RefusedError(
+                    f"cannot {purpose}: {each.path} is encrypted, and an overlay made without its key would not be",
+                    "encrypted layers are not supported yet",
+                )
+
     # ---- new layers -----------------------------------------------------------------------------------------------
 
     def new_path(self, disk: str, label: str) -> str:
@@ -154,12 +166,8 @@ class Draft:
                 f"cannot {purpose}: the chain under {below.disk} has {len(chain)} layers already",
                 f"delete a snapshot first, for instance {oldest!r}" if oldest else "merge some with 'snaptree squash'",
             )
+        self.require_readable(parent, purpose)
         facts = self.facts(parent)
-        if facts.encrypted:
-            raise RefusedError(
-                f"cannot {purpose}: {below.path} is encrypted, and an overlay made without its key would not be",
-                "encrypted layers are not supported yet",
-            )
         path = self.new_path(below.disk, label)
         qcow2 = facts.format == "qcow2"
         self.prepare.append(
@@ -185,6 +193,7 @@ class Draft:
         assert point.internal is not None
         source = self.tree.layers[point.layer]
         self.require_whole(source.id, purpose)
+        self.require_readable(source.id, purpose)
         facts = self.facts(source.id)
         size = next(
             (each.virtual_size for each in facts.internals if each.name == point.internal),
@@ -344,7 +353,13 @@ class Draft:
                 continue
             kept = set(after.internals.get(layer_id, ()))
             path = after.layers[layer_id].path
-            steps.extend(DeleteInternal(path, tag) for tag in tags if tag not in kept)
+            going = [tag for tag in tags if tag not in kept]
+            if going and self.facts(layer_id).encrypted:
+                raise RefusedError(
+                    f"cannot delete the internal snapshot {going[0]!r} in {path}: it is encrypted",
+                    "encrypted layers are not supported yet",
+                )
+            steps.extend(DeleteInternal(path, tag) for tag in going)
         for piece in sorted(firmware_of(self.before) - firmware_of(after), key=lambda each: each.path):
             steps.append(RemoveFirmware(piece.role, piece.path))
         for memory in self.before.memories.values():

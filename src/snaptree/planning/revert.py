@@ -69,6 +69,7 @@ def _go_to(draft: Draft, base: Tree, point: Point, label: str, purpose: str, *, 
         return Point(draft.stack(point.layer, label, purpose).id)
     if point.layer not in base.layers or _whole(base, point.layer, draft.outsiders):
         draft.require_whole(point.layer, purpose)
+        draft.require_readable(point.layer, purpose)
         require_plain(draft.facts(point.layer), f"{purpose} within {layer.path}")
         for branch in [each for each in draft.tree.branches.values() if each.tips.get(layer.disk) == Point(layer.id)]:
             tag = draft.new_tag(layer.id, branch.name)

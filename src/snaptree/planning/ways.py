@@ -120,6 +120,8 @@ def _common_obstacle(draft: Draft, row: Row, written: Layer) -> str:
         if not facts.removable:
             return f"the folder of {layer.path} may not be changed"
     for layer in tree.chain(row[0]):
+        if draft.facts(layer.id).encrypted:
+            return f"{layer.path}, beneath, is encrypted"
         ailment = draft.ailments.get(layer.id)
         if ailment is not None and ailment.blocks:
             return f"{ailment.detail} ({ailment.word})"
