@@ -83,6 +83,8 @@ def _read(descriptor: int, facts: LayerFacts, image_format: str | None) -> Layer
         allocated=size if device else status.st_blocks * 512,
         links=status.st_nlink,
         block_device=device,
+        mode=stat.S_IMODE(status.st_mode) & 0o777,
+        group=status.st_gid,
         writable=os.access(path, os.W_OK),
         removable=os.access(os.path.dirname(path), os.W_OK | os.X_OK),
     )

@@ -43,6 +43,9 @@ class LayerFacts:
     refcount_bits: int = 16
     links: int = 1
     block_device: bool = False
+    mode: int = 0o600
+    """The permission bits; ``group`` is whom the middle ones are for."""
+    group: int = 0
     writable: bool = True
     backing: str | None = None
     backing_format: str | None = None

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from snaptree.model.layer import Layer, LayerId
-from snaptree.model.survey import RowFacts
+from snaptree.model.survey import LayerFacts, RowFacts
 from snaptree.model.tree import Tree
 from snaptree.planning.draft import Draft
 from snaptree.planning.settle import is_loose
@@ -136,7 +136,18 @@ def _common_obstacle(draft: Draft, row: Row, written: Layer) -> str:
             return f"{layer.path} cannot be written to"
         if facts.links > 1:
             return f"{layer.path} has {facts.links} names (hard links), and the others would see it change"
+    for layer in (tree.layers[each] for each in row):
+        if _opens(draft.facts(written.id), draft.facts(layer.id)):
+            modes = f"{draft.facts(written.id).mode:04o} and {draft.facts(layer.id).mode:04o}"
+            return f"{written.path} may be read by users who may not read {layer.path} (modes {modes})"
     return ""
+
+
+def _opens(target: LayerFacts, source: LayerFacts) -> bool:
+    """Whether others, or a group, may read the target who may not read the source."""
+    others = source.mode & 0o004
+    group = others or (source.mode & 0o040 and source.group == target.group)
+    return bool(target.mode & 0o004 and not others) or bool(target.mode & 0o040 and not group)
 
 
 def _commit_obstacle(draft: Draft, row: Row) -> str:
