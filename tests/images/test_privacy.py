@@ -17,6 +17,7 @@ from tests.kit.rights import ACL, DEFAULT_ACL, LABEL, acl, attribute, give, may,
 from tests.kit.scene import SLOT, Scene, within
 
 from snaptree.images import durable
+from snaptree.images.rights import copy_rights
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives files away")
 OWNER, GROUP, NAMED, STRANGER = 1234, 2345, 4321, 9999
@@ -169,7 +170,7 @@ def test_who_may_not_give_files_away_lets_nobody_in(scene: Scene) -> None:
             os.umask(0)
             descriptor = os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
             with watched(lambda: None if not may(new, NAMED, STRANGER + 1) & 6 else os._exit(2)):
-                durable.copy_rights(descriptor, str(like))
+                copy_rights(descriptor, str(like))
             status = 0
         finally:
             os._exit(status)

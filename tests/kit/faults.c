@@ -4,8 +4,9 @@
  * FAULTS_WHEN: at which call; FAULTS_ERROR: 0 to kill, otherwise the error number; FAULTS_ONCE: 1 for this call only, 0 for
  * it and all that follow; FAULTS_KINDS: which calls (1 data, 2 sync, 4 names, 8 rights, 16 reads); FAULTS_PARENT: 1 to kill
  * the process that started this one too, at the same moment; FAULTS_TELL: a file to make when it has come so far;
- * FAULTS_CUT: a folder whose file system is shut down before the kill, so that nothing reaches its disk any more. A process
- * can also arm itself with faults_arm() and faults_cut(), which hold for it alone, not for the programs that it starts.
+ * FAULTS_CUT: a folder whose file system is shut down before the kill, so that nothing reaches its disk any more;
+ * FAULTS_LOG: a file that gets a line for each such call that succeeded. A process can also arm itself with faults_arm(),
+ * faults_cut() and faults_log(); the first two hold for it alone, not for the programs that it starts.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -13,6 +14,7 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -27,6 +29,7 @@ enum { DATA = 1, SYNC = 2, NAMES = 4, RIGHTS = 8, READS = 16 };
 static long calls, when = -1;
 static int error_number, once = 1, kinds = 15, parent_too;
 static const char *tell, *cut;
+static int logged = -1;
 
 void faults_arm(long at, int error, int only_once, int which)
 {
@@ -50,8 +53,54 @@ static void cut_power(void)
     syscall(SYS_ioctl, folder, _IOR('X', 125, unsigned), &flags);
 }
 
+void faults_log(const char *path)
+{
+    logged = path ? syscall(SYS_openat, AT_FDCWD, path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600) : -1;
+}
+
+/* "CALL INODE PATH": for a call on a descriptor what it has open; for a call on a name the name, and what has it now. */
+static void log_descriptor(const char *call, int descriptor)
+{
+    char link[64], path[4096], line[4300];
+    struct stat status;
+    if (logged < 0 || fstat(descriptor, &status) != 0 || !(S_ISREG(status.st_mode) || S_ISDIR(status.st_mode)))
+        return;
+    int error = errno;
+    snprintf(link, sizeof link, "/proc/self/fd/%d", descriptor);
+    ssize_t size = readlink(link, path, sizeof path - 1);
+    path[size < 0 ? 0 : size] = 0;
+    int length = snprintf(line, sizeof line, "%s %lu %s\n", call, (unsigned long)status.st_ino, path);
+    syscall(SYS_write, logged, line, length);
+    errno = error;
+}
+
+static void log_name(const char *call, int folder, const char *name)
+{
+    char link[64], path[4096], line[8300];
+    if (logged < 0)
+        return;
+    int error = errno;
+    ssize_t size = 0;
+    if (name[0] != '/') {
+        snprintf(link, sizeof link, folder == AT_FDCWD ? "/proc/self/cwd" : "/proc/self/fd/%d", folder);
+        size = readlink(link, path, sizeof path - 2);
+        size = size < 0 ? 0 : size;
+        path[size++] = '/';
+    }
+    path[size] = 0;
+    struct stat status = {.st_ino = 0};
+    char whole[8200];
+    snprintf(whole, sizeof whole, "%s%s", path, name);
+    syscall(SYS_newfstatat, AT_FDCWD, whole, &status, AT_SYMLINK_NOFOLLOW);
+    int length = snprintf(line, sizeof line, "%s %lu %s\n", call, (unsigned long)status.st_ino, whole);
+    syscall(SYS_write, logged, line, length);
+    errno = error;
+}
+
 __attribute__((constructor)) static void from_environment(void)
 {
+    if (getenv("FAULTS_LOG") != NULL)
+        faults_log(getenv("FAULTS_LOG"));
     const char *at = getenv("FAULTS_WHEN");
     if (at == NULL)
         return;
@@ -106,14 +155,29 @@ static int fails_on(int descriptor, int kind)
     type name parameters \
     { \
         NEXT(type, name); \
-        return fails_on(descriptor, kind) ? -1 : next arguments; \
+        if (fails_on(descriptor, kind)) \
+            return -1; \
+        type result = next arguments; \
+        if (result >= 0 && kind != READS) \
+            log_descriptor(#name, descriptor); \
+        return result; \
     }
 
-#define CALL(type, name, kind, parameters, arguments) \
-    type name parameters \
+#define NO_NAME ((const char *)NULL)
+#define CALL(name, parameters, arguments, from, old, to, new) \
+    int name parameters \
     { \
-        NEXT(type, name); \
-        return fails(kind) ? -1 : next arguments; \
+        NEXT(int, name); \
+        if (fails(NAMES)) \
+            return -1; \
+        int result = next arguments; \
+        if (result == 0) { \
+            if (old != NULL) \
+                log_name(#name, from, old); \
+            if (new != NULL) \
+                log_name(#name, to, new); \
+        } \
+        return result; \
     }
 
 ON(ssize_t, write, DATA, (int fd, const void *data, size_t size), (fd, data, size), fd)
@@ -135,17 +199,17 @@ ON(ssize_t, pread, READS, (int fd, void *data, size_t size, off_t at), (fd, data
 ON(ssize_t, pread64, READS, (int fd, void *data, size_t size, off64_t at), (fd, data, size, at), fd)
 ON(ssize_t, preadv, READS, (int fd, const struct iovec *v, int n, off_t at), (fd, v, n, at), fd)
 ON(ssize_t, preadv64, READS, (int fd, const struct iovec *v, int n, off64_t at), (fd, v, n, at), fd)
-CALL(int, rename, NAMES, (const char *a, const char *b), (a, b))
-CALL(int, renameat, NAMES, (int x, const char *a, int y, const char *b), (x, a, y, b))
-CALL(int, renameat2, NAMES, (int x, const char *a, int y, const char *b, unsigned f), (x, a, y, b, f))
-CALL(int, link, NAMES, (const char *a, const char *b), (a, b))
-CALL(int, linkat, NAMES, (int x, const char *a, int y, const char *b, int f), (x, a, y, b, f))
-CALL(int, symlink, NAMES, (const char *a, const char *b), (a, b))
-CALL(int, unlink, NAMES, (const char *a), (a))
-CALL(int, unlinkat, NAMES, (int x, const char *a, int f), (x, a, f))
-CALL(int, rmdir, NAMES, (const char *a), (a))
-CALL(int, mkdir, NAMES, (const char *a, mode_t m), (a, m))
-CALL(int, mkdirat, NAMES, (int x, const char *a, mode_t m), (x, a, m))
+CALL(rename, (const char *a, const char *b), (a, b), AT_FDCWD, a, AT_FDCWD, b)
+CALL(renameat, (int x, const char *a, int y, const char *b), (x, a, y, b), x, a, y, b)
+CALL(renameat2, (int x, const char *a, int y, const char *b, unsigned f), (x, a, y, b, f), x, a, y, b)
+CALL(link, (const char *a, const char *b), (a, b), AT_FDCWD, NO_NAME, AT_FDCWD, b)
+CALL(linkat, (int x, const char *a, int y, const char *b, int f), (x, a, y, b, f), x, NO_NAME, y, b)
+CALL(symlink, (const char *a, const char *b), (a, b), AT_FDCWD, NO_NAME, AT_FDCWD, b)
+CALL(unlink, (const char *a), (a), AT_FDCWD, a, 0, NO_NAME)
+CALL(unlinkat, (int x, const char *a, int f), (x, a, f), x, a, 0, NO_NAME)
+CALL(rmdir, (const char *a), (a), AT_FDCWD, a, 0, NO_NAME)
+CALL(mkdir, (const char *a, mode_t m), (a, m), AT_FDCWD, a, 0, NO_NAME)
+CALL(mkdirat, (int x, const char *a, mode_t m), (x, a, m), x, a, 0, NO_NAME)
 ON(int, fchmod, RIGHTS, (int fd, mode_t m), (fd, m), fd)
 ON(int, fchown, RIGHTS, (int fd, uid_t u, gid_t g), (fd, u, g), fd)
 ON(int, fsetxattr, RIGHTS, (int fd, const char *n, const void *v, size_t s, int f), (fd, n, v, s, f), fd)
@@ -163,7 +227,10 @@ ON(int, fsetxattr, RIGHTS, (int fd, const char *n, const void *v, size_t s, int 
         } \
         if ((flags & O_CREAT) && fails(NAMES)) \
             return -1; \
-        return next(before_arguments path, flags, mode); \
+        int result = next(before_arguments path, flags, mode); \
+        if (result >= 0 && (flags & O_CREAT) && (flags & O_EXCL)) \
+            log_descriptor("create", result); \
+        return result; \
     }
 #define NOTHING
 #define WHERE int where,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,7 @@ def loaded() -> ctypes.CDLL:
     library = ctypes.CDLL(None)
     library.faults_arm.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.c_int)
     library.faults_cut.argtypes = (ctypes.c_char_p,)
+    library.faults_log.argtypes = (ctypes.c_char_p,)
     library.faults_count.restype = ctypes.c_long
     return library
 
@@ -45,6 +48,18 @@ def arm(when: int, *, error: int = 0, once: bool = True, kinds: int = CHANGES, c
     """
     loaded().faults_cut(os.fsencode(cut) if cut is not None else None)
     loaded().faults_arm(when, error, int(once), kinds)
+
+
+@contextlib.contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """While in the block, the calls that change files stand in the log, also those of the programs that are started."""
+    loaded().faults_log(os.fsencode(path))
+    os.environ["FAULTS_LOG"] = str(path)
+    try:
+        yield
+    finally:
+        del os.environ["FAULTS_LOG"]
+        loaded().faults_log(None)
 
 
 def environment(

@@ -21,6 +21,7 @@ from typing import TypeAlias
 
 from snaptree.errors import CancelledError, ExistsError, IoError, NoSpaceError, RefusedError, SnaptreeError
 from snaptree.images.inode import inode_of, is_still
+from snaptree.images.rights import copy_rights
 
 Claim: TypeAlias = Callable[[str, int, int], None]
 """Told of a new file before it has its name: its temporary path, generation and inode."""
@@ -28,7 +29,6 @@ Claim: TypeAlias = Callable[[str, int, int], None]
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
-_ACL, _LABEL = "system.posix_acl_access", "security.selinux"
 _COPIED_AT_ONCE = 64 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -92,57 +92,6 @@ def temporary_path(path: str, token: str) -> str:
     folder, base = os.path.split(path)
     short = os.fsdecode(os.fsencode(base)[-80:])
     return os.path.join(folder, f".snaptree-{token}-{short}")
-
-
-def copy_rights(descriptor: int, like: str) -> None:
-    """Give an open file that only we may read the owner, group, label, ACL and mode of another, in this order.
-
-    At no moment may anybody read it who may not read the other. Without the right to give a file away, owner and group
-    stay ours, and group and others get nothing.
-
-    :raise OSError: the other is a symbolic link, or not there.
-    """
-    status = os.lstat(like)
-    if stat.S_ISLNK(status.st_mode):
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), like)
-    mode = stat.S_IMODE(status.st_mode) & 0o777
-    acl = _attribute(like, _ACL)
-    mine = os.fstat(descriptor)
-    if (mine.st_uid, mine.st_gid) != (status.st_uid, status.st_gid):
-        try:
-            os.fchown(descriptor, status.st_uid, status.st_gid)
-        except PermissionError:
-            try:
-                os.fchown(descriptor, -1, status.st_gid)
-            except PermissionError:
-                mode, acl = mode & 0o700, None
-    label = _attribute(like, _LABEL)
-    if label is not None:
-        with suppress(OSError):
-            os.setxattr(descriptor, _LABEL, label)
-    if not _set_acl(descriptor, acl):
-        # The mode's group bits were the ACL's mask: they would let the whole group in, or whom the folder's ACL names.
-        mode &= 0o700
-    os.fchmod(descriptor, mode)
-
-
-def _attribute(path: str, name: str) -> bytes | None:
-    try:
-        return os.getxattr(path, name, follow_symlinks=False)
-    except OSError:
-        return None
-
-
-def _set_acl(descriptor: int, acl: bytes | None) -> bool:
-    """Give the file the ACL, or none where its folder has given it one; whether it has what it should."""
-    try:
-        if acl is not None:
-            os.setxattr(descriptor, _ACL, acl)
-        else:
-            os.removexattr(descriptor, _ACL)
-    except OSError as error:
-        return acl is None and error.errno in (errno.ENODATA, errno.EOPNOTSUPP)
-    return True
 
 
 def prepare_file(path: str, like: str, token: str, writes: Iterable[tuple[int, bytes]], length: int) -> str:
@@ -346,6 +295,17 @@ def discard_temporary(path: str, token: str) -> None:
 
 
 # ---- small files and folders --------------------------------------------------------------------------------------
+
+
+def make_folder(path: str) -> None:
+    """Make a folder for us only, with those above it that are missing, unless it is there."""
+    with explained(path, "make"):
+        if os.path.isdir(path):
+            return
+        make_folder(os.path.dirname(path))
+        with suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+    sync_folder(path)
 
 
 def copy_small(source: str, target: str, like: str, token: str) -> None:

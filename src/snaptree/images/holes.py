@@ -41,6 +41,9 @@ def punch_free(path: str) -> int:
             for start, end in _free(descriptor, header, block, first, size):
                 durable.punch_hole(descriptor, start, end - start, path)
                 freed += end - start
+        if freed:
+            # The file has another time now, by which it is known; that must not be taken back.
+            durable.sync(descriptor, path)
     return freed
 
 

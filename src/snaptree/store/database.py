@@ -49,6 +49,14 @@ def default_state() -> str:
     return os.path.join(base, "snaptree")
 
 
+def _sync_folder(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class Database:
     """The state file of one state folder.
 
@@ -100,6 +108,7 @@ class Database:
             missing.append(above)
         for folder in reversed(missing):
             os.makedirs(folder, mode=0o700, exist_ok=True)
+            _sync_folder(os.path.dirname(folder))
         for path, mode in ((self.folder, 0o700), *((self.path + each, 0o600) for each in ("", "-wal", "-shm"))):
             try:
                 status = os.stat(path)

@@ -17,11 +17,10 @@ def copy(step: CopyFirmware, context: Context) -> None:
             f"there is no {step.role} state at {step.source}", "give its path with 'snaptree set --nvram' or '--tpm'"
         )
     require_no_link(step)
+    durable.make_folder(os.path.dirname(step.target))
     if step.replace:
-        os.makedirs(os.path.dirname(step.target), exist_ok=True)
         durable.replace_small(step.source, step.target, context.token)
     else:
-        os.makedirs(os.path.dirname(step.target), mode=0o700, exist_ok=True)
         durable.copy_small(step.source, step.target, step.source, context.token)
 
 

@@ -49,6 +49,7 @@ def make(step: MakeInternal, context: Context) -> None:
     """Take an internal snapshot."""
     with context.holding.lent([step.path]):
         qemu_img.snapshot_create(_node(step.path), step.tag)
+    durable.sync_file(step.path)
 
 
 def unmake(step: MakeInternal, context: Context) -> None:
@@ -70,6 +71,7 @@ def apply(step: ApplyInternal, context: Context) -> None:
         qemu_img.snapshot_apply(graph, id_of(step.path, step.tag))
         if context.recovering:
             mend(step.path)
+    durable.sync_file(step.path)
 
 
 def delete(step: DeleteInternal, context: Context) -> None:

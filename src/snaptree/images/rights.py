@@ -1,0 +1,61 @@
+"""Owner, group, label, ACL and mode of new files: those of the file that they come from."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from contextlib import suppress
+
+_ACL, _LABEL = "system.posix_acl_access", "security.selinux"
+
+
+def copy_rights(descriptor: int, like: str) -> None:
+    """Give an open file that only we may read the owner, group, label, ACL and mode of another, in this order.
+
+    At no moment may anybody read it who may not read the other. Without the right to give a file away, owner and group
+    stay ours, and group and others get nothing.
+
+    :raise OSError: the other is a symbolic link, or not there.
+    """
+    status = os.lstat(like)
+    if stat.S_ISLNK(status.st_mode):
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), like)
+    mode = stat.S_IMODE(status.st_mode) & 0o777
+    acl = _attribute(like, _ACL)
+    mine = os.fstat(descriptor)
+    if (mine.st_uid, mine.st_gid) != (status.st_uid, status.st_gid):
+        try:
+            os.fchown(descriptor, status.st_uid, status.st_gid)
+        except PermissionError:
+            try:
+                os.fchown(descriptor, -1, status.st_gid)
+            except PermissionError:
+                mode, acl = mode & 0o700, None
+    label = _attribute(like, _LABEL)
+    if label is not None:
+        with suppress(OSError):
+            os.setxattr(descriptor, _LABEL, label)
+    if not _set_acl(descriptor, acl):
+        # The mode's group bits were the ACL's mask: they would let the whole group in, or whom the folder's ACL names.
+        mode &= 0o700
+    os.fchmod(descriptor, mode)
+
+
+def _attribute(path: str, name: str) -> bytes | None:
+    try:
+        return os.getxattr(path, name, follow_symlinks=False)
+    except OSError:
+        return None
+
+
+def _set_acl(descriptor: int, acl: bytes | None) -> bool:
+    """Give the file the ACL, or none where its folder has given it one; whether it has what it should."""
+    try:
+        if acl is not None:
+            os.setxattr(descriptor, _ACL, acl)
+        else:
+            os.removexattr(descriptor, _ACL)
+    except OSError as error:
+        return acl is None and error.errno in (errno.ENODATA, errno.EOPNOTSUPP)
+    return True
