@@ -53,7 +53,7 @@ class LoggedDisk(Disk):
         self._file = folder / "file"
         self._file.touch()
         words = [sys.executable, "-m", "tests.kit.fuse_disk", self.path, self.log, self._file]
-        self._server = subprocess.Popen([*map(str, words)], cwd=ROOT)
+        self._server = subprocess.Popen([*map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL)
         self._loop: Path | None = None
         try:
             self._loop = self._attach(size)
@@ -87,6 +87,8 @@ class LoggedDisk(Disk):
 
     def stop(self) -> None:
         """End the log; the disk is an ordinary file from now on."""
+        if os.path.ismount(self.place):
+            self.unmount()
         if self._loop is not None:
             images.run("losetup", "-d", self._loop)
             self._loop = None
