@@ -42,7 +42,8 @@ class Way:
     """How the operation is interrupted.
 
     ``who`` is ``snaptree``, ``tools`` (QEMU's programs that it starts) or ``both`` at once; ``error`` 0 kills,
-    otherwise the calls fail with it, once or from then on. ``again``: recovery is killed too, twice.
+    otherwise the calls fail with it, once or from then on. ``again``: recovery is killed too, twice. ``apart``: the
+    state folder is on another disk.
     """
 
     who: str = "snaptree"
@@ -50,6 +51,7 @@ class Way:
     once: bool = True
     kinds: int = shim.CHANGES
     again: bool = False
+    apart: bool = False
 
 
 WAYS = {
@@ -87,19 +89,22 @@ class Matrix:
     def __init__(self, folder: Path, case: str, way: str, place: Path | None = None) -> None:
         self.folder = folder
         self.case, self.way = CASES[case], WAYS[way]
-        self.world = World((place or folder) / "world")
+        self.world = World((place or folder) / "world", elsewhere=folder / "state" if self.way.apart else None)
         self.cut: Path | None = None
         self.case.build(self.world)
         self.truth = copy.deepcopy(self.world.truth)
         self.extra = set(self.world.extra)
-        shutil.copytree(self.world.folder, folder / "kept")
+        self.places = [self.world.folder, *([self.world.state] if self.way.apart else [])]
+        for number, each in enumerate(self.places):
+            shutil.copytree(each, folder / f"kept{number}")
         self.tally = Tally(case, way)
         self.told = folder / "told"
 
     def restore(self) -> None:
         """Everything as it was built; the files are others, so what is kept of their looks is read anew."""
-        shutil.rmtree(self.world.folder)
-        shutil.copytree(self.folder / "kept", self.world.folder)
+        for number, each in enumerate(self.places):
+            shutil.rmtree(each)
+            shutil.copytree(self.folder / f"kept{number}", each)
         world = self.world
         world.truth, world.extra = copy.deepcopy(self.truth), set(self.extra)
         world.sound.clear()

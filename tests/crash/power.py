@@ -30,6 +30,7 @@ from tests.kit.write_log import LoggedDisk, Replay, states
 AT_A_SYNC = {
     "power cut at a sync": Way(kinds=shim.SYNC),
     "power cut at a sync of the tools": Way("both", kinds=shim.SYNC),
+    "power cut of the images' disk alone": Way(kinds=shim.SYNC, apart=True),
 }
 REPLAY = "power cut, replayed"
 KINDS = ("ext4", "xfs")

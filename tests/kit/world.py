@@ -46,13 +46,15 @@ class World:
     foreign: dict[Path, bytes] = field(default_factory=dict)
     known: dict[tuple[object, ...], bytes] = field(default_factory=dict)
     sound: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    elsewhere: Path | None = None
+    """Where the state folder lies, if not beside the images."""
     extra: set[str] = field(default_factory=set)
     """Files beside the layers that are there by right: what a detached disk left, say."""
 
     def __post_init__(self) -> None:
         self.images = self.folder / "images"
         self.images.mkdir(exist_ok=True, parents=True)
-        self.state = self.folder / "state"
+        self.state = self.elsewhere or self.folder / "state"
 
     # ---- the machine ----------------------------------------------------------------------------------------------
 
