@@ -77,12 +77,14 @@ class Recorded(Matrix):
         disk.stop()
         self.requests = disk.requests()
 
-    def states(self, samples: int, seed: int) -> None:
+    def states(self, samples: int, stride: int, seed: int) -> None:
         """Go through what a power cut can leave."""
         # What the operation has said to be done is on disk with the last flush before it said so.
         done = max(number for number, each in enumerate(self.requests[: self.end]) if each.flush)
         replay = Replay(self.disk, self.requests)
         for number, state in enumerate(states(self.requests, self.start, random.Random(seed), samples)):
+            if number % stride:
+                continue
             replay.make(state)
             world = self.world
             world.truth, world.extra = copy.deepcopy(self.truth), set(self.extra)
@@ -111,13 +113,13 @@ def folder_of_its_own() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def replayed(case: str, kind: str, samples: int, seed: int) -> Tally:
+def replayed(case: str, kind: str, samples: int, stride: int, seed: int) -> Tally:
     """One case on one kind of file system, recorded and replayed."""
     with folder_of_its_own() as folder:
         disk = LoggedDisk(folder, kind, SMALLEST[kind])
         try:
             recorded = Recorded(folder, case, disk)
-            recorded.states(samples, seed)
+            recorded.states(samples, stride, seed)
             return recorded.tally
         finally:
             disk.stop()
@@ -142,7 +144,7 @@ def main() -> None:
     parser.add_argument("--case", action="append", default=[], help="cases that contain this; all without it")
     parser.add_argument("--exactly", action="append", default=[], help="this very case")
     parser.add_argument("--way", action="append", default=[], choices=list(ON))
-    parser.add_argument("--stride", type=int, default=1, help="at every so manieth sync")
+    parser.add_argument("--stride", type=int, default=1, help="at every so manieth sync, or state")
     parser.add_argument("--samples", type=int, default=1, help="so many random choices after every flush")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
@@ -151,7 +153,7 @@ def main() -> None:
         for name in options.way or ON:
             way, kind = ON[name]
             if way == REPLAY:
-                tally = replayed(case, kind, options.samples, options.seed)
+                tally = replayed(case, kind, options.samples, options.stride, options.seed)
             else:
                 tally = at_a_sync(case, way, kind, options.stride, options.seed)
             tally.way = name
