@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from tests.crash.cases import CASES
 from tests.kit import images
 from tests.kit.scene import Scene
+from tests.kit.world import World, request_done
+
+from snaptree.errors import BusyError
+from snaptree.planning.verbs import GcRequest
 
 TOOL = [sys.executable, "-c", "import sys; from snaptree.cli.main import run; sys.exit(run(sys.argv[1:]))"]
 GOOD = {0, 3, 4, 5, 6}
@@ -79,6 +86,47 @@ def test_machines_that_share_a_base(scene: Scene) -> None:
         assert scene.shows(machine=machine) == "golden.."
     assert golden.read_bytes() == before
     scene.sound(*machines)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "snapshot", "internal snapshot", "delete s1 of a line by commit", "delete s3 of a line by commit",
+        "delete s2 of a line by pull", "revert", "revert, discard", "revert within the tip", "switch",
+        "delete over layers of several sizes by auto", "branch from here",
+    ],
+)  # fmt: skip
+def test_qemu_starts_on_the_tip_in_the_middle(case: str, tmp_path: Path) -> None:
+    """It cannot, or what its guest writes is kept where it was written."""
+    world = World(tmp_path)
+    CASES[case].build(world)
+    request, before = CASES[case].request(world), world.tree
+    refused, written, numbers = 0, dict[str, int](), itertools.count(100)
+
+    def start(_: object) -> None:
+        nonlocal refused
+        for disk in world.tree.disks:
+            (path, form), number = world.tip(disk), next(numbers)
+            words = ["qemu-io", "-f", form, "-c", f"write -q -P {number} 4k 512", str(path)]
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            if done.returncode != 0 or done.stdout:
+                assert "lock" in done.stderr, done
+                refused += 1
+            elif request_done(before, world.tree, request):
+                written[disk] = number
+            else:
+                world.reread(disk)
+
+    try:
+        world.machine.run(request, progress=start)
+    except BusyError:
+        world.machine.run(GcRequest())
+    assert refused > 0
+    assert world.settle(request, before)
+    here = world.truth[world.active]
+    for disk, number in written.items():
+        here[disk] = here[disk][:4096] + bytes([number]) * 512 + here[disk][4608:]
+    world.check()
 
 
 def test_qemu_cannot_open_a_tip_while_it_is_merged(scene: Scene, tmp_path: Path) -> None:

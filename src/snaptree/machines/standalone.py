@@ -170,7 +170,10 @@ class Standalone:
             moved = sorted(path for path, inode in _seen(tree, request).items() if inode != seen[path])
             if moved:
                 raise BusyError(f"{moved[0]} has been replaced since it was planned", "see what did it, and try again")
-            await executor.run(self.database, self.name, plan, report=progress or silent, cancelled=cancelled)
+            still = [tree.layers[tip.layer].path for tip in tree.branches[tree.active].tips.values()]
+            await executor.run(
+                self.database, self.name, plan, still=still, report=progress or silent, cancelled=cancelled
+            )
             return plan
 
     @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from snaptree.errors import CancelledError, NotFoundError, RefusedError, SnaptreeError
 from snaptree.images import durable
@@ -27,11 +27,13 @@ async def run(
     machine: str,
     plan: Plan,
     *,
+    still: Collection[str] = (),
     report: Report = silent,
     cancelled: threading.Event | None = None,
 ) -> None:
     """Carry out the plan and then the merges that follow it, each as an operation of its own.
 
+    :param still: the active tips of a machine that is off: until the tree has changed no QEMU may start on them.
     :param cancelled: set it to stop: before the point of no return the operation is undone, after it it is finished;
         merges that have not begun wait for ``gc``.
     :raise CancelledError: it was stopped; all that is kept is whole.
@@ -47,7 +49,7 @@ async def run(
                 f"stopped before the merge: {plan.summary} is done, and what is loose waits",
                 f"'snaptree gc {machine}' merges it",
             )
-        await _carry_out(database, machine, each, report, stop)
+        await _carry_out(database, machine, each, () if number else still, report, stop)
 
 
 def require_free(plan: Plan) -> None:
@@ -79,9 +81,11 @@ def require_free(plan: Plan) -> None:
     holding.release()
 
 
-async def _carry_out(database: Database, machine: str, plan: Plan, report: Report, stop: threading.Event) -> None:
+async def _carry_out(
+    database: Database, machine: str, plan: Plan, still: Collection[str], report: Report, stop: threading.Event
+) -> None:
     holding = Holding()
-    holding.take(plan)
+    holding.take(plan, still)
     try:
         journal = Journal.begin(database, machine, plan)
         context = Context(journal=journal, holding=holding, cancelled=stop)

@@ -81,20 +81,22 @@ class Holding:
         self._patience = patience
         self._locks: dict[tuple[int, int], ImageLock] = {}
 
-    def take(self, plan: Plan) -> None:
+    def take(self, plan: Plan, still: Iterable[str] = ()) -> None:
         """Lock what the plan uses.
 
+        :param still: images that the plan does not use, and that nobody may begin to write to meanwhile.
         :raise BusyError: another process has one of the files open; names the file and, where it can be known, whom.
         """
-        self.take_steps(plan.steps)
+        self.take_steps(plan.steps, still)
 
-    def take_steps(self, steps: Iterable[Step]) -> None:
+    def take_steps(self, steps: Iterable[Step], still: Iterable[str] = ()) -> None:
         """Lock what the steps use."""
         written: dict[str, None] = {}
         read: dict[str, None] = {}
         for step in steps:
             written.update(dict.fromkeys(written_by(step)))
             read.update(dict.fromkeys(read_by(step)))
+        read.update(dict.fromkeys(still))
         try:
             for path in (*written, *read):
                 self._lock(path, "exclusive" if path in written else "read")
