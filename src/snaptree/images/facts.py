@@ -176,6 +176,24 @@ def _unchanged_since(descriptor: int, header: Header, entries: tuple[InternalEnt
     return tuple(same)
 
 
+def shows_point(path: str, tag: str) -> bool:
+    """Whether the active state of a qcow2 image has the size and the L1 table of the internal snapshot of that name.
+
+    :raise SnaptreeError: the image is damaged.
+    """
+    descriptor = open_to_read(path)
+    try:
+        header = read_header(descriptor, path)
+        entries = read_internals(descriptor, header, path)
+        entry = next((each for each in entries if each.facts.name == tag), None)
+        if entry is None or entry.facts.virtual_size != header.virtual_size:
+            return False
+        active = _l1(descriptor, header.l1_table_offset, header.l1_size)
+        return _l1(descriptor, entry.l1_table_offset, entry.l1_size) == active
+    finally:
+        os.close(descriptor)
+
+
 def _l1(descriptor: int, offset: int, entries: int) -> bytes:
     """The L1 table without its flags and without the unused entries at its end."""
     data = os.pread(descriptor, entries * 8, offset)

@@ -11,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from snaptree.images.facts import open_to_read
+from snaptree.images.header import read_internals
 from snaptree.images.tables import (
+    COMPRESSED,
     DATA,
     UNALLOCATED,
     ZERO,
@@ -140,6 +142,41 @@ def hidden_ranges(layers: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
                 if first < length:
                     found.append((first, min(last, length) - first))
     return found
+
+
+def holds(target: tuple[str, str], sources: Sequence[tuple[str, str]], *, tag: str | None = None) -> bool:
+    """Whether the target has something of its own wherever data shows in the sources; contents are not compared.
+
+    :param sources: ``(path, format)``, lowest first.
+    :param tag: the internal snapshot of the one source that is meant, not its active state.
+    :raise UnhealthyError: a table is damaged.
+    """
+    with _opened([target, *sources]) as (into, *row):
+        if tag is not None:
+            _look_at_point(row[0], tag)
+        granule = min(each.granule for each in (into, *row))
+        largest = max(each.cluster for each in (into, *row))
+        window = max(WINDOW_GRANULES * granule // largest, 1) * largest
+        size = min(into.virtual_size, row[-1].virtual_size)
+        nothing = ZERO if isinstance(into, RawAllocation) else UNALLOCATED
+        for number in sorted(set().union(*(each.busy(window) for each in row))):
+            start = number * window
+            end = min(start + window, -(-size // largest) * largest)
+            if start >= end:
+                continue
+            shown = _topmost([_seen(each, start, end, granule) for each in row])
+            data = (shown == DATA) | (shown == COMPRESSED)
+            data[-(-size // granule) - start // granule :] = False
+            if np.any(data & (into.classes(start, end, granule) == nothing)):
+                return False
+    return True
+
+
+def _look_at_point(image: Allocation, tag: str) -> None:
+    assert isinstance(image, Qcow2Allocation)
+    for entry in read_internals(image.descriptor, image.header, image.path):
+        if entry.facts.name == tag:
+            image.use_l1(entry.l1_table_offset, entry.l1_size)
 
 
 def _streamed(lower: Classes, raw: Mask, chunk: int) -> Mask:

@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import select
-import shutil
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from snaptree.errors import CancelledError, NoSpaceError, ToolError
-from snaptree.images.child import ends_with_us
+from snaptree.errors import NoSpaceError, ToolError
+from snaptree.images.child import run_program
 
 Graph = dict[str, Any]
-
-
-def find_tool(name: str) -> str:
-    """The path of one of QEMU's programs.
-
-    :raise ToolError: it is not installed.
-    """
-    found = shutil.which(name)
-    if found is None:
-        raise ToolError(f"{name} is not installed", "install QEMU's tools (qemu-utils on Debian and Ubuntu)")
-    return found
 
 
 def image_name(graph: Graph) -> str:
@@ -42,30 +27,15 @@ def _fail(arguments: Sequence[str], said: str) -> Exception:
     return ToolError(f"qemu-img {arguments[0]} failed: {line}")
 
 
-def _ended(words: Sequence[str], commands: str = "") -> subprocess.CompletedProcess[str]:
-    """Run one of QEMU's programs to its end; it reads the commands and then the end of its input."""
-    return subprocess.run(
-        [find_tool(words[0]), *words[1:]],
-        input=commands,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-        preexec_fn=ends_with_us(),
-        close_fds=False,
-        check=False,
-    )
-
-
 def run(arguments: Sequence[str], *, good: Sequence[int] = (0,)) -> str:
     """Run qemu-img to its end; what it printed.
 
     :raise ToolError: it failed.
     """
-    done = _ended(["qemu-img", *arguments])
-    if done.returncode not in good:
-        raise _fail(arguments, done.stderr)
-    return done.stdout
+    done = run_program(["qemu-img", *arguments])
+    if done.status not in good:
+        raise _fail(arguments, done.err)
+    return done.out
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +47,9 @@ class CheckResult:
     repaired: int = 0
 
 
+_COUNTED = ("corruptions", "leaks", "corruptions-fixed", "leaks-fixed")
+
+
 def check(graph: Graph, *, repair: str | None = None) -> CheckResult:
     """Check an image's reference counts and tables, and repair ``leaks`` or ``all`` if told so.
 
@@ -86,11 +59,11 @@ def check(graph: Graph, *, repair: str | None = None) -> CheckResult:
     said = run(["check", "--output=json", *repairing, image_name(graph)], good=(0, 2, 3))
     try:
         found = json.loads(said)
-    except ValueError as error:
+        counts = {key: int(found.get(key, 0)) for key in _COUNTED}
+        errors = counts["corruptions"] + int(found["check-errors"])
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise ToolError(f"qemu-img check gave no answer: {said[:200]!r}") from error
-    fixed = found.get("corruptions-fixed", 0) + found.get("leaks-fixed", 0)
-    errors = found.get("corruptions", 0) + found.get("check-errors", 0)
-    return CheckResult(errors, found.get("leaks", 0), fixed)
+    return CheckResult(errors, counts["leaks"], counts["corruptions-fixed"] + counts["leaks-fixed"])
 
 
 def snapshot_create(graph: Graph, tag: str) -> None:
@@ -119,10 +92,10 @@ def write_zeroes(graph: Graph, ranges: Sequence[tuple[int, int]]) -> None:
     :raise ToolError: it failed.
     """
     commands = "".join(f"write -q -z {start} {length}\n" for start, length in ranges)
-    done = _ended(["qemu-io", image_name(graph)], commands)
+    done = run_program(["qemu-io", image_name(graph)], commands)
     # It prints what failed and goes on with the next command.
-    if done.returncode != 0 or "failed" in done.stdout or done.stderr:
-        raise _fail(["zeroes"], done.stderr or done.stdout)
+    if done.status != 0 or "failed" in done.out or done.err:
+        raise _fail(["zeroes"], done.err or done.out)
 
 
 def convert_point(
@@ -145,38 +118,12 @@ def convert_point(
     if backing is not None:
         arguments += ["-B", image_name(backing)]
     arguments += [image_name(source), image_name(target)]
-    process = subprocess.Popen(
-        [find_tool("qemu-img"), *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        preexec_fn=ends_with_us(),
-        close_fds=False,
-    )
-    try:
-        _follow(process, progress, cancelled)
-    except BaseException:
-        process.kill()
-        process.communicate()
-        raise
-    _, said = process.communicate()
-    if process.returncode != 0:
-        raise _fail(arguments, said.decode(errors="replace"))
 
-
-def _follow(process: subprocess.Popen[bytes], progress: Callable[[float], None], cancelled: Callable[[], bool]) -> None:
-    assert process.stdout is not None
-    descriptor = process.stdout.fileno()
-    while True:
-        if cancelled():
-            raise CancelledError("stopped while a new layer was being made")
-        ready, _, _ = select.select([descriptor], [], [], 0.1)
-        if not ready:
-            continue
-        data = os.read(descriptor, 4096)
-        if not data:
-            return
+    def told(data: bytes) -> None:
         parts = re.findall(rb"\((\d+(?:\.\d+)?)/100%\)", data)
         if parts:
             progress(float(parts[-1]) / 100)
+
+    done = run_program(["qemu-img", *arguments], told=told, cancelled=cancelled)
+    if done.status != 0:
+        raise _fail(arguments, done.err)

@@ -84,7 +84,7 @@ class RawAllocation(Allocation):
 
 
 class Qcow2Allocation(Allocation):
-    """The active state of a qcow2 image."""
+    """A state of a qcow2 image, the active one to begin with."""
 
     def __init__(self, descriptor: int, path: str) -> None:
         super().__init__(descriptor, path)
@@ -95,8 +95,12 @@ class Qcow2Allocation(Allocation):
         self.file_size = os.fstat(descriptor).st_size or os.lseek(descriptor, 0, os.SEEK_END)
         self.entry = 16 if self.header.extended_l2 else 8
         self.per_table = self.cluster // self.entry
-        data = os.pread(descriptor, self.header.l1_size * 8, self.header.l1_table_offset)
-        if len(data) < self.header.l1_size * 8:
+        self.use_l1(self.header.l1_table_offset, self.header.l1_size)
+
+    def use_l1(self, offset: int, entries: int) -> None:
+        """Look at the state that this L1 table stands for: the active one, or an internal snapshot."""
+        data = os.pread(self.descriptor, entries * 8, offset)
+        if len(data) < entries * 8:
             raise self._bad("its L1 table lies past its end")
         self.l1 = np.frombuffer(data, ">u8").astype(np.uint64) & _OFFSET
 

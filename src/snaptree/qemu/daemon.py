@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import socket
 import subprocess
 import tempfile
 from types import TracebackType
 from typing import Any
 
-from snaptree.errors import ToolError
-from snaptree.images.child import ends_with_us
+from snaptree.errors import SnaptreeError
+from snaptree.images import child
+from snaptree.images.child import ends_with_us, find_tool
 from snaptree.qemu.session import QmpSession
+
+QUIT_SECONDS, END_SECONDS = 30.0, 60.0
+"""So long it may take to answer that it is to end, and to end; when something has failed already, HASTE_SECONDS."""
+HASTE_SECONDS = 2.0
 
 
 class StorageDaemon:
@@ -33,11 +37,7 @@ class StorageDaemon:
         return self._process.pid
 
     async def __aenter__(self) -> StorageDaemon:
-        program = shutil.which("qemu-storage-daemon")
-        if program is None:
-            raise ToolError(
-                "qemu-storage-daemon is not installed", "install QEMU's tools (qemu-utils on Debian and Ubuntu)"
-            )
+        program = find_tool("qemu-storage-daemon")
         ours, theirs = socket.socketpair()
         theirs.set_inheritable(True)
         try:
@@ -64,13 +64,13 @@ class StorageDaemon:
     ) -> None:
         assert self._process is not None
         try:
-            await self.qmp.execute("quit", seconds=30.0 if kind is None else 2.0)
-        except ToolError:
+            await self.qmp.execute("quit", seconds=QUIT_SECONDS if kind is None else HASTE_SECONDS)
+        except SnaptreeError:
             # It may close the connection before its answer has come through.
             pass
         finally:
             await self.qmp.close()
-            await self._wait(60.0 if kind is None else 2.0)
+            await self._wait(END_SECONDS if kind is None else HASTE_SECONDS)
 
     async def _wait(self, seconds: float) -> None:
         assert self._process is not None
@@ -83,8 +83,7 @@ class StorageDaemon:
 
     def _kill(self) -> None:
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+            child.kill(self._process, self.qmp.name)
 
     async def add(self, blockdev: dict[str, Any]) -> None:
         """Open an image, given as ``BlockdevOptions``."""

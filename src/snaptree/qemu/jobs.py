@@ -4,14 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from snaptree.errors import CancelledError, ToolError
+from snaptree.errors import CancelledError, SnaptreeError, ToolError
 from snaptree.qemu.session import QmpSession, explain
 
 FIRST_POLL, LAST_POLL = 0.005, 0.1
+STALL_SECONDS = 300.0
+"""So long the jobs may make no progress at all."""
+ABANDON_SECONDS = 30.0
+"""So long jobs may take to stop when they are cancelled."""
+# JobStatus in QEMU's qapi/job.json.
+_STATUSES = frozenset(
+    (
+        "undefined",
+        "created",
+        "running",
+        "paused",
+        "ready",
+        "standby",
+        "waiting",
+        "pending",
+        "aborting",
+        "concluded",
+        "null",
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +82,15 @@ async def run_jobs(
     :param speed: bytes a second for each job; 0 for no limit.
     :raise CancelledError: ``cancelled`` said so.
     :raise NoSpaceError: a job ran out of room.
-    :raise ToolError: a job failed, or QEMU went away.
+    :raise ToolError: a job failed or stood still, or QEMU went away or talks nonsense.
     """
-    started: list[str] = []
     try:
         for job in jobs:
             await _start(qmp, job, speed)
-            started.append(job.id)
         return await _follow(qmp, {job.id: job for job in jobs}, progress, cancelled)
     except BaseException:
-        await _abandon(qmp, started)
+        # Also one whose start was not answered: it may run all the same.
+        await _abandon(qmp, [job.id for job in jobs])
         raise
 
 
@@ -83,6 +104,38 @@ async def _start(qmp: QmpSession, job: Commit | Pull, speed: int) -> None:
     await qmp.execute("block-stream", auto_finalize=False, **common)
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A job as QEMU tells of it; ``error`` is what it failed with."""
+
+    id: str
+    progress: JobProgress
+    error: str | None
+
+
+async def _query(qmp: QmpSession, names: Collection[str], *, seconds: float | None = None) -> dict[str, _Job]:
+    """Those of our jobs that there are.
+
+    :raise ToolError: the answer is not one.
+    """
+    answer = await qmp.execute("query-jobs", seconds=seconds)
+    try:
+        found = [_job_of(each) for each in answer if each["id"] in names]
+    except (TypeError, KeyError, ValueError) as error:
+        raise ToolError(f"{qmp.name} gave no answer to query-jobs that makes sense: {str(answer)[:200]}") from error
+    return {each.id: each for each in found}
+
+
+def _job_of(info: dict[str, Any]) -> _Job:
+    status, current, total = info["status"], info["current-progress"], info["total-progress"]
+    if status not in _STATUSES or not all(isinstance(each, int) for each in (current, total)):
+        raise ValueError
+    if not (0 <= current < 1 << 64 and 0 <= total < 1 << 64):
+        raise ValueError
+    error = str(info["error"]) if "error" in info else None
+    return _Job(info["id"], JobProgress(current, total, status), error)
+
+
 async def _follow(
     qmp: QmpSession,
     jobs: dict[str, Commit | Pull],
@@ -92,20 +145,28 @@ async def _follow(
     ended: dict[str, JobProgress] = {}
     pause = FIRST_POLL
     completing: set[str] = set()
+    seen: dict[str, JobProgress] = {}
+    since = time.monotonic()
     while len(ended) < len(jobs):
         if cancelled is not None and cancelled.is_set():
             raise CancelledError("stopped while data was being moved")
-        now: dict[str, JobProgress] = {}
-        for info in await qmp.execute("query-jobs"):
-            name, status = info["id"], info["status"]
-            if name not in jobs or name in ended:
-                continue
-            now[name] = JobProgress(info["current-progress"], info["total-progress"], status)
-            if status == "concluded":
-                if "error" in info and not (isinstance(jobs[name], Pull) and name in completing):
-                    raise explain(f"the {name} job failed", info["error"])
-                ended[name] = now[name]
+        found = await _query(qmp, jobs.keys() - ended.keys())
+        gone = jobs.keys() - ended.keys() - found.keys()
+        if gone:
+            raise ToolError(f"{qmp.name} does not know the {min(gone)} job any more, which had not come to its end")
+        now = {name: each.progress for name, each in found.items()}
+        for name, each in found.items():
+            if each.progress.status == "concluded":
+                if each.error is not None and not (isinstance(jobs[name], Pull) and name in completing):
+                    raise explain(f"the {name} job failed", each.error)
+                ended[name] = each.progress
                 await qmp.execute("job-dismiss", id=name)
+        if now != seen:
+            seen, since = now, time.monotonic()
+        elif time.monotonic() - since > STALL_SECONDS:
+            raise ToolError(
+                f"{qmp.name} made no progress for {STALL_SECONDS:.0f} s", "look at the kernel's log for the device"
+            )
         progress({**now, **ended})
         waiting = [name for name, each in now.items() if each.status in ("ready", "pending") and name not in completing]
         # All disks come to their end together: none completes while another may still fail.
@@ -122,23 +183,22 @@ async def _follow(
 
 async def _abandon(qmp: QmpSession, names: Sequence[str]) -> None:
     """Cancel what still runs and wait until it has stopped writing; a peer that went away has stopped too."""
+    deadline = time.monotonic() + ABANDON_SECONDS
     try:
-        for _ in range(600):
-            infos = [info for info in await qmp.execute("query-jobs") if info["id"] in names]
-            if not infos:
+        while (left := deadline - time.monotonic()) > 0:
+            found = await _query(qmp, names, seconds=left)
+            if not found:
                 return
-            for info in infos:
-                if info["status"] == "concluded":
-                    await qmp.execute("job-dismiss", id=info["id"])
-                elif info["status"] not in ("aborting", "null"):
-                    await _try_cancel(qmp, info["id"])
+            for name, each in found.items():
+                if each.progress.status == "concluded":
+                    await qmp.execute("job-dismiss", id=name, seconds=left)
+                elif each.progress.status not in ("aborting", "null"):
+                    await _try_cancel(qmp, name, left)
             await asyncio.sleep(0.02)
-    except ToolError:
+    except SnaptreeError:
         return
 
 
-async def _try_cancel(qmp: QmpSession, name: str) -> None:
-    try:
-        await qmp.execute("block-job-cancel", device=name, force=True)
-    except ToolError:
-        return
+async def _try_cancel(qmp: QmpSession, name: str, seconds: float) -> None:
+    with suppress(SnaptreeError):
+        await qmp.execute("block-job-cancel", device=name, force=True, seconds=seconds)

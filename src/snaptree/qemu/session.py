@@ -23,6 +23,8 @@ class QmpSession:
     def __init__(self, name: str) -> None:
         self.name = name
         self._client = QMPClient(name)
+        # Nobody reads what it would gather of the events that come.
+        self._client.events.event_filter = lambda event: False
 
     async def connect(self, address: str | socket.socket) -> None:
         """Connect, and wait for the greeting.
@@ -38,13 +40,15 @@ class QmpSession:
                 f"{self.name} does not answer on its monitor: {error or 'no greeting'}", "is another client connected?"
             ) from error
 
-    async def execute(self, command: str, *, seconds: float = COMMAND_SECONDS, **arguments: Any) -> Any:
+    async def execute(self, command: str, *, seconds: float | None = None, **arguments: Any) -> Any:
         """Carry out one command.
 
+        :param seconds: how long to wait for the answer; ``COMMAND_SECONDS`` without it.
         :param arguments: the command's arguments; an underscore stands for a dash.
         :raise ToolError: it was refused, or the peer went away, or did not answer in time.
         :raise NoSpaceError: it ran out of room.
         """
+        seconds = COMMAND_SECONDS if seconds is None else seconds
         named = {key.replace("_", "-"): value for key, value in arguments.items()}
         try:
             return await asyncio.wait_for(self._client.execute(command, named or None), seconds)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from snaptree.errors import NotFoundError
+from snaptree.errors import NotFoundError, ToolError
 from snaptree.images import durable, gate, qemu_img
-from snaptree.images.facts import read_facts
+from snaptree.images.facts import read_facts, shows_point
 from snaptree.images.holes import punch_free
 from snaptree.planning.steps import ApplyInternal, DeleteInternal, MakeInternal
 from snaptree.running.context import Context
@@ -45,10 +45,20 @@ def mend(path: str) -> None:
         qemu_img.check(_node(path), repair="all")
 
 
+def require(done: bool, what: str, path: str) -> None:
+    """See that a program which says that it has done something has done it: what comes next rests on that.
+
+    :raise ToolError: it has not.
+    """
+    if not done:
+        raise ToolError(f"qemu-img reported success, but {path} {what}", "is it QEMU's program of that name?")
+
+
 def make(step: MakeInternal, context: Context) -> None:
     """Take an internal snapshot."""
     with context.holding.lent([step.path]):
         qemu_img.snapshot_create(_node(step.path), step.tag)
+    require(step.tag in tags_of(step.path), f"has no internal snapshot {step.tag!r}", step.path)
     durable.sync_file(step.path)
 
 
@@ -58,6 +68,7 @@ def unmake(step: MakeInternal, context: Context) -> None:
         mend(step.path)
         if step.tag in tags_of(step.path):
             qemu_img.snapshot_delete(_node(step.path), step.tag)
+            require(step.tag not in tags_of(step.path), f"still has the internal snapshot {step.tag!r}", step.path)
     durable.sync_file(step.path)
 
 
@@ -68,10 +79,16 @@ def apply(step: ApplyInternal, context: Context) -> None:
         if context.recovering:
             mend(step.path)
         graph = gate.graph([(step.path, "qcow2"), *step.below], read_only=False, locking=False)
-        qemu_img.snapshot_apply(graph, id_of(step.path, step.tag))
+        go_back(graph, step.path, step.tag)
         if context.recovering:
             mend(step.path)
     durable.sync_file(step.path)
+
+
+def go_back(graph: dict[str, Any], path: str, tag: str) -> None:
+    """Make the active state of an image, opened by the graph, what an internal snapshot shows."""
+    qemu_img.snapshot_apply(graph, id_of(path, tag))
+    require(shows_point(path, tag), f"does not show what {tag!r} shows", path)
 
 
 def delete(step: DeleteInternal, context: Context) -> None:
@@ -81,5 +98,6 @@ def delete(step: DeleteInternal, context: Context) -> None:
             mend(step.path)
         if step.tag in tags_of(step.path):
             qemu_img.snapshot_delete(_node(step.path), step.tag)
+            require(step.tag not in tags_of(step.path), f"still has the internal snapshot {step.tag!r}", step.path)
     durable.sync_file(step.path)
     punch_free(step.path)

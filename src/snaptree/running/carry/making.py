@@ -7,9 +7,10 @@ import os
 from snaptree.images import durable, gate, layout, qemu_img
 from snaptree.images.facts import read_facts
 from snaptree.images.inode import inode_of
+from snaptree.images.measure import holds
 from snaptree.planning.steps import BuildFromPoint, MakeOverlay, TakeName, Unlink
 from snaptree.running.carry.headers import repoint_file
-from snaptree.running.carry.internals import id_of
+from snaptree.running.carry.internals import go_back, id_of, require
 from snaptree.running.context import Context
 from snaptree.store.operations import Claim
 
@@ -67,6 +68,8 @@ def _converted(step: BuildFromPoint, context: Context) -> str:
             progress=lambda done: context.moved(int(done * step.bytes), step.bytes),
             cancelled=context.cancelled.is_set,
         )
+    copied = holds((temporary, "qcow2"), [(step.source, "qcow2")], tag=step.tag)
+    require(copied, f"has not all that {step.tag!r} has", temporary)
     return temporary
 
 
@@ -80,9 +83,10 @@ def _gone_back(step: BuildFromPoint, tags: tuple[str, ...], context: Context) ->
         repoint_file(temporary, name, step.below[0][1])
     with context.holding.lent([path for path, _ in step.below]):
         graph = gate.graph([(temporary, "qcow2"), *step.below], read_only=False, locking=False)
-        qemu_img.snapshot_apply(graph, id_of(temporary, step.tag))
+        go_back(graph, temporary, step.tag)
         for tag in tags:
             qemu_img.snapshot_delete(graph, tag)
+    require(not read_facts(temporary, "qcow2").internals, "still has internal snapshots", temporary)
     return temporary
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from snaptree.errors import UnhealthyError
+from snaptree.errors import ToolError, UnhealthyError
 from snaptree.images import durable, gate, qemu_img
 from snaptree.images.facts import read_facts
 from snaptree.images.holes import punch_free
-from snaptree.images.measure import hidden_ranges
+from snaptree.images.measure import hidden_ranges, holds
 from snaptree.images.tail import zero_tail
 from snaptree.planning.steps import Cover, Move, MoveJob, Shrink, Step
 from snaptree.qemu.daemon import StorageDaemon
 from snaptree.qemu.jobs import Commit, JobProgress, Pull, run_jobs
-from snaptree.running.carry.internals import mend
+from snaptree.running.carry.internals import mend, require
 from snaptree.running.context import Context
 
 
@@ -30,6 +30,8 @@ def cover(step: Cover, context: Context) -> None:
                 gate.graph([*reversed(step.row), *step.below], read_only=False, locking=False), ranges
             )
         durable.sync_file(step.row[-1][0])
+        path = step.row[-1][0]
+        require(not hidden_ranges(step.row), "has not the zeroes that were written", path)
 
 
 def shrink(step: Shrink, context: Context) -> None:
@@ -41,6 +43,8 @@ def shrink(step: Shrink, context: Context) -> None:
         if read_facts(step.path, step.format).virtual_size != step.size:
             graph = gate.graph([(step.path, step.format), *step.below], read_only=False, locking=False)
             qemu_img.resize(graph, step.size, shrink=True)
+            size = read_facts(step.path, step.format).virtual_size
+            require(size == step.size, f"has {size} bytes, not {step.size}", step.path)
     if qcow2:
         zero_tail(step.path)
     durable.sync_file(step.path)
@@ -67,6 +71,8 @@ async def move(step: Move, context: Context) -> None:
         for job in step.jobs:
             durable.sync_file(target_of(job)[0])
     for job in step.jobs:
+        _require_moved(job)
+    for job in step.jobs:
         path, image_format = target_of(job)
         if image_format == "qcow2":
             punch_free(path)
@@ -91,6 +97,16 @@ def _require_counted(path: str, image_format: str) -> None:
     mend(path)
     if read_facts(path, image_format).dirty:
         raise UnhealthyError(f"{path} was not closed cleanly", f"run 'qemu-img check -r all {path}' on a copy first")
+
+
+def _require_moved(job: MoveJob) -> None:
+    """See that what was to move is there: its source goes next."""
+    target = target_of(job)
+    if not holds(target, job.row[1:] if job.way == "commit" else job.row[:-1]):
+        raise ToolError(
+            f"qemu-storage-daemon reported success, but {target[0]} has not all that was to be moved",
+            "is it QEMU's program of that name?",
+        )
 
 
 async def _open(daemon: StorageDaemon, job: MoveJob, number: int) -> list[dict[str, Any]]:
