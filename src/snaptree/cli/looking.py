@@ -6,7 +6,7 @@ import time
 
 import click
 
-from snaptree.cli.output import print_json
+from snaptree.cli.output import print_json, say
 from snaptree.cli.parsing import json_option, machine_argument
 from snaptree.errors import NotFoundError
 from snaptree.machines import report
@@ -28,7 +28,7 @@ def tree_command(machine: str, svg: str | None, as_json: bool) -> None:
 
         with open(svg, "w", encoding="utf-8") as file:
             file.write(svg_of(view))
-        click.echo(f"wrote {svg}")
+        say(f"wrote {svg}")
     else:
         for line in report.draw(view):
             click.echo(line)
@@ -61,24 +61,24 @@ def show_command(machine: str, snapshot: str | None, xml: str | None, as_json: b
             if key in ("points", "tips"):
                 for disk, point in value.items():
                     inside = f" (internal {point['internal']!r})" if point["internal"] else ""
-                    click.echo(f"{disk:>12}: {point['path']}{inside}")
+                    say(f"{disk:>12}: {point['path']}{inside}")
             elif key == "created":
-                click.echo(f"{key:>12}: {report.moment(value)}")
+                say(f"{key:>12}: {report.moment(value)}")
             elif key == "frees":
-                click.echo(f"{key:>12}: {readable(value)}")
+                say(f"{key:>12}: {readable(value)}")
             elif value not in (None, ""):
-                click.echo(f"{key:>12}: {value}")
+                say(f"{key:>12}: {value}")
         return
     if as_json:
         print_json(everything)
         return
-    click.echo(f"machine {machine} ({everything['provider']}, {everything['state']}), on branch {view.tree.active!r}")
+    say(f"machine {machine} ({everything['provider']}, {everything['state']}), on branch {view.tree.active!r}")
     for layer in everything["layers"]:
         room = f"{readable(layer['allocated']):>10} of {readable(layer['virtual_size']):>10}"
         health = f"  [{layer['health']}]" if layer["health"] != "ok" else ""
-        click.echo(f"  {layer['disk']:5} {layer['role']:8} {room}  {layer['path']}{health}")
+        say(f"  {layer['disk']:5} {layer['role']:8} {room}  {layer['path']}{health}")
     for line in everything["pending"]:
-        click.echo(f"  pending: {line}")
+        say(f"  pending: {line}")
 
 
 @click.command("log")
@@ -94,9 +94,9 @@ def log_command(machine: str, as_json: bool) -> None:
     for entry in entries:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.started))
         moved = f", moved {readable(entry.bytes)}" if entry.bytes else ""
-        click.echo(f"{entry.id:5d}  {when}  {entry.state:7}  {entry.summary}{moved}")
+        say(f"{entry.id:5d}  {when}  {entry.state:7}  {entry.summary}{moved}")
         if entry.detail:
-            click.echo(f"       {entry.detail}")
+            say(f"       {entry.detail}")
 
 
 @click.command("branches")
@@ -110,7 +110,7 @@ def branches_command(machine: str, as_json: bool) -> None:
         print_json(branches)
         return
     for branch in branches:
-        click.echo(f"{'*' if branch['active'] else ' '} {branch['name']}  (from {branch['parent'] or 'the beginning'})")
+        say(f"{'*' if branch['active'] else ' '} {branch['name']}  (from {branch['parent'] or 'the beginning'})")
         for disk, point in branch["tips"].items():
             inside = f" (internal {point['internal']!r})" if point["internal"] else ""
-            click.echo(f"    {disk} {point['path']}{inside}")
+            say(f"    {disk} {point['path']}{inside}")

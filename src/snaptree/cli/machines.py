@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from snaptree.cli.output import carry_out, done, print_json, print_plan
+from snaptree.cli.output import carry_out, done, print_json, print_plan, say
 from snaptree.cli.parsing import absolute, changing, disk_options, json_option, machine_argument
 from snaptree.errors import NotFoundError, UsageError
 from snaptree.machines.connection import Connection
@@ -178,13 +178,13 @@ def list_command(as_json: bool) -> None:
         print_json(rows)
         return
     if not rows:
-        click.echo("no machines yet; add one with 'snaptree add NAME --disk vda=PATH'")
+        say("no machines yet; add one with 'snaptree add NAME --disk vda=PATH'")
         return
     width = max(len("MACHINE"), *(len(str(row["machine"])) for row in rows))
-    click.echo(f"{'MACHINE':{width}}  {'DISKS':12}  SNAPSHOTS  BRANCHES  ACTIVE")
+    say(f"{'MACHINE':{width}}  {'DISKS':12}  SNAPSHOTS  BRANCHES  ACTIVE")
     for row in rows:
         disks = ",".join(row["disks"])
-        click.echo(
+        say(
             f"{row['machine']:{width}}  {disks:12}  {row['snapshots']:9d}  {row['branches']:8d}  {row['active_branch']}"
         )
 

@@ -109,7 +109,9 @@ def _said(error: SnaptreeError, *, as_json: bool) -> int:
             "hint": error.hint,
         }
         click.echo(json.dumps({"error": fields}))
-    click.echo(f"snaptree: {error.message}", err=True)
+    from snaptree.cli.output import say
+
+    say(f"snaptree: {error.message}", err=True)
     if error.hint:
-        click.echo(f"  hint: {error.hint}", err=True)
+        say(f"  hint: {error.hint}", err=True)
     return error.status

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from snaptree.model.names import visible
 from snaptree.model.sizes import readable as size
 
 if TYPE_CHECKING:
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from snaptree.planning.plan import Plan
     from snaptree.planning.verbs import Request
     from snaptree.running.progress import Progress, Report
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print a text for people; whatever it quotes, a terminal only shows it."""
+    click.echo(visible(text), err=err)
 
 
 def print_json(value: Any) -> None:
@@ -46,26 +52,26 @@ def print_plan(plan: Plan, *, as_json: bool) -> None:
     if as_json:
         print_json(plan.public())
         return
-    click.echo(f"{plan.summary}:")
+    say(f"{plan.summary}:")
     number = 0
     for each in plan.every():
         if each is not plan and each.steps:
-            click.echo(f"  then {each.summary}:")
+            say(f"  then {each.summary}:")
         for place, step in enumerate(each.steps):
             number += 1
             if place == each.point_of_no_return and place:
-                click.echo("     -- point of no return --")
-            click.echo(f"  {number:2d}. {step.summary}")
+                say("     -- point of no return --")
+            say(f"  {number:2d}. {step.summary}")
     if not number:
-        click.echo("  nothing to do")
-    click.echo(f"  {cost(plan)}")
+        say("  nothing to do")
+    say(f"  {cost(plan)}")
     public = plan.public()
     if public["bytes_to_copy"]:
-        click.echo(f"  Ctrl-C {public['cancel']} it")
+        say(f"  Ctrl-C {public['cancel']} it")
     for disk, path in public["paths_after"].items():
-        click.echo(f"  afterwards {disk} is {path}")
+        say(f"  afterwards {disk} is {path}")
     for note in public["notes"]:
-        click.echo(f"  note: {note}")
+        say(f"  note: {note}")
 
 
 @contextmanager
@@ -75,7 +81,7 @@ def stoppable() -> Iterator[threading.Event]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         if not event.is_set():
-            click.echo("\nstopping ...", err=True)
+            say("\nstopping ...", err=True)
         event.set()
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -130,7 +136,7 @@ def carry_out(machine: Standalone, request: Request, *, only_plan: bool, as_json
             # The first report comes when nothing has refused the operation: only then is there something to announce.
             if planned and planned[0].total_bytes and not as_json:
                 ends = planned[0].public()["cancel"]
-                click.echo(f"{planned[0].summary}: {cost(planned[0])} (Ctrl-C {ends})", err=True)
+                say(f"{planned[0].summary}: {cost(planned[0])} (Ctrl-C {ends})", err=True)
             planned.clear()
             bar(progress)
 
@@ -146,11 +152,11 @@ def done(plan: Plan, *, as_json: bool) -> None:
         return
     parts = [f"copied {size(public['bytes_to_copy'])} by {public['way']}"] if public["way"] else []
     parts += [f"freed {size(public['frees_bytes'])}"] if public["frees_bytes"] > 0 else []
-    click.echo(f"{plan.summary}: done" + (f" ({', '.join(parts)})" if parts else ""))
+    say(f"{plan.summary}: done" + (f" ({', '.join(parts)})" if parts else ""))
     # Where a tip is afterwards is news when a new file was made for it, or a merge has moved it.
     new = plan.operation in ("snapshot", "revert", "switch", "add", "attach")
     moved = {disk: path for disk, path in public["paths_after"].items() if new or plan.paths_after.get(disk) != path}
     for disk, path in moved.items():
-        click.echo(f"  {disk} is {path}")
+        say(f"  {disk} is {path}")
     for note in public["notes"]:
-        click.echo(f"  note: {note}")
+        say(f"  note: {note}")

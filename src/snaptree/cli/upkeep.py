@@ -6,7 +6,7 @@ import os
 
 import click
 
-from snaptree.cli.output import carry_out, print_json
+from snaptree.cli.output import carry_out, print_json, say
 from snaptree.cli.parsing import changing, json_option, machine_argument, merge_option
 from snaptree.errors import FindingsError
 from snaptree.machines.connection import Connection
@@ -50,13 +50,13 @@ def verify_command(machine: str, as_json: bool) -> None:
         print_json({"machine": machine, "findings": [{key: getattr(each, key) for key in keys} for each in findings]})
     else:
         for each in findings:
-            click.echo(f"{each.severity}: {each.detail} ({each.kind})")
+            say(f"{each.severity}: {each.detail} ({each.kind})")
             if each.affects:
-                click.echo(f"  needed by: {', '.join(each.affects)}")
+                say(f"  needed by: {', '.join(each.affects)}")
             if each.hint:
-                click.echo(f"  hint: {each.hint}")
+                say(f"  hint: {each.hint}")
         if not findings:
-            click.echo(f"{machine}: all files are as the tree says")
+            say(f"{machine}: all files are as the tree says")
     if errors:
         count = len(errors)
         raise FindingsError(f"{machine}: {count} thing{'s are' if count > 1 else ' is'} not as the tree says")
@@ -73,9 +73,9 @@ def recover_command(machine: str | None, wait: float, as_json: bool) -> None:
         print_json({"recovered": list(sentences)})
         return
     for sentence in sentences:
-        click.echo(sentence)
+        say(sentence)
     if not sentences:
-        click.echo("nothing to recover")
+        say("nothing to recover")
 
 
 @click.command("gc")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from snaptree.model.branch import Branch
 from snaptree.model.layer import LayerId, Point
+from snaptree.model.names import visible
 from snaptree.model.sizes import readable
 from snaptree.model.snapshot import Snapshot
 from snaptree.model.tree import Tree
@@ -215,12 +216,16 @@ def draw(view: View) -> list[str]:
             tail = click.style("← you are here", fg="green")
         else:
             tail = f"parked            {room}"
-        rows.append((f"{node.lead}{sign} {label}", " " * width, tail + (f"  {remarks}" if remarks else "")))
+        rows.append((f"{node.lead}{sign} {label}", " " * width, tail + (f"  {visible(remarks)}" if remarks else "")))
     widest = max((len(pad) for _, pad, _ in rows), default=0)
     lines = [f"{tree.machine}  disks: {', '.join(tree.disks)}  ({view.state})"]
     lines += [f"{head}{' ' * (widest - len(pad))}  {tail}" for head, pad, tail in rows]
-    lines += [click.style(f"! {each.detail} ({each.word})", fg="red") for each in view.ailments.values() if each.blocks]
-    lines += [click.style(f"… {line}", fg="yellow") for line in view.pending]
+    lines += [
+        click.style(visible(f"! {each.detail} ({each.word})"), fg="red")
+        for each in view.ailments.values()
+        if each.blocks
+    ]
+    lines += [click.style(visible(f"… {line}"), fg="yellow") for line in view.pending]
     return lines
 
 

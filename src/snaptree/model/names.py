@@ -14,6 +14,16 @@ MAX_BYTES = 180
 _TARGET = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 
 
+def visible(text: str) -> str:
+    """The text with everything spelled out that a terminal would act on or cannot show.
+
+    Paths and names may come from images that anybody has written.
+    """
+    return "".join(
+        each if each.isprintable() or each in "\n\t" else each.encode("unicode_escape").decode("ascii") for each in text
+    )
+
+
 def check_name(name: str, what: str) -> str:
     """Return the name if a snapshot, branch or machine may have it.
 
