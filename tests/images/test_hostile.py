@@ -39,8 +39,7 @@ def test_hostile_images_are_harmless(tmp_path: Path) -> None:
     folder = tmp_path / "disks"
     folder.mkdir()
     sound = hostile.sound_images(folder)
-    os.mkfifo(folder / "pipe")
-    (folder / "link.qcow2").symlink_to("/etc/passwd")
+    hostile.surroundings(folder, sound[0])
     path = folder / "hostile.qcow2"
     slowest, good = 0.0, 0
     for number in range(count):
