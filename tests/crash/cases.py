@@ -146,6 +146,7 @@ CASES: Mapping[str, Case] = {
     "internal snapshot": _of(lambda world: line(world, 1), SnapshotRequest("new", True)),
     "snapshot with firmware": _of(with_firmware, SnapshotRequest("new")),
     **_deletions(),
+    "delete under a shorter layer by commit": _of(resized, DeleteRequest(("s1",), "commit")),
     "delete with children": _of(forked, DeleteRequest(("s1",), children=True, with_branches=True)),
     "delete the children only": _of(line, DeleteRequest(("s1",), children_only=True)),
     "delete a branch": _of(forked, DeleteBranchRequest("other")),
