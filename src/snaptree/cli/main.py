@@ -90,11 +90,23 @@ def run(arguments: list[str] | None = None) -> int:
             IoError(f"cannot use{where}: {error.strerror or error}", "check the path"), as_json="--json" in words
         )
     except Exception as error:
+        if _out_of_memory(error):
+            return _said(
+                IoError("there is not enough memory", "free some, or raise the limit on it"), as_json="--json" in words
+            )
         if os.environ.get("SNAPTREE_DEBUG"):
             raise
         click.echo(f"snaptree: something unforeseen happened: {type(error).__name__}: {error}", err=True)
         click.echo("  hint: run it again with SNAPTREE_DEBUG=1 and report what it prints", err=True)
         return 1
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether there was no memory, perhaps to load a library."""
+    words = ("cannot allocate memory", "failed to map segment", "cannot create shared object")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, ImportError) and any(word in str(error).lower() for word in words)
+    )
 
 
 def _said(error: SnaptreeError, *, as_json: bool) -> int:

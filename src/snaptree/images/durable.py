@@ -52,6 +52,8 @@ def explained(path: str, doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise explain(error, path, doing) from error
+    except MemoryError as error:
+        raise IoError(f"not enough memory to {doing} {path}", "free some memory, or raise the limit on it") from error
 
 
 # ---- syncing ------------------------------------------------------------------------------------------------------

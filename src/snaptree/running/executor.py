@@ -7,7 +7,7 @@ import resource
 import threading
 from collections.abc import Callable, Collection
 
-from snaptree.errors import CancelledError, NotFoundError, RefusedError, SnaptreeError
+from snaptree.errors import CancelledError, IoError, NotFoundError, RefusedError, SnaptreeError
 from snaptree.images import durable
 from snaptree.planning.plan import Plan
 from snaptree.planning.steps import BuildFromPoint, CopyFirmware, MakeOverlay, Move, Record, Step, Unlink
@@ -132,6 +132,8 @@ async def take(step: Step, context: Context) -> None:
         refresh(written_by(step), context)
     except OSError as error:
         raise durable.explain(error, str(error.filename or "one of its files"), "work on") from error
+    except MemoryError as error:
+        raise IoError(f"not enough memory to {step.summary}", "free some memory, or raise the limit on it") from error
 
 
 async def undo_all(steps: tuple[Step, ...], context: Context, why: str) -> str:
