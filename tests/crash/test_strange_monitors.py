@@ -5,17 +5,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.crash.matrix import Matrix
+from tests.kit.programs import alive, stand_in
 
 from snaptree.errors import SnaptreeError
 from snaptree.images import child
@@ -52,31 +51,6 @@ def short_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(daemon, "END_SECONDS", 0.3)
     monkeypatch.setattr(daemon, "HASTE_SECONDS", 0.2)
     monkeypatch.setattr(child, "STALL_SECONDS", 0.5)
-
-
-@contextlib.contextmanager
-def stand_in(folder: Path, name: str, script: str, **told: str) -> Iterator[None]:
-    """Put a program first in PATH for the block."""
-    place = folder / "programs"
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
-    (place / name).write_text(script, encoding="utf-8")
-    (place / name).chmod(0o755)
-    before = dict(os.environ)
-    os.environ.update(told, PATH=f"{place}:{os.environ['PATH']}")
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def alive(process: int) -> bool:
-    try:
-        state = Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
 
 
 class Strange:
@@ -130,7 +104,7 @@ class Strange:
         world = self.matrix.world
         self.request, self.before = self.matrix.case.request(world), world.tree
         began, failure = time.monotonic(), None
-        with stand_in(self.folder, program, script, **said):
+        with stand_in(self.folder, {program: script}, **said):
             try:
                 world.machine.run(self.request)
             except SnaptreeError as error:

@@ -14,19 +14,22 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).with_name("faults.c")
+CLOCKS = Path(__file__).with_name("clocks.c")
 DATA, SYNC, NAMES, RIGHTS, READS = 1, 2, 4, 8, 16
 CHANGES = DATA | SYNC | NAMES | RIGHTS
 
 
-def build() -> Path:
-    """The library, compiled once; skips the test where there is no compiler."""
+def build(source: Path = SOURCE) -> Path:
+    """The library (or another one), compiled once; skips the test where there is no compiler."""
     if shutil.which("gcc") is None:
         pytest.skip("gcc is not installed")
-    target = Path(__file__).parents[2] / "build" / f"faults-{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]}.so"
+    target = (
+        Path(__file__).parents[2] / "build" / f"{source.stem}-{hashlib.sha256(source.read_bytes()).hexdigest()[:12]}.so"
+    )
     if not target.exists():
         target.parent.mkdir(exist_ok=True)
         made = target.with_suffix(f".{os.getpid()}")
-        subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-w", "-o", made, SOURCE, "-ldl"], check=True)
+        subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-w", "-o", made, source, "-ldl"], check=True)
         made.rename(target)
     return target
 
