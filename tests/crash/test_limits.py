@@ -23,6 +23,7 @@ from tests.kit.scene import Scene
 
 from snaptree.cli.main import run
 from snaptree.errors import SnaptreeError
+from snaptree.model.tree import Tree
 from snaptree.qemu import daemon, session
 
 try:
@@ -34,6 +35,7 @@ ROOT = Path(__file__).parents[2]
 KiB, MiB = 1 << 10, 1 << 20
 CASES = ("delete s1 of a line by commit", "delete s2 of a line by pull", "internal snapshot", "revert with firmware",
          "revert to an internal one below", "delete over layers of several sizes by commit")  # fmt: skip
+SOME = [CASES[4], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != CASES[4])]
 MORE = [
     0,
     *(size * KiB for size in (64, 160, 256, 512, 768)),
@@ -75,16 +77,16 @@ def attempt(matrix: Matrix) -> int:
     return DONE
 
 
-def look(matrix: Matrix, before: object) -> None:
+def look(matrix: Matrix, before: Tree) -> None:
     """Everything is whole at once, and comes to its end when there is memory again."""
     request = matrix.case.request(matrix.world)
     matrix.world.wait_until_free(5)
     matrix.world.check_meanwhile(request)
     matrix.recover(0)
-    matrix.look(request, before)
+    matrix.look(request, before, interrupted=True)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SOME)
 def test_little_memory(tmp_path: Path, case: str) -> None:
     matrix = Matrix(tmp_path, case, "kill")
     statuses = []
@@ -118,7 +120,7 @@ def without_memory(matrix: Matrix, number: int, many: int) -> int:
 
 
 @pytest.mark.skipif(_testcapi is None, reason="this Python is built without its test modules")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SOME)
 def test_an_allocation_fails(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits for an answer that could not be read ends at its deadline."""
     for name in ("GREETING_SECONDS", "COMMAND_SECONDS"):
@@ -141,7 +143,7 @@ def test_an_allocation_fails(tmp_path: Path, case: str, monkeypatch: pytest.Monk
     assert statuses[DONE] < sum(statuses.values())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SOME)
 def test_little_memory_for_the_programs(tmp_path: Path, case: str) -> None:
     matrix = Matrix(tmp_path, case, "kill")
     statuses = []
@@ -187,14 +189,14 @@ def test_clocks_that_jump_while_all_is_killed() -> None:
     """The crash matrix, with the clock of the day jumping at every look, for QEMU's programs too."""
     memory = {"TMPDIR": "/dev/shm"} if os.access("/dev/shm", os.W_OK) else {}
     place = {**os.environ, **memory, "LD_PRELOAD": f"{shim.build(shim.CLOCKS)}:{shim.build()}"}
-    words = [word for case in CASES for word in ("--exactly", case)]
-    line = [sys.executable, "-m", "tests.crash.matrix", "--way", "kill", "--stride", "23", *words]
+    words = [word for case in CASES[:4] for word in ("--exactly", case)]
+    line = [sys.executable, "-m", "tests.crash.matrix", "--way", "kill", "--stride", "37", *words]
     for seed in ("1", "2"):
         done = subprocess.run(
             line, cwd=ROOT, env={**place, "CLOCKS_SEED": seed}, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, f"CLOCKS_SEED={seed}: {done.stderr[-6000:]}"
-        assert len(done.stdout.splitlines()) == len(CASES)
+        assert len(done.stdout.splitlines()) == 4
 
 
 def test_clocks_from_the_first_to_the_last_day(web1: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

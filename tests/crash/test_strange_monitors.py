@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,17 +42,19 @@ AT_START = ("never greets", "ends", "greets with nonsense", "greets with a numbe
 ALL = os.environ.get("SNAPTREE_STRANGE") == "all"
 
 
-@pytest.fixture(autouse=True)
-def short_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that snaptree waits for has a deadline; here they are short."""
-    monkeypatch.setattr(session, "GREETING_SECONDS", 1.0)
-    monkeypatch.setattr(session, "COMMAND_SECONDS", 0.4)
-    monkeypatch.setattr(jobs, "STALL_SECONDS", 0.5)
-    monkeypatch.setattr(jobs, "ABANDON_SECONDS", 0.3)
-    monkeypatch.setattr(daemon, "QUIT_SECONDS", 0.3)
-    monkeypatch.setattr(daemon, "END_SECONDS", 0.3)
-    monkeypatch.setattr(daemon, "HASTE_SECONDS", 0.2)
-    monkeypatch.setattr(child, "STALL_SECONDS", 0.5)
+@contextlib.contextmanager
+def short_deadlines() -> Iterator[None]:
+    """All that snaptree waits for has a deadline; in the block they are short."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "GREETING_SECONDS", 1.0)
+        patch.setattr(session, "COMMAND_SECONDS", 0.4)
+        patch.setattr(jobs, "STALL_SECONDS", 0.5)
+        patch.setattr(jobs, "ABANDON_SECONDS", 0.3)
+        patch.setattr(daemon, "QUIT_SECONDS", 0.3)
+        patch.setattr(daemon, "END_SECONDS", 0.3)
+        patch.setattr(daemon, "HASTE_SECONDS", 0.2)
+        patch.setattr(child, "STALL_SECONDS", 0.5)
+        yield
 
 
 class Strange:
@@ -104,7 +108,7 @@ class Strange:
         world = self.matrix.world
         self.request, self.before = self.matrix.case.request(world), world.tree
         began, failure = time.monotonic(), None
-        with stand_in(self.folder, {program: script}, **said):
+        with short_deadlines(), stand_in(self.folder, {program: script}, **said):
             try:
                 world.machine.run(self.request)
             except SnaptreeError as error:
@@ -120,7 +124,7 @@ class Strange:
         self.matrix.world.wait_until_free(5)
         self.matrix.world.check_meanwhile(self.request)
         self.matrix.recover(0)
-        self.matrix.look(self.request, self.before)
+        self.matrix.look(self.request, self.before, interrupted=True)
 
 
 @pytest.fixture
@@ -140,26 +144,29 @@ def some(way: str, commands: tuple[str, ...]) -> tuple[str, ...]:
 
 
 @pytest.mark.timeout(900)
-def test_strange_at_any_command(pull: Strange, commit: Strange) -> None:
-    for way in AT_ANY:
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 4))])
+def test_strange_at_any_command(pull: Strange, commit: Strange, part: int) -> None:
+    for way in AT_ANY[part::4]:
         for at in some(way, COMMANDS):
             for strange in (pull, commit) if ALL else (commit if at in ("block-commit", "job-complete") else pull,):
                 strange.tried(way, at)
     print(f"{pull.failed + commit.failed} of {pull.tried_so_far + commit.tried_so_far} failed")
-    assert 8 < pull.failed < pull.tried_so_far and commit.failed > 0
+    assert 0 < pull.failed + commit.failed < pull.tried_so_far + commit.tried_so_far
 
 
 @pytest.mark.timeout(300)
-def test_strange_jobs(pull: Strange, commit: Strange) -> None:
-    for number, way in enumerate(AT_QUERY):
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 3))])
+def test_strange_jobs(pull: Strange, commit: Strange, part: int) -> None:
+    for number, way in enumerate(AT_QUERY[part::3]):
         for strange in (pull, commit) if ALL else ((pull, commit)[number % 2],):
             failure = strange.tried(way, "query-jobs")
             assert failure is not None and failure.code == "tool", f"{way}: {failure!r}"
 
 
 @pytest.mark.timeout(300)
-def test_strange_from_the_start(pull: Strange) -> None:
-    for way in AT_START:
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 3))])
+def test_strange_from_the_start(pull: Strange, part: int) -> None:
+    for way in AT_START[part::3]:
         failure = pull.tried(way, "start")
         assert failure is not None and failure.code == "tool", f"{way}: {failure!r}"
 
@@ -218,10 +225,13 @@ CASES = (
     ("delete under a shorter layer by commit", "qemu-img"),
     ("delete over layers of several sizes by commit", "qemu-io"),
 )
+REST = [*CASES[:3], *CASES[5:]]
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("case", "tool"), CASES)
+@pytest.mark.parametrize(
+    ("case", "tool"), [*CASES[3:5], *(pytest.param(*each, marks=pytest.mark.slow) for each in REST)]
+)
 def test_strange_tools(tmp_path: Path, case: str, tool: str) -> None:
     """Whatever the tool does at its n-th start: no success is believed that has not come to pass."""
     strange = Strange(tmp_path, case)

@@ -103,9 +103,10 @@ class Database:
 
         One of ours that is there and more open, and its files, are made as private as one that snaptree makes.
         """
-        missing = [self.folder]
-        while not os.path.isdir(missing[-1]) and (above := os.path.dirname(missing[-1])) != missing[-1]:
+        missing, above = list[str](), self.folder
+        while not os.path.isdir(above):
             missing.append(above)
+            above = os.path.dirname(above)
         for folder in reversed(missing):
             os.makedirs(folder, mode=0o700, exist_ok=True)
             _sync_folder(os.path.dirname(folder))
