@@ -38,7 +38,10 @@ CHECKS: dict[str, tuple[tuple[str, ...], ...]] = {
     "audit": (("-m", "tests.crash.audit"),),
     "recovery audit": (("-m", "tests.crash.audit", "--killed"),),
     "tests": (
-        (*_TEST, *(f"tests/images/test_{name}.py" for name in ("durable", "locks", "inode", "links", "pitfalls"))),
+        (
+            *_TEST,
+            *(f"tests/images/test_{name}.py" for name in ("child", "durable", "locks", "inode", "links", "pitfalls")),
+        ),
         (*_TEST, "tests/store", "tests/machines", "tests/crash/test_many_at_once.py"),
     ),
     "kills": (
