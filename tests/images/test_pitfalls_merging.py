@@ -203,7 +203,8 @@ def test_compressed_clusters_are_counted_as_they_will_be(web1: Scene, way: str) 
 
     grown = web1.path("main").stat().st_blocks * 512 - before
     assert plan["bytes_to_copy"] == 6 * SLOT
-    assert 6 * SLOT <= grown <= plan["peak_extra_bytes"] <= 8 * SLOT
+    # A file in many pieces takes a block or two of the file system's for the list of them.
+    assert 6 * SLOT <= grown <= plan["peak_extra_bytes"] + 16 * KiB <= 8 * SLOT
     assert web1.shows() == ("b" if way == "commit" else "u") + "cccccc."
 
 
