@@ -98,3 +98,34 @@ def test_a_sound_machine_has_no_findings(web1: Scene, tmp_path: Path) -> None:
     three(web1)
     assert web1("verify web1 --json").json["findings"] == []
     assert "all files are as the tree says" in web1("verify web1").out
+
+
+@pytest.mark.parametrize("change", [changed, replaced], ids=lambda each: each.__name__)
+def test_what_was_changed_can_be_accepted(change: Callable[[Scene], None], web1: Scene) -> None:
+    """A person has looked: an image that came back from a backup, or whose bitmap was removed."""
+    three(web1)
+    change(web1)
+    web1.left |= {web1.folder / "away"}
+    path = web1.path("s2")
+    assert web1("branch web1 new --from s2", status=7).err
+    assert "--accept" in web1("verify web1", status=10).out
+    before = web1.show()
+    web1(f"verify web1 --accept {path} --plan")
+    web1("verify web1", status=10)
+    web1(f"verify web1 --accept {path}")
+    assert web1("verify web1").out == "web1: all files are as the tree says\n"
+    assert [each["name"] for each in web1.show()["snapshots"]] == [each["name"] for each in before["snapshots"]]
+    web1("delete web1 s2")
+    assert web1.shows() == ("b" if change is replaced else "\t") + "1m....."
+
+
+def test_what_does_not_fit_cannot_be_accepted(web1: Scene) -> None:
+    three(web1)
+    path, tip = web1.path("s2"), web1.path("main")
+    assert "a guest writes to it" in web1(f"verify web1 --accept {tip}", status=6).err
+    web1(f"verify web1 --accept {web1.folder}/nothing.qcow2", status=3)
+    web1("verify web1 --plan", status=2)
+    repointed(web1)
+    assert "as its backing file" in web1(f"verify web1 --accept {path}", status=6).err
+    missing(web1)
+    assert web1(f"verify web1 --accept {path}", status=6).err

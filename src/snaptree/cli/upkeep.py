@@ -8,8 +8,9 @@ import click
 
 from snaptree.cli.output import carry_out, print_json, say
 from snaptree.cli.parsing import changing, json_option, machine_argument, merge_option
-from snaptree.errors import FindingsError
+from snaptree.errors import FindingsError, UsageError
 from snaptree.machines.connection import Connection
+from snaptree.planning.accept import AcceptRequest
 from snaptree.planning.sweep import SquashRequest
 from snaptree.planning.verbs import GcRequest
 
@@ -40,9 +41,16 @@ def squash_command(
 
 @click.command("verify")
 @machine_argument
-@json_option
-def verify_command(machine: str, as_json: bool) -> None:
+@click.option("--accept", metavar="PATH", help="Take a frozen layer that was changed from outside for what it is now.")
+@changing
+def verify_command(machine: str, accept: str | None, only_plan: bool, as_json: bool, wait: float) -> None:
     """Check the machine's files against its tree."""
+    if accept is not None:
+        request = AcceptRequest(os.path.realpath(accept))
+        carry_out(Connection().machine(machine), request, only_plan=only_plan, as_json=as_json, wait=wait)
+        return
+    if only_plan:
+        raise UsageError("--plan goes with --accept: without it verify changes nothing", "leave it out")
     findings = Connection().machine(machine).verify()
     errors = [each for each in findings if each.severity == "error"]
     if as_json:

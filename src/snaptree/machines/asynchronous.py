@@ -16,6 +16,7 @@ from snaptree.machines import report
 from snaptree.machines.connection import Connection
 from snaptree.machines.findings import Finding
 from snaptree.machines.options import AddOptions, DiskOption
+from snaptree.planning.accept import AcceptRequest
 from snaptree.planning.adopt import DetachRequest
 from snaptree.planning.create import BranchRequest, SnapshotRequest
 from snaptree.planning.delete import DeleteRequest
@@ -156,6 +157,10 @@ class Machine:
     def squash(self, disk: str, *, top: str | None = None, base: str | None = None, merge: str = "auto") -> Operation:
         """Merge by file."""
         return self.operate(SquashRequest(disk, top, base, merge))
+
+    def accept(self, path: str) -> Operation:
+        """Take a frozen layer that was changed from outside for what it is now."""
+        return self.operate(AcceptRequest(path))
 
     def gc(self, *, delete: bool = False) -> Operation:
         """Do the merges that wait."""

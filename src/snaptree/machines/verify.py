@@ -16,7 +16,7 @@ from snaptree.planning.health import ailments
 
 _HINTS = {
     "missing": "put the file back; what needs it cannot be used until then",
-    "changed": "restore the file from a backup, or delete what needs it",
+    "changed": "restore the file from a backup, delete what needs it, or take it as it is: --accept PATH",
     "damaged": "restore the file from a backup, or try 'qemu-img check -r all' on a copy",
     "corrupt": "try 'qemu-img check -r all' on a copy",
     "half-merged": "",

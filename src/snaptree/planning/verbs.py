@@ -9,7 +9,7 @@ from snaptree.model.machine import MachineConfig
 from snaptree.model.sizes import readable
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
-from snaptree.planning import adopt, create, delete, revert, sweep
+from snaptree.planning import accept, adopt, create, delete, revert, sweep
 from snaptree.planning.draft import paths_of
 from snaptree.planning.plan import Plan
 from snaptree.planning.steps import Register, Step, Unlink
@@ -53,7 +53,8 @@ class RemoveRequest:
 
 
 Request: TypeAlias = (
-    adopt.AttachRequest
+    accept.AcceptRequest
+    | adopt.AttachRequest
     | adopt.DetachRequest
     | create.BranchRequest
     | create.SnapshotRequest
@@ -113,6 +114,8 @@ def plan(tree: Tree, survey: Survey, request: Request) -> Plan:
             return adopt.detach(tree, survey, request)
         case RemoveRequest():
             return adopt.remove(tree, survey, delete_files=request.delete_files)
+        case accept.AcceptRequest():
+            return accept.accept(tree, survey, request)
         case SetRequest():
             return _set(tree, request)
 
