@@ -107,7 +107,6 @@ class Matrix:
             shutil.copytree(self.folder / f"kept{number}", each)
         world = self.world
         world.truth, world.extra = copy.deepcopy(self.truth), set(self.extra)
-        world.sound.clear()
         database = Database(str(world.state))
         tree = trees.load_tree(database, world.name)
         with database.transaction() as connection:

@@ -54,7 +54,6 @@ class ShutDown(Matrix):
         """The power comes back. At the last point it fails after the operation has come to its end."""
         if not interrupted:
             self.disk.shut_down()
-        self.world.known.clear()
         gc.collect()
         self.disk.unmount()
         self.disk.mount()
@@ -88,8 +87,6 @@ class Recorded(Matrix):
             replay.make(state)
             world = self.world
             world.truth, world.extra = copy.deepcopy(self.truth), set(self.extra)
-            world.known.clear()
-            world.sound.clear()
             self.disk.mount()
             try:
                 self.judge(number, self.request, self.before, interrupted=state.flushed < done)
