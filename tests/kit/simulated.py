@@ -252,8 +252,6 @@ class Runner:
             case Move():
                 for job in step.jobs:
                     self._move(job, lambda: True)
-                    if job.way == "pull":
-                        disk.names[job.row[-1][0]].backing = job.below[0][0] if job.below else None
             case Repoint():
                 disk.names[step.path].backing = step.backing
                 self._touched(step.path)
@@ -278,11 +276,6 @@ class Runner:
             case MakeInternal():
                 if self.disk.names[step.path].internals.pop(step.tag, None) is not None:
                     self._touched(step.path)
-            case Move():
-                for job in step.jobs:
-                    if job.way == "pull":
-                        self.disk.names[job.row[-1][0]].backing = job.row[-2][0]
-                        self._touched(job.row[-1][0])
             case _:
                 pass
 

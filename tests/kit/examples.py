@@ -1,0 +1,97 @@
+"""An example of each kind of operation on each shape of tree, planned on simulated images, for the documents."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+from tests.kit.simulated import CELL, Disk, Runner, measured, survey
+
+from snaptree.model.branch import Branch
+from snaptree.model.layer import Layer, Point
+from snaptree.model.tree import Tree
+from snaptree.planning.create import BranchRequest, SnapshotRequest
+from snaptree.planning.delete import DeleteRequest
+from snaptree.planning.plan import Plan
+from snaptree.planning.revert import RevertRequest, SwitchRequest
+from snaptree.planning.sweep import SquashRequest
+from snaptree.planning.verbs import DeleteBranchRequest, GcRequest, RemoveRequest, RenameRequest, Request, plan
+from snaptree.planning.ways import Unmeasured
+
+LENGTH = 8
+
+
+class Machine:
+    """``web1`` with the disk ``vda``."""
+
+    def __init__(self) -> None:
+        disk = Disk()
+        image = disk.make("/disks/web1.qcow2", "qcow2", None, LENGTH)
+        image.cells = {0: 1, 1: 1}
+        root = Layer(1, "vda", "/disks/web1.qcow2", "qcow2", None, True, LENGTH * CELL)
+        main = Branch("main", None, {"vda": Point(1)}, 0.0)
+        tree = Tree("web1", "main", branches={"main": main}, roots={"vda": (root.path, root.format)}).with_layers(root)
+        self.runner = Runner(disk, tree, random.Random(0), lambda: None)
+        self.number = 1
+
+    def plan(self, request: Request) -> Plan:
+        """The plan for the request, on the files as they are."""
+        disk, tree = self.runner.disk, self.runner.tree
+        found = survey(disk, tree, self.number)
+        while True:
+            try:
+                return plan(tree, found, request)
+            except Unmeasured as error:
+                found = replace(found, rows={**found.rows, **{row: measured(disk, tree, row) for row in error.rows}})
+
+    def run(self, *requests: Request) -> Machine:
+        """Carry the requests out, with writing after each."""
+        for request in requests:
+            for each in self.plan(request).every():
+                self.runner.run(each)
+            self.write()
+        return self
+
+    def write(self) -> None:
+        """The guest writes."""
+        tree = self.runner.tree
+        self.number += 1
+        image = self.runner.disk.names[tree.layers[tree.active_branch.tips["vda"].layer].path]
+        image.cells[self.number % LENGTH] = self.number
+        image.version += 1
+
+
+def _line(*internal: int) -> Machine:
+    return Machine().run(*(SnapshotRequest(f"s{number}", number in internal) for number in (1, 2, 3)))
+
+
+def _fork() -> Machine:
+    return _line().run(BranchRequest("other", "s1"))
+
+
+def examples() -> Iterator[tuple[str, Plan]]:
+    """What it is about, and the plan."""
+    yield "snapshot", Machine().plan(SnapshotRequest("s1"))
+    yield "snapshot, internal", Machine().plan(SnapshotRequest("s1", True))
+    yield "delete the first of a line, by commit", _line().plan(DeleteRequest(("s1",), "commit"))
+    yield "delete the first of a line, by pull", _line().plan(DeleteRequest(("s1",), "pull"))
+    yield "delete the middle of a line, by commit", _line().plan(DeleteRequest(("s2",), "commit"))
+    yield "delete the middle of a line, by pull", _line().plan(DeleteRequest(("s2",), "pull"))
+    yield "delete several", _line().plan(DeleteRequest(("s1", "s2", "s3")))
+    yield "delete at a fork", _fork().plan(DeleteRequest(("s1",)))
+    yield "delete, only forgetting the name", _line().plan(DeleteRequest(("s2",), "none"))
+    yield "delete an internal snapshot", _line(1, 2, 3).plan(DeleteRequest(("s2",)))
+    yield "delete a branch", _fork().plan(DeleteBranchRequest("other"))
+    yield "revert", _line().plan(RevertRequest("s2"))
+    yield "revert --discard", _line().plan(RevertRequest("s2", True))
+    yield "revert --discard --delete", _line().plan(RevertRequest("s3", True, delete=True))
+    yield "revert to an internal snapshot of the tip", _line(1, 2, 3).plan(RevertRequest("s2"))
+    yield "revert to an internal snapshot below", _line(2).plan(RevertRequest("s2"))
+    yield "branch", _line().plan(BranchRequest("new", "s1"))
+    yield "switch", _fork().plan(SwitchRequest("other"))
+    yield "rename", _line().plan(RenameRequest("s1", "new"))
+    loose = _line().run(DeleteRequest(("s1", "s2", "s3"), "none"))
+    yield "squash", loose.plan(SquashRequest("vda"))
+    yield "gc", loose.plan(GcRequest())
+    yield "remove --delete-files", _line().plan(RemoveRequest(True))
