@@ -44,11 +44,14 @@ def children_of(process: int) -> list[int]:
 
 
 def gone(process: int, seconds: float = 5.0) -> bool:
-    """Whether it ends within the time."""
+    """Whether it ends within the time; if not, it is killed."""
     until = time.monotonic() + seconds
     while alive(process) and time.monotonic() < until:
         time.sleep(0.01)
-    return not alive(process)
+    lives = alive(process)
+    if lives:
+        os.kill(process, signal.SIGKILL)
+    return not lives
 
 
 def test_the_storage_daemon_dies_with_us() -> None:
