@@ -39,7 +39,7 @@ def test_killed_at_calls_of_every_operation() -> None:
         ("kill again while recovering", 17, ("delete s1 of a line by auto", "revert with firmware")),
         ("kill the tools", 5, ("delete s1 of a line by commit", "internal snapshot")),
         ("kill both", 1, ("delete s2 of a line by pull",)),
-        ("EIO of the tools", 1, ("delete s2 of a line by pull",)),
+        ("EIO of the tools", 1, ("delete s2 of a line by pull", "internal snapshot")),
         ("EIO for good", 17, ("snapshot of one disk", "revert within the tip, discard")),
         ("EIO once", 17, ("delete s1 of a line by commit", "branch from here")),
         ("EIO while reading", 17, ("switch", "delete s1 of a line by pull")),

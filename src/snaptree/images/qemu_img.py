@@ -20,11 +20,17 @@ def image_name(graph: Graph) -> str:
 
 
 def _fail(arguments: Sequence[str], said: str) -> Exception:
-    line = next((each for each in said.strip().splitlines() if each), "it gave no reason")
+    lines = [each for each in said.strip().splitlines() if each]
+    # Before it says why it stops it may have told of its work.
+    line = next((each for each in lines if each.startswith("qemu-")), lines[0] if lines else "it gave no reason")
     line = re.sub(r"json:\{.*?\}(?=[:'\s]|$)", "the image", line)
     if "No space left" in said or "Disk quota exceeded" in said:
         return NoSpaceError(f"qemu-img {arguments[0]} ran out of room: {line}", "free some room on that file system")
     return ToolError(f"qemu-img {arguments[0]} failed: {line}")
+
+
+# What qemu-img could not write when it closed an image it only prints, and reports success (qcow2_inactivate).
+_LOST_AT_CLOSE = ("Failed to flush the", "Lost persistent bitmaps")
 
 
 def run(arguments: Sequence[str], *, good: Sequence[int] = (0,)) -> str:
@@ -33,7 +39,7 @@ def run(arguments: Sequence[str], *, good: Sequence[int] = (0,)) -> str:
     :raise ToolError: it failed.
     """
     done = run_program(["qemu-img", *arguments])
-    if done.status not in good:
+    if done.status not in good or any(each in done.err for each in _LOST_AT_CLOSE):
         raise _fail(arguments, done.err)
     return done.out
 
