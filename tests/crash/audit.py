@@ -98,7 +98,8 @@ class Audit:
         before = self.names.pop(path, 0)
         if inode:
             self.names[path] = inode
-        if before and before not in self.names.values():
+        moved = call.startswith("rename") and not inode
+        if before and before not in self.names.values() and not moved:
             self.dirty.pop(before, None)
         if call in NAMES:
             folder = os.path.dirname(path)

@@ -55,6 +55,7 @@ def test_the_audit_sees_what_is_missing(tmp_path: Path) -> None:
         f"pwrite64 {other} {tmp_path}/b",
         f"unlink 0 {tmp_path}/b",
         "journal 0 take 3",
+        f"pwrite64 {inode} {tmp_path}/a",
         f"rename 0 {tmp_path}/a",
         f"rename {inode} {tmp_path}/c",
         f"fsync {folder} {tmp_path}",
@@ -65,4 +66,5 @@ def test_the_audit_sees_what_is_missing(tmp_path: Path) -> None:
     assert [fault.replace(str(tmp_path), "") for fault in looked.faults] == [
         "pwrite64 on /a is not synced when the journal says 'take 1'",
         "unlink /b is not synced when the journal says 'take 3'",
+        "pwrite64 on /a is not synced when the journal says \"end 'done'\"",
     ]

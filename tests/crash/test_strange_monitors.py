@@ -49,6 +49,7 @@ def short_deadlines() -> Iterator[None]:
         patch.setattr(session, "GREETING_SECONDS", 1.0)
         patch.setattr(session, "COMMAND_SECONDS", 0.4)
         patch.setattr(jobs, "STALL_SECONDS", 0.5)
+        patch.setattr(jobs, "FLUSH_SECONDS", 0.4)
         patch.setattr(jobs, "ABANDON_SECONDS", 0.3)
         patch.setattr(daemon, "QUIT_SECONDS", 0.3)
         patch.setattr(daemon, "END_SECONDS", 0.3)

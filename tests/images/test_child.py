@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from tests.kit.programs import alive
+from tests.kit.programs import alive, stand_in
 
-from snaptree.images.child import ends_with_us
+from snaptree.images.child import ends_with_us, run_program
 
 DAEMON = """
 import asyncio, sys
@@ -87,3 +87,12 @@ def test_one_whose_parent_was_quicker_to_die_ends_at_once() -> None:
             os._exit(7)
         os._exit(os.waitstatus_to_exitcode(os.wait()[1]))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
+def test_complaints_without_number_are_no_fault(tmp_path: Path) -> None:
+    """qemu-img check has a line for each leaked cluster; what it says first and last is kept."""
+    script = "#!/bin/sh\necho first >&2; yes leaked | head -c 30000000 >&2; echo last >&2; echo answer; exit 3\n"
+    with stand_in(tmp_path, {"qemu-img": script}):
+        ended = run_program(["qemu-img"])
+    assert (ended.status, ended.out) == (3, "answer\n")
+    assert ended.err.startswith("first") and ended.err.endswith("last\n") and len(ended.err) < 1 << 20

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from tests.kit import images
 from tests.kit.scene import Scene, command
+from tests.kit.space import held
 
 from snaptree.machines.connection import Connection
 from snaptree.planning.delete import DeleteRequest
@@ -280,3 +281,22 @@ def test_a_missing_layers_path_is_not_given_away(web1: Scene) -> None:
 
 def test_a_picture_that_cannot_be_written(web1: Scene) -> None:
     assert "nowhere" in web1("tree web1 --svg nowhere/tree.svg", status=9).err
+
+
+def test_a_running_machine_can_be_renamed_and_set(web1: Scene) -> None:
+    """What changes no file needs no machine that is off."""
+    web1("snapshot web1 s1")
+    with held(web1.path("main")):
+        web1("rename web1 s1 before")
+        web1("snapshot web1 s2", status=6)
+    assert "before" in web1.names()
+
+
+def test_a_state_folder_with_other_things_in_it_keeps_its_rights(scene: Scene) -> None:
+    """Beside the images, say: QEMU's user has to get at them."""
+    scene.image("web1.qcow2", word="b")
+    scene.disks.chmod(0o755)
+    scene.state = scene.disks
+    scene("add web1 --disk vda=web1.qcow2")
+    assert scene.disks.stat().st_mode & 0o777 == 0o755
+    assert {path.stat().st_mode & 0o077 for path in scene.disks.glob("state.sqlite*")} == {0}

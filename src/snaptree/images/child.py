@@ -25,7 +25,10 @@ STALL_SECONDS = 300.0
 KILL_SECONDS = 10.0
 """So long a program may take to go when it was killed; longer when the system holds it, on a disk that hangs."""
 MOST_OUTPUT = 16 << 20
-"""No program of QEMU's has more to say than so many bytes."""
+"""No program of QEMU's has more to answer than so many bytes. It may complain without limit: qemu-img check has a line
+for each leaked cluster."""
+KEPT_COMPLAINTS = 64 << 10
+"""So much is kept of the beginning of what it complains, and as much of the end."""
 
 _PR_SET_PDEATHSIG = 1
 _POLL = 0.1
@@ -150,6 +153,8 @@ class _Watch:
             while selector.get_map() and self._read(selector, said, told, 0.0):
                 pass
         while self._process.poll() is None:
+            if cancelled():
+                raise CancelledError(f"stopped while {self._name} was at work")
             self._require_work()
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_POLL)
@@ -173,10 +178,12 @@ class _Watch:
                 continue
             into = next(text for each, text in said.items() if each is pipe)
             into += data
+            if pipe is not self._process.stdout:
+                del into[KEPT_COMPLAINTS:-KEPT_COMPLAINTS]
+                continue
             if len(into) > MOST_OUTPUT:
                 raise ToolError(f"{self._name} prints without end", "is it QEMU's program of that name?")
-            if pipe is self._process.stdout:
-                told(data)
+            told(data)
         return bool(ready)
 
     def _require_work(self) -> None:

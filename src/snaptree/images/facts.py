@@ -61,14 +61,17 @@ def read_facts(path: str, image_format: str | None) -> LayerFacts:
     except OSError as error:
         return replace(facts, problem="unreadable", detail=f"{path} cannot be read: {error.strerror or error}")
     try:
+        facts = _of_file(descriptor, facts)
         return _read(descriptor, facts, image_format)
     except OSError as error:
+        # It can still be told from another file, and be removed when nothing needs it.
         return replace(facts, problem="unreadable", detail=f"{path} cannot be read: {error.strerror or error}")
     finally:
         os.close(descriptor)
 
 
-def _read(descriptor: int, facts: LayerFacts, image_format: str | None) -> LayerFacts:
+def _of_file(descriptor: int, facts: LayerFacts) -> LayerFacts:
+    """What can be known of the file without reading it."""
     path = facts.path
     status = os.fstat(descriptor)
     device = stat.S_ISBLK(status.st_mode)
@@ -76,7 +79,7 @@ def _read(descriptor: int, facts: LayerFacts, image_format: str | None) -> Layer
     identity = Identity(
         status.st_dev, status.st_ino, size, status.st_mtime_ns, generation=0 if device else generation_of(descriptor)
     )
-    facts = replace(
+    return replace(
         facts,
         identity=identity,
         file_size=size,
@@ -88,6 +91,10 @@ def _read(descriptor: int, facts: LayerFacts, image_format: str | None) -> Layer
         writable=os.access(path, os.W_OK),
         removable=os.access(os.path.dirname(path), os.W_OK | os.X_OK),
     )
+
+
+def _read(descriptor: int, facts: LayerFacts, image_format: str | None) -> LayerFacts:
+    path, size = facts.path, facts.file_size
     if image_format is None:
         image_format = guess_format(path, os.pread(descriptor, 4, 0))
         if image_format is None and path.lower().endswith(QCOW2_ENDINGS):
@@ -98,14 +105,15 @@ def _read(descriptor: int, facts: LayerFacts, image_format: str | None) -> Layer
         return replace(facts, format=image_format, virtual_size=-(-size // 512) * 512, written=True, cluster_size=65536)
     try:
         header = read_header(descriptor, path)
-        return _qcow2(descriptor, facts, identity, header)
+        return _qcow2(descriptor, facts, header)
     except SnaptreeError as error:
         word = "not-qcow2" if not is_qcow2(os.pread(descriptor, 4, 0)) else "damaged"
         return replace(facts, problem=word, detail=error.message)
 
 
-def _qcow2(descriptor: int, facts: LayerFacts, identity: Identity, header: Header) -> LayerFacts:
-    path = facts.path
+def _qcow2(descriptor: int, facts: LayerFacts, header: Header) -> LayerFacts:
+    path, identity = facts.path, facts.identity
+    assert identity is not None
     entries = read_internals(descriptor, header, path)
     bitmaps = read_bitmaps(descriptor, header, path)
     facts = replace(

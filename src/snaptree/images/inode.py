@@ -17,7 +17,8 @@ def generation_of(descriptor: int) -> int:
         found = fcntl.ioctl(descriptor, _FS_IOC_GETVERSION, bytes(8))
     except OSError:
         return 0
-    return int(struct.unpack("q", found)[0]) & 0xFFFFFFFF
+    # The number says long, but what is written is an int.
+    return int(struct.unpack_from("I", found)[0])
 
 
 def inode_of(path: str) -> tuple[int, int]:
@@ -40,6 +41,9 @@ def inode_of(path: str) -> tuple[int, int]:
 
 def is_still(path: str, generation: int, inode: int) -> bool:
     """Whether the path names that inode; a generation that is not known, now or then, says nothing.
+
+    Some file systems (NFS, FUSE, older tmpfs) don't tell generations: there a new file with the old one's number and
+    path is taken for it.
 
     :raise OSError: there is nothing at the path.
     """

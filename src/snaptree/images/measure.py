@@ -147,18 +147,21 @@ def hidden_ranges(layers: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
 def holds(target: tuple[str, str], sources: Sequence[tuple[str, str]], *, tag: str | None = None) -> bool:
     """Whether the target has something of its own wherever data shows in the sources; contents are not compared.
 
+    A raw file says nothing: where a file system turns zeroes into holes, it has holes where zeroes were written.
+
     :param sources: ``(path, format)``, lowest first.
     :param tag: the internal snapshot of the one source that is meant, not its active state.
     :raise UnhealthyError: a table is damaged.
     """
     with _opened([target, *sources]) as (into, *row):
+        if isinstance(into, RawAllocation):
+            return True
         if tag is not None:
             _look_at_point(row[0], tag)
         granule = min(each.granule for each in (into, *row))
         largest = max(each.cluster for each in (into, *row))
         window = max(WINDOW_GRANULES * granule // largest, 1) * largest
         size = min(into.virtual_size, row[-1].virtual_size)
-        nothing = ZERO if isinstance(into, RawAllocation) else UNALLOCATED
         for number in sorted(set().union(*(each.busy(window) for each in row))):
             start = number * window
             end = min(start + window, -(-size // largest) * largest)
@@ -167,7 +170,7 @@ def holds(target: tuple[str, str], sources: Sequence[tuple[str, str]], *, tag: s
             shown = _topmost([_seen(each, start, end, granule) for each in row])
             data = (shown == DATA) | (shown == COMPRESSED)
             data[-(-size // granule) - start // granule :] = False
-            if np.any(data & (into.classes(start, end, granule) == nothing)):
+            if np.any(data & (into.classes(start, end, granule) == UNALLOCATED)):
                 return False
     return True
 

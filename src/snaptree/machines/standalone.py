@@ -22,11 +22,12 @@ from snaptree.model.machine import MachineConfig
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
 from snaptree.planning import verbs
+from snaptree.planning.accept import AcceptRequest
 from snaptree.planning.adopt import AttachRequest
 from snaptree.planning.health import Ailment, ailments
 from snaptree.planning.plan import Plan
 from snaptree.planning.settle import loose_layers
-from snaptree.planning.verbs import Request
+from snaptree.planning.verbs import RenameRequest, Request, SetRequest
 from snaptree.planning.ways import Unmeasured
 from snaptree.running.journal import LogEntry, log
 from snaptree.running.progress import Report, silent
@@ -114,7 +115,7 @@ class Standalone:
                 f"machine {self.name} is running: another process has its disk open",
                 "stop the machine first; running machines are not handled yet",
             )
-        for folder in _folders(request):
+        for folder in map(os.path.abspath, _folders(request)):
             if os.path.realpath(folder) != folder:
                 hint = f"name the folder itself, {os.path.realpath(folder)}"
                 raise RefusedError(f"{folder} is or leads through a symbolic link", hint)
@@ -170,9 +171,13 @@ class Standalone:
             moved = sorted(path for path, inode in _seen(tree, request).items() if inode != seen[path])
             if moved:
                 raise BusyError(f"{moved[0]} has been replaced since it was planned", "see what did it, and try again")
-            still = [tree.layers[tip.layer].path for tip in tree.branches[tree.active].tips.values()]
             await executor.run(
-                self.database, self.name, plan, still=still, report=progress or silent, cancelled=cancelled
+                self.database,
+                self.name,
+                plan,
+                still=_still(tree, request),
+                report=progress or silent,
+                cancelled=cancelled,
             )
             return plan
 
@@ -243,6 +248,15 @@ def _anchors(tree: Tree) -> list[str]:
 def _folders(request: Request) -> list[str]:
     files: Mapping[str, str] = getattr(request, "files", {})
     return [os.path.dirname(path) for path in files.values()]
+
+
+def _still(tree: Tree, request: Request) -> list[str]:
+    """What nobody may begin to write to meanwhile: the active tips, where the machine has to be off, and a layer that
+    is taken for what it is."""
+    if isinstance(request, RenameRequest | SetRequest):
+        return []
+    tips = [tree.layers[tip.layer].path for tip in tree.branches[tree.active].tips.values()]
+    return [*tips, request.path] if isinstance(request, AcceptRequest) else tips
 
 
 def _seen(tree: Tree, request: Request) -> dict[str, tuple[int, int] | None]:

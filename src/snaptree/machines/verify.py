@@ -16,7 +16,8 @@ from snaptree.planning.health import ailments
 
 _HINTS = {
     "missing": "put the file back; what needs it cannot be used until then",
-    "changed": "restore the file from a backup, delete what needs it, or take it as it is: --accept PATH",
+    "changed": "restore the file from a backup, delete what needs it, or take it as it is: "
+    "snaptree verify {machine} --accept {path}",
     "damaged": "restore the file from a backup, or try 'qemu-img check -r all' on a copy",
     "corrupt": "try 'qemu-img check -r all' on a copy",
     "half-merged": "",
@@ -36,7 +37,7 @@ def verify(tree: Tree, survey: Survey, unfinished: Iterable[str] = ()) -> tuple[
     for number, ailment in sick.items():
         layer = tree.layers[number]
         severity = "error" if ailment.blocks else "warning"
-        hint = _HINTS.get(ailment.word, "repair the image first")
+        hint = _HINTS.get(ailment.word, "repair the image first").format(machine=tree.machine, path=layer.path)
         if ailment.word == "half-merged":
             hint = f"'snaptree gc {tree.machine}' goes on"
         found.append(Finding(ailment.word, layer.path, ailment.detail, affected(tree, number), hint, severity))

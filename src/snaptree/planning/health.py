@@ -47,7 +47,8 @@ def _ailment(tree: Tree, layer_id: LayerId, survey: Survey) -> Ailment | None:
         return Ailment("changed", f"{layer.path} is {facts.format}, the tree knows it as {layer.format}")
     was, now = layer.identity, facts.identity
     if was is not None and now is not None and not layer.half_merged:
-        if was.inode != now.inode:
+        known = was.generation and now.generation
+        if was.inode != now.inode or (known and was.generation != now.generation):
             return Ailment("changed", f"{layer.path} is another file than the one that was frozen")
         if (was.size, was.mtime_ns, was.header) != (now.size, now.mtime_ns, now.header):
             return Ailment("changed", f"{layer.path} was written to after it was frozen")

@@ -137,9 +137,13 @@ def _common_obstacle(draft: Draft, row: Row, written: Layer) -> str:
         if facts.links > 1:
             return f"{layer.path} has {facts.links} names (hard links), and the others would see it change"
     for layer in (tree.layers[each] for each in row):
-        if _opens(draft.facts(written.id), draft.facts(layer.id)):
-            modes = f"{draft.facts(written.id).mode:04o} and {draft.facts(layer.id).mode:04o}"
-            return f"{written.path} may be read by users who may not read {layer.path} (modes {modes})"
+        target, source = draft.facts(written.id), draft.facts(layer.id)
+        if _opens(target, source):
+            rights = f"{target.mode:04o} for group {target.group} and {source.mode:04o} for group {source.group}"
+            return (
+                f"{written.path} may be read by users who may not read {layer.path} ({rights}); "
+                "make both alike with chmod and chgrp, or merge all the same with --merge"
+            )
     return ""
 
 
@@ -218,6 +222,8 @@ def choose(draft: Draft, row: Row, way: str) -> Choice | str:
         del closed["pull"]
     if way == "pull" and "stay all the same" in closed.get("pull", ""):
         del closed["pull"]
+    if "all the same with --merge" in closed.get(way, ""):
+        draft.notes.append(closed.pop(way).partition(";")[0])
     wanted = ("commit", "pull") if way == "auto" else (way,)
     choices = [Choice(row, each, facts) for each in wanted if each not in closed]
     if not choices:

@@ -12,6 +12,7 @@ from typing import Any
 from snaptree.errors import SnaptreeError
 from snaptree.images import child
 from snaptree.images.child import ends_with_us, find_tool
+from snaptree.qemu import jobs
 from snaptree.qemu.session import QmpSession
 
 QUIT_SECONDS, END_SECONDS = 30.0, 60.0
@@ -97,7 +98,7 @@ class StorageDaemon:
         :param blockdev: what the image was opened with, read-only now.
         :raise ToolError: something could not be written.
         """
-        await self.qmp.execute("blockdev-reopen", options=[blockdev])
+        await self.qmp.execute("blockdev-reopen", options=[blockdev], seconds=jobs.FLUSH_SECONDS)
 
     def last_words(self) -> str:
         """What it wrote to its standard error."""

@@ -16,6 +16,8 @@ from snaptree.qemu.session import QmpSession, explain
 FIRST_POLL, LAST_POLL = 0.005, 0.1
 STALL_SECONDS = 300.0
 """So long the jobs may make no progress at all."""
+FLUSH_SECONDS = 1800.0
+"""So long an image may take to bring to disk all that was copied."""
 ABANDON_SECONDS = 30.0
 """So long jobs may take to stop when they are cancelled."""
 # JobStatus in QEMU's qapi/job.json.
@@ -173,7 +175,8 @@ async def _follow(
         if waiting and all(each.status in ("ready", "pending", "concluded") for each in now.values()):
             for name in waiting:
                 # A pull has copied all by now; cancelled, it leaves the header alone.
-                await qmp.execute("job-cancel" if isinstance(jobs[name], Pull) else "job-complete", id=name)
+                command = "job-cancel" if isinstance(jobs[name], Pull) else "job-complete"
+                await qmp.execute(command, id=name, seconds=FLUSH_SECONDS)
                 completing.add(name)
             pause = FIRST_POLL
         await asyncio.sleep(pause)

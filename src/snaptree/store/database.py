@@ -45,7 +45,10 @@ def default_state() -> str:
         return os.path.abspath(chosen)
     if os.geteuid() == 0:
         return "/var/lib/snaptree"
-    base = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
+    base = os.environ.get("XDG_STATE_HOME", "")
+    if not os.path.isabs(base):
+        # The XDG Base Directory specification has relative paths ignored.
+        base = os.path.join(os.path.expanduser("~"), ".local", "state")
     return os.path.join(base, "snaptree")
 
 
@@ -67,8 +70,8 @@ class Database:
     """
 
     def __init__(self, folder: str) -> None:
-        self.folder = folder
-        self.path = os.path.join(folder, "state.sqlite")
+        self.folder = os.path.abspath(folder)
+        self.path = os.path.join(self.folder, "state.sqlite")
         self._connection: sqlite3.Connection | None = None
 
     def exists(self) -> bool:
@@ -101,7 +104,8 @@ class Database:
     def _make_folder(self) -> None:
         """Make the state folder, and those above it that are missing, for us only, whatever the umask.
 
-        One of ours that is there and more open, and its files, are made as private as one that snaptree makes.
+        One of ours that is there and more open, and its files, are made as private as one that snaptree makes; not one
+        that has other things in it.
         """
         missing, above = list[str](), self.folder
         while not os.path.isdir(above):
@@ -110,7 +114,11 @@ class Database:
         for folder in reversed(missing):
             os.makedirs(folder, mode=0o700, exist_ok=True)
             _sync_folder(os.path.dirname(folder))
-        for path, mode in ((self.folder, 0o700), *((self.path + each, 0o600) for each in ("", "-wal", "-shm"))):
+        own = all(name == "firmware" or name.startswith("state.sqlite") for name in os.listdir(self.folder))
+        for path, mode in (
+            *([(self.folder, 0o700)] if own else []),
+            *((self.path + each, 0o600) for each in ("", "-wal", "-shm")),
+        ):
             try:
                 status = os.stat(path)
             except FileNotFoundError:
