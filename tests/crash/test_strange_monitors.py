@@ -152,7 +152,7 @@ def test_strange_at_any_command(pull: Strange, commit: Strange, part: int) -> No
             for strange in (pull, commit) if ALL else (commit if at in ("block-commit", "job-complete") else pull,):
                 strange.tried(way, at)
     print(f"{pull.failed + commit.failed} of {pull.tried_so_far + commit.tried_so_far} failed")
-    assert 0 < pull.failed + commit.failed < pull.tried_so_far + commit.tried_so_far
+    assert pull.failed + commit.failed > 0
 
 
 @pytest.mark.timeout(300)
