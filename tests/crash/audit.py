@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import random
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -113,8 +112,8 @@ def audit(case: str, killed_at: int = 0) -> tuple[int, list[str]]:
 
     :param killed_at: kill the operation at this call, and look at its recovery instead.
     """
-    folder = Path(tempfile.mkdtemp(prefix="snaptree-audit-"))
-    try:
+    with tempfile.TemporaryDirectory(prefix="snaptree-audit-") as name:
+        folder = Path(name)
         matrix = Matrix(folder, case, "kill")
         matrix.restore()
         request, log = matrix.case.request(matrix.world), folder / "log"
@@ -131,8 +130,6 @@ def audit(case: str, killed_at: int = 0) -> tuple[int, list[str]]:
         for line in log.read_text().splitlines():
             found.call(line)
         return found.words, found.faults
-    finally:
-        shutil.rmtree(folder)
 
 
 def main() -> None:

@@ -232,15 +232,11 @@ def run(cases: list[str], ways: list[str], stride: int, seed: int) -> Iterator[T
     chance = random.Random(seed)
     for case in cases:
         for way in ways:
-            folder = Path(
-                tempfile.mkdtemp(prefix="snaptree-crash-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
-            )
-            try:
-                matrix = Matrix(folder, case, way)
+            place = "/dev/shm" if os.path.isdir("/dev/shm") else None
+            with tempfile.TemporaryDirectory(prefix="snaptree-crash-", dir=place, ignore_cleanup_errors=True) as folder:
+                matrix = Matrix(Path(folder), case, way)
                 matrix.points(stride, chance.randint(1, stride))
                 yield matrix.tally
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> None:

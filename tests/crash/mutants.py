@@ -154,10 +154,8 @@ def caught_by(mutant: Mutant, checks: Sequence[str]) -> str:
 
 def passes(words: Sequence[str], source: str) -> bool:
     """Whether the check finds nothing wrong with the source. One that does not end has found something."""
-    place = {**os.environ, "PYTHONPATH": source, "PYTHONDONTWRITEBYTECODE": "1"}
-    if "pytest" not in words:
-        place["LD_PRELOAD"] = str(shim.build())
-        place["TMPDIR"] = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
+    place = os.environ if "pytest" in words else shim.place()
+    place = {**place, "PYTHONPATH": source, "PYTHONDONTWRITEBYTECODE": "1"}
     process = subprocess.Popen(
         [sys.executable, *words], cwd=ROOT, env=place, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

@@ -11,14 +11,11 @@ Like ``tests/crash/matrix.py`` this runs in a process of its own and tells what 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import gc
 import json
 import random
-import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from tests.crash.cases import CASES
@@ -100,19 +97,10 @@ class Recorded(Matrix):
         replay.close()
 
 
-@contextlib.contextmanager
-def folder_of_its_own() -> Iterator[Path]:
-    """A folder that goes with all that is in it."""
-    folder = Path(tempfile.mkdtemp(prefix="snaptree-power-"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def replayed(case: str, kind: str, samples: int, stride: int, seed: int) -> Tally:
     """One case on one kind of file system, recorded and replayed."""
-    with folder_of_its_own() as folder:
+    with tempfile.TemporaryDirectory(prefix="snaptree-power-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
         disk = LoggedDisk(folder, kind, SMALLEST[kind])
         try:
             recorded = Recorded(folder, case, disk)
@@ -125,7 +113,8 @@ def replayed(case: str, kind: str, samples: int, stride: int, seed: int) -> Tall
 
 def at_a_sync(case: str, way: str, kind: str, stride: int, seed: int) -> Tally:
     """One case on one kind of file system, which is shut down at every so manieth sync."""
-    with folder_of_its_own() as folder:
+    with tempfile.TemporaryDirectory(prefix="snaptree-power-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
         disk = Disk(folder, kind, SMALLEST[kind])
         try:
             matrix = ShutDown(folder, case, way, disk)

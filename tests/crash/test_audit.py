@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +10,9 @@ from tests.crash.audit import Audit
 from tests.crash.cases import CASES
 from tests.kit import shim
 
-ROOT = Path(__file__).parents[2]
-
 
 def audits(*words: str) -> list[dict[str, Any]]:
-    line = [sys.executable, "-m", "tests.crash.audit", *words]
-    place = {**os.environ, "LD_PRELOAD": str(shim.build())}
-    done = subprocess.run(line, cwd=ROOT, env=place, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return [json.loads(row) for row in done.stdout.splitlines()]
+    return shim.rows("audit", *words, environment=shim.place(memory=False))
 
 
 @pytest.mark.timeout(300)

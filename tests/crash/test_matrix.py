@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
-
 import pytest
 from tests.kit import shim
-
-ROOT = Path(__file__).parents[2]
-
-
-def matrix(*words: str) -> list[dict[str, Any]]:
-    """Run a part of the matrix in a process of its own; a tally for each case and way."""
-    memory = {"TMPDIR": "/dev/shm"} if os.access("/dev/shm", os.W_OK) else {}
-    place = {**os.environ, **memory, "LD_PRELOAD": str(shim.build())}
-    line = [sys.executable, "-m", "tests.crash.matrix", *words]
-    done = subprocess.run(line, cwd=ROOT, env=place, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return [json.loads(row) for row in done.stdout.splitlines()]
 
 
 @pytest.mark.timeout(900)
 def test_killed_at_calls_of_every_operation() -> None:
-    tallies = matrix("--way", "kill", "--stride", "29")
+    tallies = shim.rows("matrix", "--way", "kill", "--stride", "29")
     assert sum(tally["points"] for tally in tallies) > 60
     assert len(tallies) > 45
 
@@ -47,5 +28,6 @@ def test_killed_at_calls_of_every_operation() -> None:
     ],
 )
 def test_faults(way: str, stride: int, cases: tuple[str, ...]) -> None:
-    tallies = matrix("--way", way, "--stride", str(stride), *(word for case in cases for word in ("--case", case)))
+    chosen = [word for case in cases for word in ("--case", case)]
+    tallies = shim.rows("matrix", "--way", way, "--stride", str(stride), *chosen)
     assert sum(tally["points"] for tally in tallies) > 0

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +10,6 @@ import pytest
 from tests.kit import shim
 from tests.kit.disks import SMALLEST, Disk
 from tests.kit.write_log import LoggedDisk, Replay, Request, State, states
-
-ROOT = Path(__file__).parents[2]
 
 
 def power_cuts(tmp_path: Path, *words: str) -> list[dict[str, Any]]:
@@ -25,12 +19,7 @@ def power_cuts(tmp_path: Path, *words: str) -> list[dict[str, Any]]:
         disk.mount()
     finally:
         disk.remove()
-    place = {**os.environ, "LD_PRELOAD": str(shim.build())}
-    place |= {"TMPDIR": "/dev/shm"} if os.access("/dev/shm", os.W_OK) else {}
-    line = [sys.executable, "-m", "tests.crash.power", *words]
-    done = subprocess.run(line, cwd=ROOT, env=place, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return [json.loads(row) for row in done.stdout.splitlines()]
+    return shim.rows("power", *words)
 
 
 @pytest.mark.timeout(300)

@@ -123,9 +123,7 @@ class Strange:
     def look(self) -> None:
         """Everything is whole at once, and with the real programs the operation comes to its end."""
         self.matrix.world.wait_until_free(5)
-        self.matrix.world.check_meanwhile(self.request)
-        self.matrix.recover(0)
-        self.matrix.look(self.request, self.before, interrupted=True)
+        self.matrix.judge(0, self.request, self.before, interrupted=True)
 
 
 @pytest.fixture

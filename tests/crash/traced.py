@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import random
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -61,9 +60,8 @@ class Traced(Matrix):
 
 def sample(case: str, seed: int, stride: int) -> Tally:
     """One case: each of the calls at some of its times."""
-    folder = Path(tempfile.mkdtemp(prefix="snaptree-traced-"))
-    try:
-        matrix = Traced(folder, case, WAY)
+    with tempfile.TemporaryDirectory(prefix="snaptree-traced-", ignore_cleanup_errors=True) as folder:
+        matrix = Traced(Path(folder), case, WAY)
         chance = random.Random(f"{case} {seed}")
         for call in CALLS:
             matrix.call = call
@@ -71,8 +69,6 @@ def sample(case: str, seed: int, stride: int) -> Tally:
                 if chance.randrange(stride) == 0 and not matrix.point(number):
                     break
         return matrix.tally
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +35,24 @@ def build(source: Path = SOURCE) -> Path:
         subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-w", "-o", made, source, "-ldl"], check=True)
         made.rename(target)
     return target
+
+
+def place(*others: Path, memory: bool = True) -> dict[str, str]:
+    """The environment of a process that has the library, after these, and makes its files in memory if told so."""
+    found = {**os.environ, "LD_PRELOAD": ":".join(map(str, (*others, build())))}
+    if memory and os.access("/dev/shm", os.W_OK):
+        found["TMPDIR"] = "/dev/shm"
+    return found
+
+
+def rows(module: str, *words: str, environment: dict[str, str] | None = None) -> list[dict[str, Any]]:
+    """Run a module of ``tests/crash`` in a process of its own; the lines of JSON that it prints."""
+    line = [sys.executable, "-m", f"tests.crash.{module}", *words]
+    done = subprocess.run(
+        line, cwd=SOURCE.parents[2], env=environment or place(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return [json.loads(row) for row in done.stdout.splitlines()]
 
 
 def loaded() -> ctypes.CDLL:

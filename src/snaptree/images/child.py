@@ -106,28 +106,14 @@ def run_program(
             preexec_fn=ends_with_us(),
             close_fds=False,
         )
-    with _closing(process):
+    assert process.stdout is not None and process.stderr is not None
+    with process.stdout, process.stderr:
         try:
             out, err = _Watch(process, words[0]).follow(told, cancelled)
         except BaseException:
             kill(process, words[0])
             raise
     return Ended(process.returncode, out.decode(errors="replace"), err.decode(errors="replace"))
-
-
-class _closing:
-    """Close the program's pipes at the end of the block."""
-
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process = process
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        for pipe in (self._process.stdout, self._process.stderr):
-            if pipe is not None:
-                pipe.close()
 
 
 class _Watch:

@@ -33,12 +33,20 @@ def _fail(arguments: Sequence[str], said: str) -> Exception:
 _LOST_AT_CLOSE = ("Failed to flush the", "Lost persistent bitmaps")
 
 
-def run(arguments: Sequence[str], *, good: Sequence[int] = (0,)) -> str:
+def run(
+    arguments: Sequence[str],
+    *,
+    good: Sequence[int] = (0,),
+    told: Callable[[bytes], None] = lambda data: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> str:
     """Run qemu-img to its end; what it printed.
 
+    :param told: is given what it prints, as it comes.
+    :raise CancelledError: ``cancelled`` said so.
     :raise ToolError: it failed.
     """
-    done = run_program(["qemu-img", *arguments])
+    done = run_program(["qemu-img", *arguments], told=told, cancelled=cancelled)
     if done.status not in good or any(each in done.err for each in _LOST_AT_CLOSE):
         raise _fail(arguments, done.err)
     return done.out
@@ -130,6 +138,4 @@ def convert_point(
         if parts:
             progress(float(parts[-1]) / 100)
 
-    done = run_program(["qemu-img", *arguments], told=told, cancelled=cancelled)
-    if done.status != 0:
-        raise _fail(arguments, done.err)
+    run(arguments, told=told, cancelled=cancelled)
