@@ -25,8 +25,8 @@ LENGTH = 8
 class Machine:
     """``web1`` with the disk ``vda``."""
 
-    def __init__(self) -> None:
-        disk = Disk()
+    def __init__(self, *, shares: bool = False) -> None:
+        disk = Disk(shares=shares, own=True)
         image = disk.make("/disks/web1.qcow2", "qcow2", None, LENGTH)
         image.cells = {0: 1, 1: 1}
         root = Layer(1, "vda", "/disks/web1.qcow2", "qcow2", None, True, LENGTH * CELL)
@@ -62,12 +62,12 @@ class Machine:
         image.version += 1
 
 
-def _line(*internal: int) -> Machine:
-    return Machine().run(*(SnapshotRequest(f"s{number}", number in internal) for number in (1, 2, 3)))
+def _line(*internal: int, shares: bool = False) -> Machine:
+    return Machine(shares=shares).run(*(SnapshotRequest(f"s{number}", number in internal) for number in (1, 2, 3)))
 
 
-def _fork() -> Machine:
-    return _line().run(BranchRequest("other", "s1"))
+def _fork(*, shares: bool = False) -> Machine:
+    return _line(shares=shares).run(BranchRequest("other", "s1"))
 
 
 def examples() -> Iterator[tuple[str, Plan]]:
@@ -78,6 +78,9 @@ def examples() -> Iterator[tuple[str, Plan]]:
     yield "delete the first of a line, by pull", _line().plan(DeleteRequest(("s1",), "pull"))
     yield "delete the middle of a line, by commit", _line().plan(DeleteRequest(("s2",), "commit"))
     yield "delete the middle of a line, by pull", _line().plan(DeleteRequest(("s2",), "pull"))
+    yield "delete the middle of a line, by sharing blocks", _line(shares=True).plan(DeleteRequest(("s2",), "reflink"))
+    forked = _fork(shares=True).plan(DeleteRequest(("s1",), "reflink"))
+    yield "delete at a fork, a copy of its own for each, by sharing blocks", forked
     yield "delete several", _line().plan(DeleteRequest(("s1", "s2", "s3")))
     yield "delete at a fork", _fork().plan(DeleteRequest(("s1",)))
     yield "delete, only forgetting the name", _line().plan(DeleteRequest(("s2",), "none"))

@@ -17,12 +17,14 @@ from snaptree.planning.plan import Plan
 from snaptree.planning.steps import (
     ApplyInternal,
     BuildFromPoint,
+    BuildMerged,
     Cover,
     DeleteInternal,
     MakeInternal,
     MakeOverlay,
     Move,
     MoveJob,
+    PutInPlace,
     Record,
     Repoint,
     Shrink,
@@ -49,9 +51,16 @@ class Image:
 
 
 class Disk:
-    """A folder of images."""
+    """A folder of images.
 
-    def __init__(self) -> None:
+    :param shares: whether files can share blocks.
+    :param own: whether the mover can merge them; QEMU's jobs do it otherwise.
+    """
+
+    def __init__(self, *, shares: bool = False, own: bool = False) -> None:
+        self.shares = shares
+        self.own = own
+        self.built: dict[str, Image] = {}
         self.names: dict[str, Image] = {}
         self.inodes = 0
 
@@ -126,7 +135,16 @@ def measured(disk: Disk, tree: Tree, row: tuple[LayerId, ...]) -> RowFacts:
     down = _topmost(images[1:], length)
     up = {at: value for at, value in _topmost(images[:-1], length).items() if at not in images[-1].cells}
     commit, pull = (sum(1 for value in cells.values() if value) for cells in (down, up))
-    return RowFacts(commit * CELL, (len(down) - commit) * CELL, commit * CELL, pull * CELL, pull * CELL)
+    return RowFacts(
+        commit * CELL,
+        (len(down) - commit) * CELL,
+        commit * CELL,
+        pull * CELL,
+        pull * CELL,
+        extents=(commit, pull),
+        by_qemu="" if disk.own else "the images are not plain",
+        unshared="" if disk.own and disk.shares else "blocks cannot be shared",
+    )
 
 
 def _topmost(images: list[Image], length: int) -> Cells:
@@ -197,6 +215,11 @@ class Runner:
 
     def _move(self, job: MoveJob, wanted: Callable[[], bool]) -> None:
         images = [self.disk.names[path] for path, _ in job.row]
+        if not job.by_qemu:
+            into = 0 if job.way == "commit" else len(images) - 1
+            self._merge(images[into], images, into, wanted)
+            self._touched(job.row[into][0])
+            return
         length = images[-1].length
         if job.way == "commit":
             target, path = images[0], job.row[0][0]
@@ -208,6 +231,20 @@ class Runner:
             assert not target.internals, "internal snapshots would turn to zeroes"
         target.cells.update({at: value for at, value in moved.items() if wanted()})
         self._touched(path)
+
+    def _merge(self, target: Image, images: list[Image], into: int, wanted: Callable[[], bool]) -> None:
+        """As the mover does it: what layers hide past their end is zeroes; an interrupted one has not grown yet."""
+        length = images[-1].length
+        moved = _topmost(images[1:] if into == 0 else images[:-1], length)
+        if into == 0:
+            moved = {**dict.fromkeys(range(images[0].length, length), 0), **moved}
+        else:
+            moved = {at: value for at, value in moved.items() if at not in target.cells}
+            assert not target.internals, "internal snapshots would show other data"
+        chosen = {at: value for at, value in moved.items() if wanted()}
+        target.cells.update(chosen)
+        if len(chosen) == len(moved):
+            target.length = max(target.length, length)
 
     def do(self, step: Step) -> None:
         """Take a step; taking it again changes nothing."""
@@ -252,6 +289,18 @@ class Runner:
             case Move():
                 for job in step.jobs:
                     self._move(job, lambda: True)
+            case BuildMerged():
+                images = [disk.names[path] for path, _ in step.row]
+                old = disk.names[step.path]
+                disk.inodes += 1
+                below = step.below[0][0] if step.below else None
+                made = Image(disk.inodes, old.format, below, old.length, dict(old.cells), dict(old.internals))
+                self._merge(made, images, step.into, lambda: True)
+                disk.built[step.path] = made
+            case PutInPlace():
+                if step.path in disk.built:
+                    disk.names[step.path] = disk.built.pop(step.path)
+                    self._touched(step.path)
             case Repoint():
                 disk.names[step.path].backing = step.backing
                 self._touched(step.path)
@@ -273,6 +322,8 @@ class Runner:
         match step:
             case MakeOverlay() | BuildFromPoint():
                 self.disk.names.pop(step.path, None)
+            case BuildMerged():
+                self.disk.built.pop(step.path, None)
             case MakeInternal():
                 if self.disk.names[step.path].internals.pop(step.tag, None) is not None:
                     self._touched(step.path)

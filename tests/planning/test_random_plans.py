@@ -35,7 +35,7 @@ class Journey:
 
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
-        self.disk = Disk()
+        self.disk = Disk(shares=self.chance.random() < 0.5, own=self.chance.random() < 0.7)
         self.numbers = iter(range(1, 1_000_000))
         self.truth: Truth = {"main": {}}
         self.loose_tips: set[str] = set()
@@ -132,7 +132,7 @@ class Journey:
         tree, chance = self.runner.tree, self.chance
         new = f"n{next(self.numbers)}"
         snapshots, others = sorted(tree.snapshots), sorted(set(tree.branches) - {tree.active})
-        way = chance.choice(["auto", "auto", "auto", "none", "commit", "pull"])
+        way = chance.choice(["auto", "auto", "auto", "none", "commit", "pull", "reflink"])
         exclude = (chance.choice(tree.disks),) if len(tree.disks) > 1 and chance.random() < 0.2 else ()
         some: list[Request] = [GcRequest(), RenameRequest(chance.choice(sorted(self.truth)), new)]
         if len(self.truth) < 12:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from snaptree.machines.standalone import Standalone
     from snaptree.planning.plan import Plan
     from snaptree.planning.verbs import Request
+    from snaptree.running.pace import Pace
     from snaptree.running.progress import Progress, Report
 
 
@@ -118,8 +119,12 @@ def progress_bar(*, wanted: bool) -> Iterator[Report]:
         yield report
 
 
-def carry_out(machine: Standalone, request: Request, *, only_plan: bool, as_json: bool, wait: float) -> None:
+def carry_out(
+    machine: Standalone, request: Request, *, only_plan: bool, as_json: bool, wait: float, pace: Pace | None = None
+) -> None:
     """Plan a request and carry it out, or only print the plan; then say what was done."""
+    from snaptree.running.pace import Pace
+
     if only_plan:
         print_plan(machine.plan(request), as_json=as_json)
         return
@@ -140,7 +145,7 @@ def carry_out(machine: Standalone, request: Request, *, only_plan: bool, as_json
             planned.clear()
             bar(progress)
 
-        plan = machine.run(request, wait=wait, progress=report, confirm=confirm, cancelled=stop)
+        plan = machine.run(request, wait=wait, pace=pace or Pace(), progress=report, confirm=confirm, cancelled=stop)
     done(plan, as_json=as_json)
 
 

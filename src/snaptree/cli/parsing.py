@@ -16,6 +16,7 @@ from snaptree.model.names import check_target
 
 F = TypeVar("F", bound=Callable[..., Any])
 _TARGET = re.compile(r"^([A-Za-z][A-Za-z0-9_-]*)=(.*)$", re.DOTALL)
+_RATE = re.compile(r"^([0-9]+(?:\.[0-9]+)?)\s*([kmgt])?(iB|B|i)?(?:/s)?$", re.IGNORECASE)
 _FORMAT = re.compile(r"^(.*),format=([a-z0-9]+)$", re.DOTALL)
 
 
@@ -91,10 +92,10 @@ file_option = click.option(
 )
 merge_option = click.option(
     "--merge",
-    type=click.Choice(["auto", "none", "commit", "pull"]),
+    type=click.Choice(["auto", "none", "commit", "pull", "reflink"]),
     default="auto",
     show_default=True,
-    help="How to merge what becomes loose: down (commit), up (pull), the cheaper way, or not now.",
+    help="How to merge what becomes loose: down, up, by sharing blocks, the cheapest way, or not now.",
 )
 
 
@@ -106,6 +107,27 @@ def snapshot_argument(name: str = "snapshot", **options: Any) -> Callable[[F], F
 def branch_argument(name: str = "branch", **options: Any) -> Callable[[F], F]:
     """The name of a branch, completed from those that there are."""
     return click.argument(name, shell_complete=_complete_name("branch"), **options)
+
+
+def _rate(context: click.Context, parameter: click.Parameter, text: str | None) -> float:
+    """``200MiB/s`` in bytes a second; 0 when nothing is given."""
+    if text is None:
+        return 0.0
+    match = _RATE.match(text.strip())
+    if match is None or not float(match.group(1)):
+        raise UsageError(f"{text!r} is not a rate", "give bytes a second, such as 200MiB/s")
+    power = " kmgt".index((match.group(2) or " ").lower())
+    return float(match.group(1)) * float((1000 if match.group(3) == "B" and match.group(2) else 1024) ** power)
+
+
+def paced(function: F) -> F:
+    """The options of commands that move data."""
+    for option in (
+        click.option("--idle", is_flag=True, help="Let everybody else's disk accesses go first."),
+        click.option("--limit", metavar="RATE", callback=_rate, help="Move no more than so much, such as 200MiB/s."),
+    ):
+        function = option(function)
+    return function
 
 
 def changing(function: F) -> F:

@@ -5,13 +5,22 @@ from __future__ import annotations
 import click
 
 from snaptree.cli.output import carry_out
-from snaptree.cli.parsing import changing, file_option, file_options, machine_argument, merge_option, snapshot_argument
+from snaptree.cli.parsing import (
+    changing,
+    file_option,
+    file_options,
+    machine_argument,
+    merge_option,
+    paced,
+    snapshot_argument,
+)
 from snaptree.errors import UsageError
 from snaptree.machines.connection import Connection
 from snaptree.planning.create import SnapshotRequest
 from snaptree.planning.delete import DeleteRequest
 from snaptree.planning.revert import RevertRequest
 from snaptree.planning.verbs import DeleteBranchRequest
+from snaptree.running.pace import Pace
 
 
 @click.command("snapshot")
@@ -47,6 +56,7 @@ def snapshot_command(
 @click.option("--with-branches", is_flag=True, help="Also delete parked branches that grew from what is deleted.")
 @click.option("--memory-only", is_flag=True, help="Delete only the memory; the disks' points stay.")
 @click.option("--branch", metavar="BRANCH", help="Delete a parked branch instead.")
+@paced
 @changing
 def delete_command(
     machine: str,
@@ -60,6 +70,8 @@ def delete_command(
     only_plan: bool,
     as_json: bool,
     wait: float,
+    limit: float,
+    idle: bool,
 ) -> None:
     """Delete snapshots: the names go at once, then layers that nothing needs by themselves are merged."""
     found = Connection().machine(machine)
@@ -71,7 +83,7 @@ def delete_command(
         raise UsageError("no snapshot is named", f"see 'snaptree tree {machine}'")
     else:
         request = DeleteRequest(snapshots, merge, children, children_only, with_branches, memory_only)
-    carry_out(found, request, only_plan=only_plan, as_json=as_json, wait=wait)
+    carry_out(found, request, only_plan=only_plan, as_json=as_json, wait=wait, pace=Pace(limit, idle))
 
 
 @click.command("revert")
@@ -82,6 +94,7 @@ def delete_command(
 @click.option("--delete", is_flag=True, help="Delete the snapshot as well.")
 @click.option("--children", is_flag=True, help="With --discard: delete the snapshots that grew from it.")
 @file_option
+@paced
 @changing
 def revert_command(
     machine: str,
@@ -94,7 +107,11 @@ def revert_command(
     only_plan: bool,
     as_json: bool,
     wait: float,
+    limit: float,
+    idle: bool,
 ) -> None:
     """Go back to a snapshot. The work of now is parked as a branch unless --discard."""
     request = RevertRequest(snapshot, discard, keep_as, delete, children, file_options(files))
-    carry_out(Connection().machine(machine), request, only_plan=only_plan, as_json=as_json, wait=wait)
+    carry_out(
+        Connection().machine(machine), request, only_plan=only_plan, as_json=as_json, wait=wait, pace=Pace(limit, idle)
+    )

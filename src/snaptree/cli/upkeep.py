@@ -7,12 +7,13 @@ import os
 import click
 
 from snaptree.cli.output import carry_out, print_json, say
-from snaptree.cli.parsing import changing, json_option, machine_argument, merge_option
+from snaptree.cli.parsing import changing, json_option, machine_argument, merge_option, paced
 from snaptree.errors import FindingsError, UsageError
 from snaptree.machines.connection import Connection
 from snaptree.planning.accept import AcceptRequest
 from snaptree.planning.sweep import SquashRequest
 from snaptree.planning.verbs import GcRequest
+from snaptree.running.pace import Pace
 
 
 @click.command("squash")
@@ -21,6 +22,7 @@ from snaptree.planning.verbs import GcRequest
 @click.option("--top", metavar="PATH", help="The highest layer to merge; without it, the active tip.")
 @click.option("--base", metavar="PATH", help="The lowest layer to merge; without it, as deep as can be.")
 @merge_option
+@paced
 @changing
 def squash_command(
     machine: str,
@@ -31,12 +33,16 @@ def squash_command(
     only_plan: bool,
     as_json: bool,
     wait: float,
+    limit: float,
+    idle: bool,
 ) -> None:
     """Make one layer of all from --base up to --top, both included; never across a point that a name needs."""
     highest = os.path.realpath(top) if top is not None else None
     lowest = os.path.realpath(base) if base is not None else None
     request = SquashRequest(disk, highest, lowest, merge)
-    carry_out(Connection().machine(machine), request, only_plan=only_plan, as_json=as_json, wait=wait)
+    carry_out(
+        Connection().machine(machine), request, only_plan=only_plan, as_json=as_json, wait=wait, pace=Pace(limit, idle)
+    )
 
 
 @click.command("verify")
@@ -89,8 +95,11 @@ def recover_command(machine: str | None, wait: float, as_json: bool) -> None:
 @click.command("gc")
 @machine_argument
 @click.option("--delete", is_flag=True, help="Also remove files that snaptree made and nothing needs.")
+@paced
 @changing
-def gc_command(machine: str, delete: bool, only_plan: bool, as_json: bool, wait: float) -> None:
+def gc_command(
+    machine: str, delete: bool, only_plan: bool, as_json: bool, wait: float, limit: float, idle: bool
+) -> None:
     """Do the merges that wait, and list the files that nothing needs."""
     found = Connection().machine(machine)
-    carry_out(found, GcRequest(delete), only_plan=only_plan, as_json=as_json, wait=wait)
+    carry_out(found, GcRequest(delete), only_plan=only_plan, as_json=as_json, wait=wait, pace=Pace(limit, idle))

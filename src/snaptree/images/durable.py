@@ -30,6 +30,7 @@ _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _COPIED_AT_ONCE = 64 << 20
+_ZEROED_AT_ONCE = 1 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -219,13 +220,28 @@ def write_in_place(descriptor: int, offset: int, data: bytes, path: str) -> None
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 
 
-def punch_hole(descriptor: int, offset: int, length: int, path: str) -> None:
-    """Give the blocks of a range back to the file system; it reads as zeroes then. Where it cannot, nothing happens."""
+def punch_hole(descriptor: int, offset: int, length: int, path: str) -> bool:
+    """Give the blocks of a range back to the file system; it reads as zeroes then. Whether the system could."""
     mode = ctypes.c_int(_FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE)
     if _system().fallocate64(descriptor, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) != 0:
         number = ctypes.get_errno()
         if number not in (errno.EOPNOTSUPP, errno.ENOSYS):
             raise explain(OSError(number, os.strerror(number)), path, "punch holes into")
+        return False
+    return True
+
+
+def write_zeroes(descriptor: int, offset: int, length: int, path: str) -> None:
+    """Let a range within the file read as zeroes, without blocks where the system can."""
+    if not punch_hole(descriptor, offset, length, path):
+        for start in range(offset, offset + length, _ZEROED_AT_ONCE):
+            write_in_place(descriptor, start, bytes(min(_ZEROED_AT_ONCE, offset + length - start)), path)
+
+
+def set_length(descriptor: int, length: int, path: str) -> None:
+    """Let the file have that length; what is new reads as zeroes."""
+    with explained(path, "write to"):
+        os.ftruncate(descriptor, length)
 
 
 # ---- names --------------------------------------------------------------------------------------------------------
@@ -256,6 +272,13 @@ def rename_new(source: str, target: str) -> None:
         # The file system cannot; a hard link is as exclusive.
         os.link(source, target, follow_symlinks=False)
         os.unlink(source)
+
+
+def replace(temporary: str, path: str) -> None:
+    """Let a prepared file, which is on disk, take the place of what the path names, in one rename."""
+    with explained(path, "replace"):
+        os.rename(temporary, path)
+    sync_folder(path)
 
 
 def put_in_place(source: str, target: str) -> None:

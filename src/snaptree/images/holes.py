@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 
 import numpy as np
-import numpy.typing as npt
 
 from snaptree.images import durable
 from snaptree.images.header import Header, read_header
+from snaptree.images.refcounts import decode
 
 _OFFSET = 0xFFFFFFFFFFFFFE00
 
@@ -47,19 +47,31 @@ def punch_free(path: str) -> int:
     return freed
 
 
+def cut_tail(path: str) -> None:
+    """Cut the file where its last counted cluster ends: what was written past it, nothing has come to refer to.
+
+    The counts have to be right, and the exclusive lock on the image held.
+    """
+    with durable.opened_for_writing(path) as descriptor:
+        header = read_header(descriptor, path)
+        if header.dirty or header.corrupt or header.external_data:
+            return
+        table = os.pread(descriptor, header.refcount_table_clusters * header.cluster_size, header.refcount_table_offset)
+        blocks = np.frombuffer(table, ">u8").astype(np.uint64) & np.uint64(_OFFSET)
+        for number in np.flatnonzero(blocks)[::-1].tolist():
+            counts = decode(os.pread(descriptor, header.cluster_size, int(blocks[number])), header.refcount_bits)
+            used = np.flatnonzero(counts)
+            if len(used):
+                end = (number * len(counts) + int(used[-1]) + 1) * header.cluster_size
+                if end < os.fstat(descriptor).st_size:
+                    durable.set_length(descriptor, end, path)
+                return
+
+
 def _free(descriptor: int, header: Header, block: int, first: int, size: int) -> list[tuple[int, int]]:
     """The runs of clusters, as byte ranges of the file, that the refcount block says are free."""
-    counts = _counts(os.pread(descriptor, header.cluster_size, block), header.refcount_bits)
+    counts = decode(os.pread(descriptor, header.cluster_size, block), header.refcount_bits)
     free = np.concatenate([[False], counts == 0, [False]])
     edges = np.flatnonzero(free[1:] != free[:-1]) * header.cluster_size + first
     pairs = edges.reshape(-1, 2).tolist()
     return [(start, min(end, size)) for start, end in pairs if start < size]
-
-
-def _counts(data: bytes, bits: int) -> npt.NDArray[np.uint64]:
-    """The counts of one block; those narrower than a byte begin at its lowest bit."""
-    if bits >= 8:
-        return np.frombuffer(data, f">u{bits // 8}").astype(np.uint64)
-    whole = np.frombuffer(data, np.uint8)
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    return ((whole[:, None] >> shifts) & np.uint8((1 << bits) - 1)).reshape(-1).astype(np.uint64)

@@ -15,11 +15,14 @@ from snaptree.errors import UnhealthyError
 from snaptree.images.header import Header, read_header
 
 Classes: TypeAlias = npt.NDArray[np.uint8]
+Places: TypeAlias = npt.NDArray[np.uint64]
 UNALLOCATED, DATA, ZERO, COMPRESSED = 0, 1, 2, 3
 
-_OFFSET = np.uint64(0x00FFFFFFFFFFFE00)
-_COMPRESSED_BIT = np.uint64(1 << 62)
-_ZERO_BIT = np.uint64(1)
+OFFSET = np.uint64(0x00FFFFFFFFFFFE00)
+COPIED_BIT = np.uint64(1 << 63)
+"""The reference count is exactly one: the cluster, or table, can be written in place."""
+COMPRESSED_BIT = np.uint64(1 << 62)
+ZERO_BIT = np.uint64(1)
 
 
 class Allocation:
@@ -41,6 +44,10 @@ class Allocation:
 
     def classes(self, start: int, end: int, granule: int) -> Classes:
         """For each granule from ``start`` to ``end`` (multiples of the cluster size) what the image has there."""
+        raise NotImplementedError
+
+    def places(self, start: int, end: int, granule: int) -> tuple[Classes, Places]:
+        """As :meth:`classes`, and for each granule with data where in the file it lies, in bytes."""
         raise NotImplementedError
 
     def busy(self, window: int) -> set[int]:
@@ -76,6 +83,10 @@ class RawAllocation(Allocation):
             found[(begin - start) // granule : -(-(stop - start) // granule)] = DATA
         return found
 
+    def places(self, start: int, end: int, granule: int) -> tuple[Classes, Places]:
+        found = self.classes(start, end, granule)
+        return found, np.arange(start, start + len(found) * granule, granule, dtype=np.uint64)
+
     def busy(self, window: int) -> set[int]:
         found: set[int] = set()
         for begin, stop in self._data(0, self.virtual_size):
@@ -102,7 +113,7 @@ class Qcow2Allocation(Allocation):
         data = os.pread(self.descriptor, entries * 8, offset)
         if len(data) < entries * 8:
             raise self._bad("its L1 table lies past its end")
-        self.l1 = np.frombuffer(data, ">u8").astype(np.uint64) & _OFFSET
+        self.l1 = np.frombuffer(data, ">u8").astype(np.uint64) & OFFSET
 
     def _bad(self, what: str) -> UnhealthyError:
         return UnhealthyError(f"{self.path} is damaged: {what}", "look at it with 'qemu-img check'")
@@ -126,10 +137,13 @@ class Qcow2Allocation(Allocation):
         missing = -(-end // covered) - start // covered - len(part)
         return np.concatenate([part != 0, np.zeros(max(0, missing), dtype=bool)])
 
-    def classes(self, start: int, end: int, granule: int) -> Classes:
-        first, last = start // self.cluster, -(-end // self.cluster)
-        entries = np.zeros((last - first) * (self.entry // 8), dtype=np.uint64)
+    def entries(self, first: int, last: int) -> Places:
+        """The L2 entries of the clusters from ``first`` up to ``last``, with their flags; two words each when extended.
+
+        :raise UnhealthyError: a table lies past the end of the file.
+        """
         width = self.entry // 8
+        found = np.zeros((last - first) * width, dtype=np.uint64)
         at = first
         while at < last:
             table, place = divmod(at, self.per_table)
@@ -139,21 +153,34 @@ class Qcow2Allocation(Allocation):
                 data = os.pread(self.descriptor, count * self.entry, offset + place * self.entry)
                 if offset % self.cluster or len(data) < count * self.entry:
                     raise self._bad(f"an L2 table at {offset}")
-                entries[(at - first) * width : (at - first + count) * width] = np.frombuffer(data, ">u8")
+                found[(at - first) * width : (at - first + count) * width] = np.frombuffer(data, ">u8")
             at += count
-        found = self._extended(entries) if self.header.extended_l2 else self._standard(entries)
+        return found
+
+    def classes(self, start: int, end: int, granule: int) -> Classes:
+        entries = self.entries(start // self.cluster, -(-end // self.cluster))
+        found = self._extended(entries) if self.header.extended_l2 else self.classes_of(entries)
         size = self.granule
         if size > granule:
             return np.repeat(found, size // granule)[: (end - start) // granule]
         assert size == granule, "the granule is the smallest of the row"
         return found[: (end - start) // granule]
 
-    def _standard(self, entries: npt.NDArray[np.uint64]) -> Classes:
-        offsets = entries & _OFFSET
-        packed = (entries & _COMPRESSED_BIT) != 0
-        zero = (
-            ((entries & _ZERO_BIT) != 0) & ~packed if self.header.version >= 3 else np.zeros(len(entries), dtype=bool)
-        )
+    def places(self, start: int, end: int, granule: int) -> tuple[Classes, Places]:
+        assert not self.header.extended_l2, "where a subcluster lies is not asked for"
+        entries = self.entries(start // self.cluster, -(-end // self.cluster))
+        found, offsets = self.classes_of(entries), entries & OFFSET
+        count = (end - start) // granule
+        if (parts := self.cluster // granule) > 1:
+            inside = np.arange(parts, dtype=np.uint64) * np.uint64(granule)
+            found, offsets = np.repeat(found, parts), (offsets[:, None] + inside).reshape(-1)
+        return found[:count], offsets[:count]
+
+    def classes_of(self, entries: Places) -> Classes:
+        """What standard L2 entries say that the image has."""
+        offsets = entries & OFFSET
+        packed = (entries & COMPRESSED_BIT) != 0
+        zero = ((entries & ZERO_BIT) != 0) & ~packed if self.header.version >= 3 else np.zeros(len(entries), dtype=bool)
         data = (offsets != 0) & ~packed & ~zero
         self._require_inside(offsets[data])
         found = np.zeros(len(entries), dtype=np.uint8)
@@ -162,18 +189,18 @@ class Qcow2Allocation(Allocation):
         found[packed] = COMPRESSED
         return found
 
-    def _extended(self, entries: npt.NDArray[np.uint64]) -> Classes:
+    def _extended(self, entries: Places) -> Classes:
         descriptors, bitmaps = entries[0::2], entries[1::2]
-        packed = (descriptors & _COMPRESSED_BIT) != 0
-        self._require_inside((descriptors & _OFFSET)[((descriptors & _OFFSET) != 0) & ~packed])
+        packed = (descriptors & COMPRESSED_BIT) != 0
+        self._require_inside((descriptors & OFFSET)[((descriptors & OFFSET) != 0) & ~packed])
         shifts = np.arange(32, dtype=np.uint64)
-        there = (bitmaps[:, None] >> shifts) & _ZERO_BIT
-        zero = (bitmaps[:, None] >> (shifts + np.uint64(32))) & _ZERO_BIT
+        there = (bitmaps[:, None] >> shifts) & ZERO_BIT
+        zero = (bitmaps[:, None] >> (shifts + np.uint64(32))) & ZERO_BIT
         found = np.where(there != 0, DATA, np.where(zero != 0, ZERO, UNALLOCATED)).astype(np.uint8)
         found[packed] = COMPRESSED
         return found.reshape(-1)
 
-    def _require_inside(self, offsets: npt.NDArray[np.uint64]) -> None:
+    def _require_inside(self, offsets: Places) -> None:
         if len(offsets) and (int(offsets.max()) >= self.file_size or np.any(offsets % np.uint64(self.cluster))):
             raise self._bad("an L2 entry points outside the file")
 

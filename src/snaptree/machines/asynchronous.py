@@ -24,6 +24,7 @@ from snaptree.planning.plan import Plan
 from snaptree.planning.revert import RevertRequest, SwitchRequest
 from snaptree.planning.sweep import SquashRequest
 from snaptree.planning.verbs import DeleteBranchRequest, GcRequest, RemoveRequest, RenameRequest, Request
+from snaptree.running.pace import FREELY, Pace
 from snaptree.running.progress import Progress, Report
 
 Work = Callable[[Report, threading.Event], Plan]
@@ -93,11 +94,12 @@ class Machine:
         """The plan for a request; nothing is touched."""
         return await asyncio.to_thread(lambda: Connection(self._state).machine(self.name).plan(request))
 
-    def operate(self, request: Request, *, wait: float = 0.0) -> Operation:
+    def operate(self, request: Request, *, wait: float = 0.0, pace: Pace = FREELY) -> Operation:
         """Carry out a request; the verbs below make it."""
 
         def work(tell: Report, stop: threading.Event) -> Plan:
-            return Connection(self._state).machine(self.name).run(request, wait=wait, progress=tell, cancelled=stop)
+            machine = Connection(self._state).machine(self.name)
+            return machine.run(request, wait=wait, pace=pace, progress=tell, cancelled=stop)
 
         return Operation(work)
 
@@ -121,9 +123,10 @@ class Machine:
         children_only: bool = False,
         with_branches: bool = False,
         memory_only: bool = False,
+        pace: Pace = FREELY,
     ) -> Operation:
         """Delete snapshots; what becomes loose is merged."""
-        return self.operate(DeleteRequest(names, merge, children, children_only, with_branches, memory_only))
+        return self.operate(DeleteRequest(names, merge, children, children_only, with_branches, memory_only), pace=pace)
 
     def delete_branch(self, name: str, *, merge: str = "auto") -> Operation:
         """Delete a parked branch."""
@@ -154,17 +157,19 @@ class Machine:
         """Give a snapshot or a branch another name."""
         return self.operate(RenameRequest(old, new))
 
-    def squash(self, disk: str, *, top: str | None = None, base: str | None = None, merge: str = "auto") -> Operation:
+    def squash(
+        self, disk: str, *, top: str | None = None, base: str | None = None, merge: str = "auto", pace: Pace = FREELY
+    ) -> Operation:
         """Merge by file."""
-        return self.operate(SquashRequest(disk, top, base, merge))
+        return self.operate(SquashRequest(disk, top, base, merge), pace=pace)
 
     def accept(self, path: str) -> Operation:
         """Take a frozen layer that was changed from outside for what it is now."""
         return self.operate(AcceptRequest(path))
 
-    def gc(self, *, delete: bool = False) -> Operation:
+    def gc(self, *, delete: bool = False, pace: Pace = FREELY) -> Operation:
         """Do the merges that wait."""
-        return self.operate(GcRequest(delete))
+        return self.operate(GcRequest(delete), pace=pace)
 
     def attach(self, disk: DiskOption, *, bases: tuple[str, ...] = (), adopt: bool = False) -> Operation:
         """Look after one more disk."""

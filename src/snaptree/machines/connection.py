@@ -60,7 +60,7 @@ class Connection:
                 # What was read before the lock was taken may have changed since.
                 lock.acquire(now, wait)
                 touched = now
-            asyncio.run(executor.run(self.database, options.name, plan))
+            asyncio.run(executor.run(self.database, options.name, plan, lock=lock))
         finally:
             lock.release()
         return plan
@@ -112,7 +112,7 @@ class Connection:
         try:
             files = recovery.files_of(self.database, machine)
             lock.acquire([path for path in files if os.path.exists(path)], wait)
-            return asyncio.run(recovery.recover(self.database, machine))
+            return asyncio.run(recovery.recover(self.database, machine, lock))
         finally:
             lock.release()
 

@@ -30,6 +30,7 @@ from snaptree.planning.settle import loose_layers
 from snaptree.planning.verbs import RenameRequest, Request, SetRequest
 from snaptree.planning.ways import Unmeasured
 from snaptree.running.journal import LogEntry, log
+from snaptree.running.pace import FREELY, Pace
 from snaptree.running.progress import Report, silent
 from snaptree.store import operations, trees
 from snaptree.store.database import Database
@@ -130,6 +131,7 @@ class Standalone:
         request: Request,
         *,
         wait: float = 0.0,
+        pace: Pace = FREELY,
         progress: Report | None = None,
         confirm: Callable[[Plan], bool] | None = None,
         cancelled: threading.Event | None = None,
@@ -137,19 +139,23 @@ class Standalone:
         """Lock, recover, survey, plan, confirm, run.
 
         :param wait: for how many seconds to wait while another operation has the machine.
+        :param pace: how fast data may move.
         :param confirm: is shown the plan; when it says no, nothing is touched.
         :raise BusyError: another operation has the machine, or another process one of its images.
         :raise CancelledError: it was stopped, or ``confirm`` said no.
         """
         import asyncio
 
-        return asyncio.run(self.operate(request, wait=wait, progress=progress, confirm=confirm, cancelled=cancelled))
+        return asyncio.run(
+            self.operate(request, wait=wait, pace=pace, progress=progress, confirm=confirm, cancelled=cancelled)
+        )
 
     async def operate(
         self,
         request: Request,
         *,
         wait: float = 0.0,
+        pace: Pace = FREELY,
         progress: Report | None = None,
         confirm: Callable[[Plan], bool] | None = None,
         cancelled: threading.Event | None = None,
@@ -159,7 +165,7 @@ class Standalone:
         from snaptree.running import executor, recovery
 
         with durable.explained(f"a file of machine {self.name}", "use"), self._locked(wait, cancelled) as lock:
-            await recovery.recover(self.database, self.name)
+            await recovery.recover(self.database, self.name, lock)
             self.config = trees.load_config(self.database, self.name)
             tree = self.tree()
             lock.extend(_anchors(tree))
@@ -175,6 +181,8 @@ class Standalone:
                 self.database,
                 self.name,
                 plan,
+                lock=lock,
+                pace=pace,
                 still=_still(tree, request),
                 report=progress or silent,
                 cancelled=cancelled,
@@ -186,8 +194,9 @@ class Standalone:
         lock = MachineLock()
         try:
             deadline = time.monotonic() + wait
-            anchors: list[str] = []
-            # While it waited, the one before may have moved the machine to other files, and removed these.
+            anchors: dict[str, tuple[int, int]] = {}
+            # While it waited, the one before may have moved the machine to other files, removed these, or put others
+            # in their place.
             while (now := _anchors(self.tree())) != anchors:
                 with suppress(NotFoundError):
                     lock.acquire(now, max(0.0, deadline - time.monotonic()), cancelled)
@@ -204,8 +213,8 @@ class Standalone:
 
         if not operations.unfinished(self.database, self.name):
             return ()
-        with self._locked(wait):
-            return asyncio.run(recovery.recover(self.database, self.name))
+        with self._locked(wait) as lock:
+            return asyncio.run(recovery.recover(self.database, self.name, lock))
 
     # ---- looking --------------------------------------------------------------------------------------------------
 
@@ -231,8 +240,8 @@ class Standalone:
         return log(self.database, self.name)
 
 
-def _anchors(tree: Tree) -> list[str]:
-    """The images that stand for the machine: the owned roots and the active tips.
+def _anchors(tree: Tree) -> dict[str, tuple[int, int]]:
+    """The images that stand for the machine, the owned roots and the active tips, and what is there (device, inode).
 
     Whoever works on the machine, from whatever state folder, locks these first.
     """
@@ -242,7 +251,12 @@ def _anchors(tree: Tree) -> list[str]:
         root = tree.owned_root(point.layer)
         if root is not None:
             found.add(root.path)
-    return sorted(path for path in found if os.path.exists(path))
+    there: dict[str, tuple[int, int]] = {}
+    for path in sorted(found):
+        with suppress(OSError):
+            status = os.stat(path)
+            there[path] = (status.st_dev, status.st_ino)
+    return there
 
 
 def _folders(request: Request) -> list[str]:

@@ -163,7 +163,7 @@ def _speed(database: Database, machine: str) -> float:
 
 def measure(tree: Tree, survey: Survey, rows: Collection[tuple[LayerId, ...]]) -> Survey:
     """The survey with the figures of these rows."""
-    from snaptree.images.measure import measure_row
+    from snaptree.images.cost import foreseen
 
     figures: dict[tuple[LayerId, ...], RowFacts] = dict(survey.rows)
     for row in rows:
@@ -171,7 +171,7 @@ def measure(tree: Tree, survey: Survey, rows: Collection[tuple[LayerId, ...]]) -
         below = [(each.path, each.format) for each in list(tree.chain(row[0]))[1:]]
         try:
             with durable.explained(layers[-1][0], "read the tables of"):
-                figures[row] = measure_row(layers, below)
+                figures[row] = foreseen(layers, below)
         except UnhealthyError as error:
             # The row cannot be merged; the rest of the plan can go on without it.
             figures[row] = RowFacts(0, 0, 0, 0, 0)

@@ -85,6 +85,10 @@ class RowFacts:
     :param profile_commit: cumulative bytes to move at equal steps over the guest's address range, for progress.
     :param profile_pull: the same for a pull.
     :param extents: how many runs of adjacent clusters there are to move (commit, pull).
+    :param by_qemu: why only QEMU's jobs can merge the row; empty where the mover does.
+    :param unshared: why the row cannot be merged by sharing blocks; empty where it can.
+    :param share_bytes: what is copied all the same when blocks are shared (into the lowest, into the highest).
+    :param share_grows: the room that sharing blocks takes for tables (into the lowest, into the highest).
     """
 
     commit_bytes: int
@@ -95,6 +99,10 @@ class RowFacts:
     extents: tuple[int, int] = (0, 0)
     profile_commit: tuple[int, ...] = ()
     profile_pull: tuple[int, ...] = ()
+    by_qemu: str = ""
+    unshared: str = ""
+    share_bytes: tuple[int, int] = (0, 0)
+    share_grows: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,24 @@ from snaptree.planning.external import bound, make_external
 from snaptree.planning.health import ailments
 from snaptree.planning.plan import Plan
 from snaptree.planning.settle import settle
-from snaptree.planning.steps import Cover, Move, MoveJob, Record, Repoint, Shrink, Step, TakeName
+from snaptree.planning.steps import (
+    BuildMerged,
+    Cover,
+    Move,
+    MoveJob,
+    PutInPlace,
+    Record,
+    Repoint,
+    Shrink,
+    Step,
+    TakeName,
+)
 from snaptree.planning.ways import Choice, Row, Unmeasured, choose, is_owned_root, room
 
 USUAL_SPEED = 300e6
 """Bytes a second, for an estimate on a machine on which nothing has been merged yet."""
+SHARING_SECONDS = 50e-6
+"""What sharing one run of clusters takes, for an estimate."""
 
 
 def plan_merges(
@@ -97,15 +110,17 @@ def _steps(draft: Draft, choices: Sequence[Choice]) -> Plan:
     tree = draft.tree
     marks, covers = _marks(draft, choices)
     marked = draft.tree
-    jobs = tuple(_job(draft, choice, number) for number, choice in enumerate(choices))
+    moving = [choice for choice in choices if choice.way != "reflink"]
+    sharing = [choice for choice in choices if choice.way == "reflink"]
+    jobs = tuple(_job(draft, choice, number) for number, choice in enumerate(moving))
     steps: list[Step] = []
     if marks:
         steps.append(Record(diff(tree, marked), (), "note that the lower layers are being written"))
-    steps += [*covers, Move(jobs)]
+    steps += [*covers, *(_build(draft, choice) for choice in sharing), *([Move(jobs)] if jobs else [])]
     no_return = len(steps)
-    freed = 0
+    steps += [PutInPlace(step.path) for step in steps if isinstance(step, BuildMerged)]
     for choice in choices:
-        steps += _commit(draft, choice) if choice.way == "commit" else _pull(draft, choice)
+        steps += _down(draft, choice) if choice.down else _up(draft, choice)
     after = settle(draft.tree, draft.outsiders)
     cleanup, freed = draft.cleanup(after)
     baseline = tuple(
@@ -116,6 +131,8 @@ def _steps(draft: Draft, choices: Sequence[Choice]) -> Plan:
     steps += [Record(diff(marked, after), baseline, "the merged layers are one"), *cleanup]
     copied = sum(choice.bytes for choice in choices)
     grown = sum(choice.grows for choice in choices)
+    # What is shared with a file that stays takes no room.
+    added = sum(choice.adds if choice.down or choice.row[0] not in after.layers else choice.grows for choice in choices)
     speed = draft.survey.bytes_per_second or USUAL_SPEED
     ways = sorted({choice.way for choice in choices})
     return Plan(
@@ -126,8 +143,8 @@ def _steps(draft: Draft, choices: Sequence[Choice]) -> Plan:
         after=after,
         bytes_to_copy=copied,
         peak_extra_bytes=grown,
-        frees_bytes=freed - grown,
-        seconds=0.1 + copied / speed,
+        frees_bytes=freed - added,
+        seconds=0.1 + copied / speed + sum(choice.extents for choice in sharing) * SHARING_SECONDS,
         way="+".join(ways),
         cancel="pauses" if "commit" in ways else "undoes",
         paths_after=paths_of(after),
@@ -144,7 +161,9 @@ def _marks(draft: Draft, choices: Sequence[Choice]) -> tuple[bool, list[Step]]:
         layers = [draft.tree.layers[each] for each in choice.row]
         if choice.way == "commit":
             changed[layers[0].id] = replace(layers[0], half_merged=True)
-        if any(layer.virtual_size < layers[-1].virtual_size for layer in layers[:-1]):
+        # The mover sees to that itself; QEMU's jobs don't.
+        shorter = any(layer.virtual_size < layers[-1].virtual_size for layer in layers[:-1])
+        if shorter and choice.facts.by_qemu:
             row = tuple((layer.path, layer.format) for layer in layers)
             covers.append(Cover(row, draft.files_below(layers[0].id)))
     draft.tree = draft.tree.with_layers(*changed.values())
@@ -163,10 +182,25 @@ def _job(draft: Draft, choice: Choice, number: int) -> MoveJob:
         bytes=choice.bytes,
         zeroes=facts.commit_zeroes if choice.way == "commit" else 0,
         profile=facts.profile_commit if choice.way == "commit" else facts.profile_pull,
+        by_qemu=facts.by_qemu,
     )
 
 
-def _commit(draft: Draft, choice: Choice) -> list[Step]:
+def _build(draft: Draft, choice: Choice) -> BuildMerged:
+    layers = [draft.tree.layers[each] for each in choice.row]
+    taken = layers[0] if choice.down else layers[-1]
+    row = tuple((layer.path, layer.format) for layer in layers)
+    return BuildMerged(
+        path=taken.path,
+        row=row,
+        below=draft.files_below(choice.row[0]),
+        shared=choice.moves - choice.bytes,
+        bytes=choice.bytes,
+    )
+
+
+def _down(draft: Draft, choice: Choice) -> list[Step]:
+    """What follows when the lowest layer has it all: what stood on the highest stands on it, and has its name."""
     tree = draft.tree
     lowest, top = tree.layers[choice.row[0]], tree.layers[choice.row[-1]]
     steps: list[Step] = []
@@ -196,11 +230,14 @@ def _commit(draft: Draft, choice: Choice) -> list[Step]:
     return steps
 
 
-def _pull(draft: Draft, choice: Choice) -> list[Step]:
+def _up(draft: Draft, choice: Choice) -> list[Step]:
+    """What follows when the highest layer has it all: it stands on what the lowest stood on."""
     tree = draft.tree
     lowest, top = tree.layers[choice.row[0]], tree.layers[choice.row[-1]]
     below = tree.layers[lowest.parent] if lowest.parent is not None else None
-    steps: list[Step] = [Repoint(top.path, below.path if below else None, below.format if below else None)]
+    steps: list[Step] = []
+    if choice.way != "reflink":
+        steps.append(Repoint(top.path, below.path if below else None, below.format if below else None))
     merged = replace(top, parent=lowest.parent, identity=None)
     rooted = is_owned_root(tree, lowest.id)
     pulled = tree.with_layers(merged)

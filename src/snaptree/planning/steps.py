@@ -171,7 +171,7 @@ class MoveJob:
     ``row`` is the chain to merge, lowest first; ``below`` what the lowest stands on, nearest first. ``commit`` moves
     all upper layers' data into ``row[0]``, ``pull`` all lower layers' data into ``row[-1]``. ``bytes`` is what will
     be copied, ``zeroes`` what is written as zeroes without copying, ``profile`` the cumulative bytes at equal steps
-    over the guest's address range.
+    over the guest's address range. ``by_qemu`` says why QEMU's job does it; without it snaptree's mover does.
     """
 
     name: str
@@ -182,6 +182,7 @@ class MoveJob:
     bytes: int
     zeroes: int = 0
     profile: tuple[int, ...] = ()
+    by_qemu: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,9 +202,53 @@ class Move:
         parts = [
             f"{job.way} {readable(job.bytes)} of {job.disk} "
             + (f"down into {job.row[0][0]}" if job.way == "commit" else f"up into {job.row[-1][0]}")
+            + (f" by QEMU ({job.by_qemu})" if job.by_qemu else "")
             for job in self.jobs
         ]
         return "; ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class BuildMerged:
+    """Build, out of blocks shared with the files of a row, the file that will take the place of one of them.
+
+    ``row`` is lowest first, ``below`` what the lowest stands on, nearest first. ``path`` is the lowest's or the
+    highest's: a copy of that file gets what is missing in it. ``shared`` is what is brought over by sharing, ``bytes``
+    what is copied all the same.
+    """
+
+    kind: ClassVar[str] = "build-merged"
+    crash: ClassVar[str] = "a hidden temporary file; nothing refers to it; recovery removes it"
+
+    path: str
+    row: tuple[File, ...]
+    below: tuple[File, ...]
+    shared: int
+    bytes: int
+
+    @property
+    def into(self) -> int:
+        """The place in the row of the layer that it is a copy of."""
+        return 0 if self.path == self.row[0][0] else len(self.row) - 1
+
+    @property
+    def summary(self) -> str:
+        others = ", ".join(path for path, _ in self.row if path != self.path)
+        return f"build what will be {self.path} out of blocks shared with it and {others} ({readable(self.shared)})"
+
+
+@dataclass(frozen=True, slots=True)
+class PutInPlace:
+    """Let what was built take the place of the file that it is a copy of, in one rename."""
+
+    kind: ClassVar[str] = "put-in-place"
+    crash: ClassVar[str] = "the path names the file of before or the merged one; what stands on it shows the same"
+
+    path: str
+
+    @property
+    def summary(self) -> str:
+        return f"put it in place as {self.path}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +368,8 @@ Step: TypeAlias = (
     | Cover
     | Shrink
     | Move
+    | BuildMerged
+    | PutInPlace
     | Repoint
     | TakeName
     | Record
@@ -342,6 +389,8 @@ STEPS: tuple[type[Step], ...] = (
     Cover,
     Shrink,
     Move,
+    BuildMerged,
+    PutInPlace,
     Repoint,
     TakeName,
     Record,

@@ -17,7 +17,7 @@ from snaptree.planning.ways import copies_of_shared, rows_to_merge
 
 
 def follow(plan: Plan, tree: Tree, survey: Survey, way: str) -> Plan:
-    """The plan with the merges of the layers that it makes loose (with an explicit way other than commit: and shared).
+    """The plan with the merges of the layers that it makes loose (with a way that makes copies: and shared).
 
     :param tree: the tree before the plan.
     """
@@ -27,7 +27,7 @@ def follow(plan: Plan, tree: Tree, survey: Survey, way: str) -> Plan:
     outsiders = frozenset(each.layer for each in survey.outsiders)
     loose = loose_layers(plan.after, outsiders) - loose_layers(tree, outsiders)
     rows = rows_to_merge(plan.after, loose, outsiders)
-    if way == "pull":
+    if way in ("pull", "reflink"):
         shared = shared_layers(plan.after, outsiders) - shared_layers(tree, outsiders)
         copies = copies_of_shared(plan.after, shared, outsiders)
         covered = {each for row in copies for each in row[:-1]}

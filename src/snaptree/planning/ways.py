@@ -15,7 +15,7 @@ from snaptree.planning.settle import is_loose
 Row = tuple[LayerId, ...]
 """Layers to merge, lowest first. All but the last are loose (or, for a copy of a shared layer, shared)."""
 
-WAYS = ("auto", "none", "commit", "pull")
+WAYS = ("auto", "none", "commit", "pull", "reflink")
 METADATA_BYTES = 1 << 20
 """Room kept for tables that grow, when asking whether a merge fits."""
 
@@ -30,21 +30,39 @@ class Unmeasured(Exception):
 
 @dataclass(frozen=True)
 class Choice:
-    """One merge with the way that was chosen for it."""
+    """One merge with the way that was chosen for it, and which file takes the data: the lowest, or the highest."""
 
     row: Row
     way: str
     facts: RowFacts
+    down: bool
+
+    @property
+    def moves(self) -> int:
+        """What comes into the file that takes it, copied or shared."""
+        return self.facts.commit_bytes if self.down else self.facts.pull_bytes
 
     @property
     def bytes(self) -> int:
         """What it copies."""
-        return self.facts.commit_bytes if self.way == "commit" else self.facts.pull_bytes
+        return self.facts.share_bytes[not self.down] if self.way == "reflink" else self.moves
+
+    @property
+    def extents(self) -> int:
+        """How many runs of clusters move."""
+        return self.facts.extents[not self.down]
 
     @property
     def grows(self) -> int:
-        """By how much the file that takes the data grows."""
-        return self.facts.commit_grows if self.way == "commit" else self.facts.pull_grows
+        """The room that it takes until the files that are merged go."""
+        if self.way == "reflink":
+            return self.facts.share_grows[not self.down]
+        return self.adds
+
+    @property
+    def adds(self) -> int:
+        """By how much the file that takes the data is larger afterwards, blocks that it shares with others included."""
+        return self.facts.commit_grows if self.down else self.facts.pull_grows
 
 
 def row_of(tree: Tree, layer: LayerId, outsiders: Collection[LayerId]) -> Row:
@@ -92,15 +110,24 @@ def copies_of_shared(tree: Tree, shared: Collection[LayerId], outsiders: Collect
 
 
 def obstacles(draft: Draft, row: Row) -> Mapping[str, str]:
-    """Why the row cannot be merged in each way; a way that is not there is open."""
+    """Why the row cannot be merged in each way; a way that is not there is open.
+
+    Sharing blocks is told apart by the file that takes them: ``reflink`` is into the lowest, ``reflink up`` into the
+    highest.
+    """
     tree, found = draft.tree, {}
     lowest, top = tree.layers[row[0]], tree.layers[row[-1]]
-    for way, written in (("commit", lowest), ("pull", top)):
+    unshared = draft.survey.rows[row].unshared
+    for down, written in ((True, lowest), (False, top)):
         reason = _common_obstacle(draft, row, written)
         if not reason:
-            reason = _commit_obstacle(draft, row) if way == "commit" else _pull_obstacle(draft, row)
+            reason = _commit_obstacle(draft, row) if down else _pull_obstacle(draft, row)
         if reason:
-            found[way] = reason
+            found["commit" if down else "pull"] = reason
+        if not down and is_owned_root(tree, lowest.id) and is_loose(tree, lowest.id, draft.outsiders):
+            reason = reason or f"{lowest.path} is the root, and a copy of {top.path} would not have its name"
+        if reason or unshared:
+            found["reflink" if down else "reflink up"] = reason or unshared
     return found
 
 
@@ -157,8 +184,9 @@ def _opens(target: LayerFacts, source: LayerFacts) -> bool:
 def _commit_obstacle(draft: Draft, row: Row) -> str:
     tree = draft.tree
     lowest, top = tree.layers[row[0]], tree.layers[row[-1]]
-    if not is_loose(tree, lowest.id, draft.outsiders):
-        return f"something else stands on {lowest.path}"
+    for each in row[:-1]:
+        if not is_loose(tree, each, draft.outsiders):
+            return f"something else stands on {tree.layers[each].path}"
     if top.id in draft.outsiders:
         who = next(each.what for each in draft.survey.outsiders if each.layer == top.id)
         return f"{who} stands on {top.path}, which would go"
@@ -210,29 +238,45 @@ def is_owned_root(tree: Tree, layer: LayerId) -> bool:
 def choose(draft: Draft, row: Row, way: str) -> Choice | str:
     """The way to merge the row, or the sentence that says why it stays as it is.
 
-    ``auto`` takes the way that copies the fewest bytes among those that are open; an even match keeps the root's file,
-    or else the upper one's path.
+    ``auto`` takes the way that copies the fewest bytes among those that are open.
     """
     facts = draft.survey.rows[row]
     closed = dict(obstacles(draft, row))
-    if way == "pull" and "stays so unless" in closed.get("pull", ""):
-        del closed["pull"]
-        draft.notes.append(f"the root of {draft.tree.layers[row[0]].disk} becomes qcow2, as --merge pull asks")
-    if way == "pull" and "name stays unless" in closed.get("pull", ""):
-        del closed["pull"]
-    if way == "pull" and "stay all the same" in closed.get("pull", ""):
-        del closed["pull"]
-    if "all the same with --merge" in closed.get(way, ""):
-        draft.notes.append(closed.pop(way).partition(";")[0])
-    wanted = ("commit", "pull") if way == "auto" else (way,)
-    choices = [Choice(row, each, facts) for each in wanted if each not in closed]
+    asked = {"auto": ("commit", "pull", "reflink", "reflink up"), "reflink": ("reflink", "reflink up")}.get(way, (way,))
+    if way != "auto":
+        for each in asked:
+            _open_as_asked(draft, row, each, closed)
+    choices = [
+        Choice(row, each.partition(" ")[0], facts, down=each in ("commit", "reflink"))
+        for each in asked
+        if each not in closed
+    ]
     if not choices:
         below = draft.tree.layers[row[0]].path
-        reasons = dict.fromkeys(closed[each] for each in wanted)
+        reasons = dict.fromkeys(closed[each] for each in asked if way != "auto" or not each.startswith("reflink"))
         return f"{below} stays as it is: {'; '.join(reasons)}"
     rooted = is_owned_root(draft.tree, row[0])
     fitting = [choice for choice in choices if _fits(draft, [choice])] or choices
-    return min(fitting, key=lambda choice: (choice.bytes, (choice.way != "commit") == rooted))
+    return min(fitting, key=lambda choice: _dearness(choice, rooted=rooted))
+
+
+def _open_as_asked(draft: Draft, row: Row, way: str, closed: dict[str, str]) -> None:
+    """Open a way that is closed only unless it is asked for, and say what follows from it."""
+    reason = closed.get(way, "")
+    if "stays so unless" in reason and way == "pull":
+        draft.notes.append(f"the root of {draft.tree.layers[row[0]].disk} becomes qcow2, as --merge pull asks")
+        del closed[way]
+    elif ("name stays unless" in reason or "stay all the same" in reason) and way == "pull":
+        del closed[way]
+    elif "all the same with --merge" in reason:
+        draft.notes.append(reason.partition(";")[0])
+        del closed[way]
+
+
+def _dearness(choice: Choice, *, rooted: bool) -> tuple[int, bool, int, bool]:
+    """The fewest bytes; at even match without a new file; the fewest extents; the root's file, or the upper path."""
+    shares = choice.way == "reflink"
+    return choice.bytes, shares, choice.extents if shares else 0, choice.down != rooted
 
 
 def _fits(draft: Draft, choices: Sequence[Choice]) -> bool:
@@ -243,7 +287,7 @@ def room(draft: Draft, choices: Sequence[Choice]) -> dict[int, tuple[int, int]]:
     """Per file system: bytes needed, bytes free."""
     room: dict[int, tuple[int, int]] = {}
     for choice in choices:
-        target = draft.facts(choice.row[0] if choice.way == "commit" else choice.row[-1])
+        target = draft.facts(choice.row[0] if choice.down else choice.row[-1])
         if target.identity is None or target.identity.device not in draft.survey.file_systems:
             continue
         device = target.identity.device

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
@@ -74,7 +73,7 @@ async def run_jobs(
     jobs: Sequence[Commit | Pull],
     *,
     progress: Callable[[dict[str, JobProgress]], None] = lambda state: None,
-    cancelled: threading.Event | None = None,
+    cancelled: Callable[[], bool] = lambda: False,
     speed: int = 0,
 ) -> dict[str, JobProgress]:
     """Start all jobs, follow them to their end, and dismiss them. How far each had come at its end.
@@ -142,7 +141,7 @@ async def _follow(
     qmp: QmpSession,
     jobs: dict[str, Commit | Pull],
     progress: Callable[[dict[str, JobProgress]], None],
-    cancelled: threading.Event | None,
+    cancelled: Callable[[], bool],
 ) -> dict[str, JobProgress]:
     ended: dict[str, JobProgress] = {}
     pause = FIRST_POLL
@@ -150,7 +149,7 @@ async def _follow(
     seen: dict[str, JobProgress] = {}
     since = time.monotonic()
     while len(ended) < len(jobs):
-        if cancelled is not None and cancelled.is_set():
+        if cancelled():
             raise CancelledError("stopped while data was being moved")
         found = await _query(qmp, jobs.keys() - ended.keys())
         gone = jobs.keys() - ended.keys() - found.keys()

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from snaptree.images.copying import Limiter
+from snaptree.images.locks import MachineLock
 from snaptree.running.holding import Holding
 from snaptree.running.journal import Journal
 
@@ -14,12 +16,15 @@ from snaptree.running.journal import Journal
 class Context:
     """The surroundings of the step that is being taken.
 
-    ``moved`` is told how many bytes of the step's total have moved. ``recovering`` says that the step may have been
-    begun before, by a process that was killed.
+    ``lock`` is snaptree's own lock on the machine, ``moved`` is told how many bytes of the step's total have moved,
+    ``limiter`` says how fast they may. ``recovering`` says that the step may have been begun before, by a process that
+    was killed.
     """
 
     journal: Journal
     holding: Holding
+    lock: MachineLock = field(default_factory=MachineLock)
+    limiter: Limiter = field(default_factory=Limiter)
     cancelled: threading.Event = field(default_factory=threading.Event)
     moved: Callable[[int, int], None] = lambda done, total: None
     recovering: bool = False

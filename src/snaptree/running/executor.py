@@ -9,14 +9,17 @@ from collections.abc import Callable, Collection
 
 from snaptree.errors import CancelledError, IoError, NotFoundError, RefusedError, SnaptreeError
 from snaptree.images import durable
+from snaptree.images.copying import Limiter
+from snaptree.images.locks import MachineLock
 from snaptree.planning.plan import Plan
-from snaptree.planning.steps import BuildFromPoint, CopyFirmware, MakeOverlay, Move, Record, Step, Unlink
+from snaptree.planning.steps import BuildFromPoint, BuildMerged, CopyFirmware, MakeOverlay, Move, Record, Step, Unlink
 from snaptree.running import carry
 from snaptree.running.carry import firmware
 from snaptree.running.carry.tree import refresh
 from snaptree.running.context import Context
 from snaptree.running.holding import Holding, written_by
 from snaptree.running.journal import Journal
+from snaptree.running.pace import FREELY, Pace, kept
 from snaptree.running.progress import Progress, Report, silent
 from snaptree.store import operations
 from snaptree.store.database import Database
@@ -27,12 +30,16 @@ async def run(
     machine: str,
     plan: Plan,
     *,
+    lock: MachineLock,
     still: Collection[str] = (),
     report: Report = silent,
     cancelled: threading.Event | None = None,
+    pace: Pace = FREELY,
 ) -> None:
     """Carry out the plan and then the merges that follow it, each as an operation of its own.
 
+    :param lock: the machine's lock; files that take the place of others are added to it.
+    :param pace: how fast data may move.
     :param still: the active tips of a machine that is off: until the tree has changed no QEMU may start on them.
     :param cancelled: set it to stop: before the point of no return the operation is undone, after it it is finished;
         merges that have not begun wait for ``gc``.
@@ -41,6 +48,7 @@ async def run(
     """
     stop = cancelled or threading.Event()
     require_free(plan)
+    limiter = Limiter(pace.limit)
     for number, each in enumerate(plan.every()):
         if not each.steps:
             continue
@@ -49,7 +57,14 @@ async def run(
                 f"stopped before the merge: {plan.summary} is done, and what is loose waits",
                 f"'snaptree gc {machine}' merges it",
             )
-        await _carry_out(database, machine, each, () if number else still, report, stop)
+        holding = Holding()
+        holding.take(each, () if number else still)
+        try:
+            context = Context(Journal.begin(database, machine, each), holding, lock, limiter, stop)
+            with kept(pace):
+                await _carry_out(machine, each, context, report)
+        finally:
+            holding.release()
 
 
 def require_free(plan: Plan) -> None:
@@ -68,7 +83,7 @@ def require_free(plan: Plan) -> None:
         if step.source not in made and not os.path.exists(step.source):
             hint = "put it back, or forget it with 'snaptree set --nvram' or '--tpm'"
             raise NotFoundError(f"there is no {step.role} state at {step.source}", hint)
-    paths = [step.path for step in steps if isinstance(step, Unlink | MakeOverlay | BuildFromPoint)]
+    paths = [step.path for step in steps if isinstance(step, Unlink | MakeOverlay | BuildFromPoint | BuildMerged)]
     for folder in {os.path.dirname(path) for path in paths}:
         if os.path.isdir(folder) and not os.access(folder, os.W_OK | os.X_OK):
             hint = "check its owner and mode, or use sudo"
@@ -81,34 +96,26 @@ def require_free(plan: Plan) -> None:
     holding.release()
 
 
-async def _carry_out(
-    database: Database, machine: str, plan: Plan, still: Collection[str], report: Report, stop: threading.Event
-) -> None:
-    holding = Holding()
-    holding.take(plan, still)
+async def _carry_out(machine: str, plan: Plan, context: Context, report: Report) -> None:
+    journal = context.journal
     try:
-        journal = Journal.begin(database, machine, plan)
-        context = Context(journal=journal, holding=holding, cancelled=stop)
-        try:
-            for number, step in enumerate(plan.steps):
-                if stop.is_set() and number < plan.point_of_no_return:
-                    raise CancelledError(f"stopped: {plan.summary}")
-                journal.take(number)
-                progress = Progress(plan.operation, number + 1, len(plan.steps), step.summary, 0, plan.bytes_to_copy)
-                report(progress)
-                context.moved = _reporter(report, progress)
-                await take(step, context)
-            journal.end(operations.DONE)
-        except BaseException as error:
-            if journal.step < plan.point_of_no_return:
-                await undo_all(plan.steps[: journal.step + 1], context, str(error))
-                if plan.way is not None:
-                    _add_hint(error, f"everything kept is whole; 'snaptree gc {machine}' goes on with the merge")
-            else:
-                _add_hint(error, f"'snaptree recover {machine}' finishes what was begun")
-            raise
-    finally:
-        holding.release()
+        for number, step in enumerate(plan.steps):
+            if context.cancelled.is_set() and number < plan.point_of_no_return:
+                raise CancelledError(f"stopped: {plan.summary}")
+            journal.take(number)
+            progress = Progress(plan.operation, number + 1, len(plan.steps), step.summary, 0, plan.bytes_to_copy)
+            report(progress)
+            context.moved = _reporter(report, progress)
+            await take(step, context)
+        journal.end(operations.DONE)
+    except BaseException as error:
+        if journal.step < plan.point_of_no_return:
+            await undo_all(plan.steps[: journal.step + 1], context, str(error))
+            if plan.way is not None:
+                _add_hint(error, f"everything kept is whole; 'snaptree gc {machine}' goes on with the merge")
+        else:
+            _add_hint(error, f"'snaptree recover {machine}' finishes what was begun")
+        raise
 
 
 def _add_hint(error: BaseException, hint: str) -> None:

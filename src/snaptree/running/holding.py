@@ -13,11 +13,13 @@ from snaptree.planning.plan import Plan
 from snaptree.planning.steps import (
     ApplyInternal,
     BuildFromPoint,
+    BuildMerged,
     Cover,
     DeleteInternal,
     MakeInternal,
     MakeOverlay,
     Move,
+    PutInPlace,
     Repoint,
     Shrink,
     Step,
@@ -29,7 +31,7 @@ from snaptree.planning.steps import (
 def written_by(step: Step) -> tuple[str, ...]:
     """The images that a step writes to or takes away; nobody else may have them open meanwhile."""
     match step:
-        case MakeInternal() | ApplyInternal() | DeleteInternal() | Shrink() | Repoint() | Unlink():
+        case MakeInternal() | ApplyInternal() | DeleteInternal() | Shrink() | Repoint() | Unlink() | PutInPlace():
             return (step.path,)
         case Cover():
             return (step.row[-1][0],)
@@ -50,7 +52,7 @@ def read_by(step: Step) -> tuple[str, ...]:
             return (step.backing,)
         case BuildFromPoint():
             return (step.source, *(path for path, _ in step.below))
-        case Cover():
+        case Cover() | BuildMerged():
             return tuple(path for path, _ in (*step.row, *step.below))
         case ApplyInternal() | Shrink():
             return tuple(path for path, _ in step.below)
@@ -124,6 +126,10 @@ class Holding:
         who = who_has_open((path,)).get(path, ())
         by = f" by {', '.join(who)}" if who else " by another process"
         return BusyError(f"{path} is open{by}", "stop the machine or the program that uses it, then try again")
+
+    def take_new(self, path: str) -> None:
+        """Lock a new file, before it has the name by which others find it."""
+        self._lock(path, "exclusive")
 
     @contextmanager
     def lent(self, paths: Iterable[str]) -> Iterator[None]:

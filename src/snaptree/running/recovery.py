@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from snaptree.planning.steps import Move, Record, Step, Unlink
+from snaptree.images.locks import MachineLock
+from snaptree.planning.steps import BuildMerged, Move, Record, Step, Unlink
 from snaptree.running.carry import moving
 from snaptree.running.context import Context
 from snaptree.running.executor import take, undo_all
@@ -15,7 +16,7 @@ DYING_SECONDS = 10.0
 """So long QEMU's programs may take to go after the snaptree that started them was killed."""
 
 
-async def recover(database: Database, machine: str) -> tuple[str, ...]:
+async def recover(database: Database, machine: str, lock: MachineLock) -> tuple[str, ...]:
     """Bring every operation of the machine that was killed to an end, under the machine's lock.
 
     Before its point of no return an operation is undone, after it it is finished. A merge that merely waits is left to
@@ -24,14 +25,14 @@ async def recover(database: Database, machine: str) -> tuple[str, ...]:
     :return: a sentence for each operation.
     :raise SnaptreeError: a step failed again; the operation stays in the journal and can be tried again.
     """
-    return tuple([await _settle(database, each) for each in operations.unfinished(database, machine)])
+    return tuple([await _settle(database, each, lock) for each in operations.unfinished(database, machine)])
 
 
-async def _settle(database: Database, operation: operations.Operation) -> str:
+async def _settle(database: Database, operation: operations.Operation, lock: MachineLock) -> str:
     steps = operations.steps_of(database, operation.id)
     journal = Journal.resume(database, operation)
     holding = Holding(patience=DYING_SECONDS)
-    context = Context(journal=journal, holding=holding, recovering=True)
+    context = Context(journal, holding, lock, recovering=True)
     try:
         if operation.step < operation.no_return or operation.step < 0:
             begun = steps[: operation.step + 1]
@@ -62,13 +63,15 @@ def _restart(
     Until the tree says otherwise a machine starts from the file whose data has gone down. Where it did so after the
     kill, the data moves once more; where the tree said otherwise already, the file is kept.
     """
-    move = next((number for number, step in enumerate(steps[: operation.step]) if isinstance(step, Move)), None)
-    if move is None:
+    moves = [number for number, step in enumerate(steps[: operation.step]) if isinstance(step, Move | BuildMerged)]
+    if not moves:
         return operation.step, frozenset()
+    move = moves[0]
     changed = {
         path
-        for path, looks in moving.sources(steps[move])
-        if looks and operations.note_of(database, operation.id, move, path) not in (None, looks)
+        for number in moves
+        for path, looks in moving.sources(steps[number])
+        if looks and operations.note_of(database, operation.id, number, path) not in (None, looks)
     }
     recorded = any(isinstance(step, Record) for step in steps[move : operation.step])
     if not changed or recorded:

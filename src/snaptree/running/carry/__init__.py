@@ -8,6 +8,7 @@ from __future__ import annotations
 from snaptree.planning.steps import (
     ApplyInternal,
     BuildFromPoint,
+    BuildMerged,
     CopyFirmware,
     Cover,
     DeleteInternal,
@@ -15,6 +16,7 @@ from snaptree.planning.steps import (
     MakeInternal,
     MakeOverlay,
     Move,
+    PutInPlace,
     Record,
     Register,
     RemoveFirmware,
@@ -24,7 +26,7 @@ from snaptree.planning.steps import (
     TakeName,
     Unlink,
 )
-from snaptree.running.carry import firmware, headers, internals, making, tree
+from snaptree.running.carry import firmware, headers, internals, making, sharing, tree
 from snaptree.running.carry import moving as moving
 from snaptree.running.context import Context
 
@@ -52,6 +54,10 @@ async def do(step: Step, context: Context) -> None:
             moving.shrink(step, context)
         case Move():
             await moving.move(step, context)
+        case BuildMerged():
+            await sharing.build(step, context)
+        case PutInPlace():
+            sharing.put_in_place(step, context)
         case Repoint():
             headers.repoint(step, context)
         case TakeName():
@@ -81,5 +87,7 @@ async def undo(step: Step, context: Context) -> None:
             internals.unmake(step, context)
         case Move():
             moving.unmove(step, context)
+        case BuildMerged():
+            sharing.unbuild(step, context)
         case _:
             pass

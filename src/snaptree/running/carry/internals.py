@@ -33,16 +33,20 @@ def id_of(path: str, tag: str) -> str:
     raise NotFoundError(f"{path} has no internal snapshot {tag!r}", "see 'snaptree verify'")
 
 
-def mend(path: str) -> None:
+def mend(path: str) -> bool:
     """Put right the reference counts that a killed or failed program of QEMU's has left between.
 
     The tables are the truth, and are not changed but for the flags that repeat what the counts say. QEMU 10.0.2 empties
     the table of internal snapshots when it repairs an image that has autoclear bits (a bitmap, say): what is lost there
     is room, and it stays lost.
+
+    :return: whether the counts are right now.
     """
     facts = read_facts(path, "qcow2")
-    if not (facts.internals and (facts.bitmaps or facts.autoclear)):
-        qemu_img.check(_node(path), repair="all")
+    if facts.internals and (facts.bitmaps or facts.autoclear):
+        return False
+    qemu_img.check(_node(path), repair="all")
+    return True
 
 
 def require(done: bool, what: str, path: str) -> None:

@@ -1,17 +1,22 @@
-"""Steps that move data and change sizes, done by QEMU's block layer."""
+"""Steps that move data and change sizes: done by the mover, or by QEMU's block layer."""
 
 from __future__ import annotations
 
+import asyncio
 import os
+import threading
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from snaptree.errors import ToolError, UnhealthyError
 from snaptree.images import durable, gate, qemu_img
+from snaptree.images.copying import Watch
 from snaptree.images.facts import read_facts
-from snaptree.images.holes import punch_free
+from snaptree.images.holes import cut_tail, punch_free
 from snaptree.images.measure import hidden_ranges, holds
+from snaptree.images.mover import Merge, merge
 from snaptree.images.tail import zero_tail
-from snaptree.planning.steps import Cover, Move, MoveJob, Shrink, Step
+from snaptree.planning.steps import BuildMerged, Cover, Move, MoveJob, Shrink, Step
 from snaptree.qemu.daemon import StorageDaemon
 from snaptree.qemu.jobs import Commit, JobProgress, Pull, run_jobs
 from snaptree.running.carry.internals import mend, require
@@ -51,37 +56,98 @@ def shrink(step: Shrink, context: Context) -> None:
 
 
 async def move(step: Move, context: Context) -> None:
-    """Move the data of all jobs at once, by a storage daemon that dies with us."""
-    files = [path for job in step.jobs for path, _ in (*job.row, *job.below)]
-    total = sum(job.bytes for job in step.jobs)
-
-    def report(state: dict[str, JobProgress]) -> None:
-        context.moved(sum(bytes_moved(job, state.get(job.name)) for job in step.jobs), total)
-
-    with context.holding.lent(files):
-        for job in step.jobs:
-            _require_counted(*target_of(job))
-        async with StorageDaemon() as daemon:
-            opened = [await _open(daemon, job, number) for number, job in enumerate(step.jobs)]
-            jobs = [_job(job, nodes) for job, nodes in zip(step.jobs, opened, strict=True)]
-            ended = await run_jobs(daemon.qmp, jobs, progress=report, cancelled=context.cancelled)
-            for job, nodes in zip(step.jobs, opened, strict=True):
-                place = nodes[len(job.below) if job.way == "commit" else -1]
-                await daemon.settle(place)
-        for job in step.jobs:
-            durable.sync_file(target_of(job)[0])
+    """Move the data of all jobs at once: by the mover, and what it cannot do by a storage daemon that dies with us."""
     for job in step.jobs:
-        _require_moved(job)
+        _require_counted(*target_of(job))
+    tally = Tally(context, sum(job.bytes for job in step.jobs))
+    own = [job for job in step.jobs if not job.by_qemu]
+    theirs = [job for job in step.jobs if job.by_qemu]
+    work = [asyncio.to_thread(_move_own, job, tally) for job in own]
+    if theirs:
+        work.append(_by_qemu(theirs, context, tally))
+    await _all(work, tally)
     for job in step.jobs:
         path, image_format = target_of(job)
         if image_format == "qcow2":
             punch_free(path)
-    for path, looks in sources(step):
-        context.journal.note(path, looks)
-    for job in step.jobs:
-        # QEMU counts zeroes among what a commit has written.
-        context.journal.moved += max(0, ended[job.name].current - job.zeroes) if job.way == "commit" else job.bytes
-    context.moved(total, total)
+    note_sources(step, context)
+    context.moved(tally.total, tally.total)
+
+
+async def _all(work: Sequence[Coroutine[Any, Any, int]], tally: Tally) -> None:
+    """Do it all at once. When one fails the others are stopped, and the failure is told that came first."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        for done in asyncio.as_completed(tasks):
+            tally.context.journal.moved += await done
+    except BaseException:
+        tally.fail()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+class Tally:
+    """What the jobs of a step have moved together, told as it grows, by whichever thread."""
+
+    def __init__(self, context: Context, total: int) -> None:
+        self.context = context
+        self.total = total
+        self._moved: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._failed = threading.Event()
+
+    def fail(self) -> None:
+        """One of the jobs has failed: the others stop."""
+        self._failed.set()
+
+    def stopped(self) -> bool:
+        """Whether the jobs are to stop."""
+        return self._failed.is_set() or self.context.cancelled.is_set()
+
+    def tell(self, job: str, moved: int) -> None:
+        """A job has moved so many bytes in all."""
+        with self._lock:
+            self._moved[job] = moved
+            self.context.moved(sum(self._moved.values()), self.total)
+
+    def watch(self, job: str) -> Watch:
+        """What the mover tells of one job."""
+
+        def moved(count: int) -> None:
+            with self._lock:
+                self._moved[job] = self._moved.get(job, 0) + count
+                self.context.moved(sum(self._moved.values()), self.total)
+
+        return Watch(moved, self.stopped, self.context.limiter)
+
+
+def _move_own(job: MoveJob, tally: Tally) -> int:
+    into = 0 if job.way == "commit" else len(job.row) - 1
+    return merge(Merge(job.row, job.below, into), tally.watch(job.name))
+
+
+async def _by_qemu(jobs: Sequence[MoveJob], context: Context, tally: Tally) -> int:
+    """Have QEMU's jobs move the data; how many bytes that was."""
+
+    def report(state: dict[str, JobProgress]) -> None:
+        for job in jobs:
+            tally.tell(job.name, bytes_moved(job, state.get(job.name)))
+
+    with context.holding.lent([path for job in jobs for path, _ in (*job.row, *job.below)]):
+        async with StorageDaemon() as daemon:
+            opened = [await _open(daemon, job, number) for number, job in enumerate(jobs)]
+            started = [_job(job, nodes) for job, nodes in zip(jobs, opened, strict=True)]
+            speed = int(context.limiter.speed / len(jobs))
+            ended = await run_jobs(daemon.qmp, started, progress=report, cancelled=tally.stopped, speed=speed)
+            for job, nodes in zip(jobs, opened, strict=True):
+                await daemon.settle(nodes[len(job.below) if job.way == "commit" else -1])
+        for job in jobs:
+            durable.sync_file(target_of(job)[0])
+    for job in jobs:
+        _require_moved(job)
+    # QEMU counts zeroes among what a commit has written.
+    counted = {job.name: max(0, ended[job.name].current - job.zeroes) for job in jobs}
+    return sum(counted[job.name] if job.way == "commit" else job.bytes for job in jobs)
 
 
 def _require_counted(path: str, image_format: str) -> None:
@@ -142,13 +208,21 @@ def bytes_moved(job: MoveJob, state: JobProgress | None) -> int:
 
 def sources(step: Step) -> list[tuple[str, str]]:
     """What the tops look like whose data goes down, to find out after a crash whether they were written to since."""
+    rows = [job.row for job in step.jobs if job.way == "commit"] if isinstance(step, Move) else []
+    if isinstance(step, BuildMerged) and step.into == 0:
+        rows.append(step.row)
     found: list[tuple[str, str]] = []
-    for job in step.jobs if isinstance(step, Move) else ():
-        if job.way == "commit":
-            path = job.row[-1][0]
-            looks = read_facts(path, job.row[-1][1]).identity
-            found.append((path, "" if looks is None else f"{looks.inode} {looks.size} {looks.mtime_ns} {looks.header}"))
+    for row in rows:
+        path, image_format = row[-1]
+        looks = read_facts(path, image_format).identity
+        found.append((path, "" if looks is None else f"{looks.inode} {looks.size} {looks.mtime_ns} {looks.header}"))
     return found
+
+
+def note_sources(step: Step, context: Context) -> None:
+    """Keep what the tops look like now."""
+    for path, looks in sources(step):
+        context.journal.note(path, looks)
 
 
 def target_of(job: MoveJob) -> tuple[str, str]:
@@ -157,7 +231,7 @@ def target_of(job: MoveJob) -> tuple[str, str]:
 
 
 def unmove(step: Move, context: Context) -> None:
-    """Put right the reference counts that a job which was killed has left between.
+    """Put right the reference counts that a job which was stopped has left between, and give back what it had taken.
 
     What was written stays: a pull's copies show the same as what they were copied from, and a layer that a commit has
     written to is marked and read only through the upper one.
@@ -166,5 +240,7 @@ def unmove(step: Move, context: Context) -> None:
         path, image_format = target_of(job)
         if image_format == "qcow2" and os.path.exists(path):
             with context.holding.lent([path]):
-                mend(path)
+                counted = mend(path)
+            if counted:
+                cut_tail(path)
             durable.sync_file(path)

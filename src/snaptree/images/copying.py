@@ -1,0 +1,247 @@
+"""Bringing extents from some files into another: by copying, or by sharing blocks.
+
+Copying is done by the kernel (``copy_file_range``), by two threads, with writing back under way meanwhile, so that the
+sync at the end finds little to do; what has been copied leaves the page cache again. Holes stay holes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from snaptree.errors import CancelledError, IoError
+from snaptree.images import durable, sharing
+
+PIECE = 8 << 20
+"""So much is copied by one call, and so often it is looked whether to stop, in bytes."""
+BATCH = 4 << 20
+"""A thread takes pieces worth so much at once."""
+BEHIND = 64 << 20
+"""So much that was copied may be in the page cache and not on disk, in bytes."""
+THREADS = 2
+_ALIGNED = 4096
+_SYNC_FILE_RANGE_WAIT_BEFORE, _SYNC_FILE_RANGE_WRITE = 1, 2
+_NOT_SO = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ETXTBSY)
+
+Extent = tuple[int, int, int, int]
+"""``(file, from, to, length)``: which source, where in it, where in the target, and how much, in bytes."""
+
+
+class Limiter:
+    """No more than so many bytes a second, over all threads; 0 for no limit."""
+
+    def __init__(self, speed: float = 0.0) -> None:
+        self.speed = speed
+        self._lock = threading.Lock()
+        self._free_at = 0.0
+
+    def wait(self, length: int, stopped: Callable[[], bool]) -> None:
+        """Wait until so much more may move, or until it is to stop."""
+        if self.speed <= 0:
+            return
+        with self._lock:
+            start = max(self._free_at, time.monotonic())
+            self._free_at = start + length / self.speed
+        while (left := start - time.monotonic()) > 0 and not stopped():
+            time.sleep(min(left, 0.1))
+
+
+@dataclass
+class Watch:
+    """How a merge is followed and stopped: ``moved`` is told of each more bytes, by any thread."""
+
+    moved: Callable[[int], None] = lambda count: None
+    stopped: Callable[[], bool] = lambda: False
+    limiter: Limiter = field(default_factory=Limiter)
+
+    def check(self) -> None:
+        """Stop, if it is to.
+
+        :raise CancelledError: it is.
+        """
+        if self.stopped():
+            raise CancelledError("stopped while data was being moved")
+
+
+class Mover:
+    """Brings extents of the sources into the target.
+
+    :param target: open for reading and writing, ``path`` names it in messages.
+    :param share: share blocks instead of copying them.
+    """
+
+    def __init__(self, sources: Sequence[int], target: int, path: str, watch: Watch, *, share: bool) -> None:
+        self.sources = sources
+        self.target = target
+        self.path = path
+        self.watch = watch
+        self.share = share
+        self._sizes = [os.fstat(each).st_size or os.lseek(each, 0, os.SEEK_END) for each in sources]
+        self._lock = threading.Lock()
+        self._behind: deque[Extent] = deque()
+        self._late = 0
+
+    def move(self, extents: Sequence[Extent], *, fresh: bool) -> None:
+        """Bring them all over.
+
+        :param fresh: where they go there is nothing yet: zeroes need no writing.
+        :raise CancelledError: the watch said so.
+        :raise IoError: a file cannot be read or written.
+        :raise NoSpaceError: there is no room.
+        """
+        with durable.explained(self.path, "copy to"):
+            if self.share:
+                for extent in extents:
+                    self.watch.check()
+                    self._share(extent, fresh=fresh)
+                return
+            pieces = _batches(extents)
+            with ThreadPoolExecutor(THREADS) as threads:
+                work = [threads.submit(self._work, pieces, fresh=fresh) for _ in range(THREADS)]
+            for each in work:
+                each.result()
+
+    def finish(self) -> None:
+        """What was copied leaves the page cache: call it when all is on disk."""
+        while self._behind:
+            self._forget(self._behind.popleft())
+        self._late = 0
+
+    # ---- copying --------------------------------------------------------------------------------------------------
+
+    def _work(self, batches: Iterator[list[Extent]], *, fresh: bool) -> None:
+        failed = True
+        try:
+            while True:
+                with self._lock:
+                    batch = next(batches, None)
+                if batch is None:
+                    break
+                for piece in batch:
+                    self._copy(piece, fresh=fresh)
+            failed = False
+        finally:
+            if failed:
+                with self._lock:
+                    for _ in batches:
+                        pass  # The other thread has nothing more to do.
+
+    def _copy(self, piece: Extent, *, fresh: bool) -> None:
+        source, at, to, length = piece
+        self.watch.check()
+        self.watch.limiter.wait(length, self.watch.stopped)
+        self.watch.check()
+        for begin, end in self._data(source, at, at + length, to, fresh=fresh):
+            self._copy_range(self.sources[source], begin, to + begin - at, end - begin)
+        self.watch.moved(length)
+        self._write_back(piece)
+
+    def _data(self, source: int, start: int, end: int, to: int, *, fresh: bool) -> Iterator[tuple[int, int]]:
+        """The ranges of the source that have data; what it has not is zeroed in the target, unless it is so."""
+        descriptor, size, at = self.sources[source], self._sizes[source], start
+        while at < end:
+            try:
+                begin = os.lseek(descriptor, at, os.SEEK_DATA) if at < size else end
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                begin = end
+            begin = min(max(begin, at), end)
+            if begin > at and not fresh:
+                durable.write_zeroes(self.target, to + at - start, begin - at, self.path)
+            at = begin
+            if begin < end:
+                at = min(os.lseek(descriptor, begin, os.SEEK_HOLE), end)
+                yield begin, at
+
+    def _copy_range(self, source: int, at: int, to: int, length: int) -> None:
+        while length:
+            try:
+                count = os.copy_file_range(source, self.target, length, at, to)
+            except OSError as error:
+                if error.errno not in _NOT_SO:
+                    raise
+                count = 0
+            if not count:
+                data = os.pread(source, min(length, PIECE), at)
+                if not data:
+                    raise IoError(f"a source of {self.path} became shorter while it was copied", "is it in use?")
+                durable.write_all(self.target, to, data)
+                count = len(data)
+            at, to, length = at + count, to + count, length - count
+
+    def _write_back(self, piece: Extent) -> None:
+        """Begin to write it back, and let go of what was written back meanwhile."""
+        _, _, to, length = piece
+        _sync_range(self.target, to, length, _SYNC_FILE_RANGE_WRITE)
+        with self._lock:
+            self._behind.append(piece)
+            self._late += length
+            old = []
+            while self._late > BEHIND:
+                old.append(self._behind.popleft())
+                self._late -= old[-1][3]
+        for each in old:
+            _sync_range(self.target, each[2], each[3], _SYNC_FILE_RANGE_WAIT_BEFORE)
+            self._forget(each)
+
+    def _forget(self, piece: Extent) -> None:
+        source, at, to, length = piece
+        os.posix_fadvise(self.sources[source], at, length, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(self.target, to, length, os.POSIX_FADV_DONTNEED)
+
+    # ---- sharing --------------------------------------------------------------------------------------------------
+
+    def _share(self, extent: Extent, *, fresh: bool) -> None:
+        source, at, to, length = extent
+        size = self._sizes[source]
+        whole = max(0, min(length, (size - at) // _ALIGNED * _ALIGNED))
+        if whole:
+            sharing.share_range(self.sources[source], at, whole, self.target, to, self.path)
+        if whole < length:
+            # The file ends within its last cluster.
+            rest = os.pread(self.sources[source], length - whole, at + whole)
+            if rest:
+                durable.write_all(self.target, to + whole, rest)
+            if not fresh and whole + len(rest) < length:
+                durable.write_zeroes(self.target, to + whole + len(rest), length - whole - len(rest), self.path)
+        self.watch.moved(length)
+
+
+def _batches(extents: Sequence[Extent]) -> Iterator[list[Extent]]:
+    """Pieces of the extents, some mebibytes at a time."""
+    batch: list[Extent] = []
+    size = 0
+    for source, at, to, length in extents:
+        for start in range(0, length, PIECE):
+            piece = (source, at + start, to + start, min(PIECE, length - start))
+            batch.append(piece)
+            size += piece[3]
+            if size >= BATCH:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+@functools.cache
+def _system() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _sync_range(descriptor: int, offset: int, length: int, flags: int) -> None:
+    """Have a range written back, or wait for it.
+
+    A failure of writing back is told once for each open file: it would be gone when the sync at the end asks.
+    """
+    done = _system().sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(length), ctypes.c_uint(flags))
+    if done != 0 and (number := ctypes.get_errno()) not in (errno.EINVAL, errno.ENOSYS, errno.ESPIPE, errno.EOPNOTSUPP):
+        raise OSError(number, os.strerror(number))

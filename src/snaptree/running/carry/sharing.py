@@ -1,0 +1,83 @@
+"""Steps that merge by sharing blocks: build the merged file aside, then put it in place by one rename."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+from snaptree.errors import BusyError, RefusedError
+from snaptree.images import durable, gate, sharing
+from snaptree.images.facts import open_to_read, read_facts
+from snaptree.images.inode import inode_of
+from snaptree.images.locks import who_has_open
+from snaptree.images.mover import Merge, merge
+from snaptree.planning.steps import BuildMerged, PutInPlace
+from snaptree.running.carry.headers import repoint_file
+from snaptree.running.carry.internals import mend
+from snaptree.running.carry.moving import Tally, note_sources
+from snaptree.running.context import Context
+
+
+async def build(step: BuildMerged, context: Context) -> None:
+    """Build the merged file under a hidden name, whole and on disk."""
+    if context.recovering:
+        unbuild(step, context)
+    temporary = durable.prepare_file(step.path, step.path, context.token, (), 0)
+    context.journal.claim(step.path, *inode_of(temporary))
+    _copy(step.path, temporary)
+    image_format = step.row[step.into][1]
+    if image_format == "qcow2" and read_facts(temporary, image_format).dirty:
+        # A copy of late reference counts; the copy is ours alone.
+        mend(temporary)
+    work = Merge(step.row, step.below, step.into, copy=temporary, share=True)
+    tally = Tally(context, step.shared + step.bytes)
+    context.journal.moved += await asyncio.to_thread(merge, work, tally.watch(step.path))
+    if step.into != 0:
+        below = step.below[0] if step.below else None
+        name = gate.relative_backing_name(step.path, below[0]) if below else None
+        repoint_file(temporary, name, below[1] if below else None)
+    durable.sync_file(temporary)
+    _require_replaceable(step.path)
+    note_sources(step, context)
+
+
+def _copy(path: str, temporary: str) -> None:
+    source = open_to_read(path)
+    try:
+        with durable.opened_for_writing(temporary) as target:
+            sharing.keep_flags(source, target)
+            sharing.share_whole(source, target, path)
+    finally:
+        os.close(source)
+
+
+def _require_replaceable(path: str) -> None:
+    """Refuse to put another file in the place of one that is known elsewhere by its inode.
+
+    :raise RefusedError: it has other names.
+    :raise BusyError: another process has it open.
+    """
+    with durable.explained(path, "look at"):
+        links = os.lstat(path).st_nlink
+    if links > 1:
+        raise RefusedError(f"{path} has {links} names (hard links)", "the others would go on naming the old file")
+    who = who_has_open((path,)).get(path)
+    if who:
+        raise BusyError(f"{path} is open by {', '.join(who)}", "stop the program that uses it, then try again")
+
+
+def put_in_place(step: PutInPlace, context: Context) -> None:
+    """Put what was built in place; what is in place already stays."""
+    temporary = durable.temporary_path(step.path, context.token)
+    if os.path.lexists(temporary):
+        # Nobody may come upon it unlocked: it has the name that others know in the next moment.
+        context.lock.extend([temporary])
+        context.holding.take_new(temporary)
+        durable.replace(temporary, step.path)
+
+
+def unbuild(step: BuildMerged, context: Context) -> None:
+    """Remove what was built aside, whole or not."""
+    durable.discard_temporary(step.path, context.token)
+    for made in context.journal.claims(step.path):
+        context.journal.unclaim(made)
