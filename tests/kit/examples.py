@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 
-from tests.kit.simulated import CELL, Disk, Runner, measured, survey
+from tests.kit.simulated import CELL, Disk, Runner, measured, measured_point, survey
 
 from snaptree.model.branch import Branch
 from snaptree.model.layer import Layer, Point
@@ -16,8 +16,8 @@ from snaptree.planning.delete import DeleteRequest
 from snaptree.planning.plan import Plan
 from snaptree.planning.revert import RevertRequest, SwitchRequest
 from snaptree.planning.sweep import SquashRequest
+from snaptree.planning.unmeasured import Unmeasured
 from snaptree.planning.verbs import DeleteBranchRequest, GcRequest, RemoveRequest, RenameRequest, Request, plan
-from snaptree.planning.ways import Unmeasured
 
 LENGTH = 8
 
@@ -43,7 +43,9 @@ class Machine:
             try:
                 return plan(tree, found, request)
             except Unmeasured as error:
-                found = replace(found, rows={**found.rows, **{row: measured(disk, tree, row) for row in error.rows}})
+                rows = {row: measured(disk, tree, row) for row in error.rows}
+                points = {each: measured_point(disk, tree, each) for each in error.points}
+                found = replace(found, rows={**found.rows, **rows}, points={**found.points, **points})
 
     def run(self, *requests: Request) -> Machine:
         """Carry the requests out, with writing after each."""

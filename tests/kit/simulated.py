@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from snaptree.model.delta import apply
 from snaptree.model.layer import Identity, Layer, LayerId, Point
-from snaptree.model.survey import FileSystemFacts, InternalFacts, LayerFacts, RowFacts, Survey
+from snaptree.model.survey import FileSystemFacts, InternalFacts, LayerFacts, PointFacts, RowFacts, Survey
 from snaptree.model.tree import Tree
 from snaptree.planning.plan import Plan
 from snaptree.planning.steps import (
@@ -145,6 +145,13 @@ def measured(disk: Disk, tree: Tree, row: tuple[LayerId, ...]) -> RowFacts:
         by_qemu="" if disk.own else "the images are not plain",
         unshared="" if disk.own and disk.shares else "blocks cannot be shared",
     )
+
+
+def measured_point(disk: Disk, tree: Tree, point: Point) -> PointFacts:
+    """What making the internal snapshot external would take."""
+    assert point.internal is not None
+    _, cells = disk.names[tree.layers[point.layer].path].internals[point.internal]
+    return PointFacts(sum(1 for value in cells.values() if value) * CELL)
 
 
 def _topmost(images: list[Image], length: int) -> Cells:

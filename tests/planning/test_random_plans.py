@@ -10,7 +10,7 @@ import random
 from collections import Counter
 from dataclasses import replace
 
-from tests.kit.simulated import CELL, Disk, Runner, measured, point_shows, survey
+from tests.kit.simulated import CELL, Disk, Runner, measured, measured_point, point_shows, survey
 
 from snaptree.errors import RefusedError, UsageError
 from snaptree.model.branch import Branch
@@ -24,8 +24,8 @@ from snaptree.planning.plan import Plan
 from snaptree.planning.revert import RevertRequest, SwitchRequest
 from snaptree.planning.steps import ApplyInternal, Record, TakeName
 from snaptree.planning.sweep import SquashRequest
+from snaptree.planning.unmeasured import Unmeasured
 from snaptree.planning.verbs import DeleteBranchRequest, GcRequest, RenameRequest, Request, plan
-from snaptree.planning.ways import Unmeasured
 
 Truth = dict[str, dict[str, tuple[int, ...]]]
 
@@ -168,7 +168,8 @@ class Journey:
                 break
             except Unmeasured as wanted:
                 rows = {**found.rows, **{row: measured(self.disk, tree, row) for row in wanted.rows}}
-                found = replace(found, rows=rows)
+                points = {**found.points, **{each: measured_point(self.disk, tree, each) for each in wanted.points}}
+                found = replace(found, rows=rows, points=points)
             except (RefusedError, UsageError):
                 assert isinstance(request, SquashRequest | DeleteRequest)
                 return

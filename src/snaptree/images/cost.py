@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from snaptree.images import sharing
-from snaptree.images.mapping import COPY, MIX, ZEROES, Mapping, Mask, Window, opened
+from snaptree.images.mapping import COPY, MIX, WINDOW_GRANULES, ZEROES, Mapping, Mask, Window, look_at_point, opened
 from snaptree.images.measure import measure_row
 from snaptree.images.tables import COMPRESSED, COPIED_BIT, DATA, OFFSET, Allocation, Qcow2Allocation
-from snaptree.model.survey import RowFacts
+from snaptree.model.survey import PointFacts, RowFacts
 
 File = tuple[str, str]
 _FINE = 4096
@@ -51,6 +51,38 @@ def foreseen(layers: Sequence[File], below: Sequence[File] = ()) -> RowFacts:
             except _Packed:
                 why = "some of what moves is compressed"
     return replace(measure_row(layers, below), by_qemu=why, unshared=why)
+
+
+def foreseen_point(path: str, tag: str) -> PointFacts:
+    """Count what making a layer out of an internal snapshot takes.
+
+    :raise UnhealthyError: a table is damaged.
+    """
+    with opened([(path, "qcow2")]) as (image,):
+        assert isinstance(image, Qcow2Allocation)
+        look_at_point(image, tag)
+        why = "SNAPTREE_MOVER=qemu" if os.environ.get("SNAPTREE_MOVER") == "qemu" else _beyond_the_mover([image])
+        data, tables, unit = 0, 0, image.cluster
+        span = max(WINDOW_GRANULES // image.per_table, 1) * image.per_table * unit
+        for number in sorted(image.busy(span)):
+            start = number * span
+            end = min(start + span, -(-image.virtual_size // unit) * unit)
+            if start >= end:
+                continue
+            found = image.classes(start, end, image.granule)
+            if not why and np.any(found == COMPRESSED):
+                why = "some of it is compressed"
+            data += int(((found == DATA) | (found == COMPRESSED)).sum()) * image.granule
+            tables += int(np.count_nonzero(image.table_there(start, end)))
+        last = image.virtual_size // unit * unit
+        tail = last < image.virtual_size and image.classes(last, last + unit, image.granule)[0] == DATA
+        return PointFacts(
+            bytes=data,
+            tables=(tables + 1 + data // unit * image.header.refcount_bits // 8 // unit) * unit,
+            by_qemu=why,
+            unshared=why or _unshared([image], [(path, "qcow2")]),
+            share_bytes=unit if tail else 0,
+        )
 
 
 def _beyond_the_mover(row: Sequence[Allocation]) -> str:

@@ -27,8 +27,8 @@ from snaptree.planning.adopt import AttachRequest
 from snaptree.planning.health import Ailment, ailments
 from snaptree.planning.plan import Plan
 from snaptree.planning.settle import loose_layers
+from snaptree.planning.unmeasured import Unmeasured
 from snaptree.planning.verbs import RenameRequest, Request, SetRequest
-from snaptree.planning.ways import Unmeasured
 from snaptree.running.journal import LogEntry, log
 from snaptree.running.pace import FREELY, Pace
 from snaptree.running.progress import Report, silent
@@ -124,7 +124,7 @@ class Standalone:
             try:
                 return verbs.plan(tree, survey, request)
             except Unmeasured as wanted:
-                survey = measure(tree, survey, wanted.rows)
+                survey = measure(tree, survey, wanted)
 
     def run(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 
 from snaptree.errors import SnaptreeError, UnhealthyError
@@ -13,10 +13,11 @@ from snaptree.images import durable, gate
 from snaptree.images.facts import read_facts
 from snaptree.images.inode import is_still
 from snaptree.images.locks import probe
-from snaptree.model.layer import LayerId
+from snaptree.model.layer import LayerId, Point
 from snaptree.model.machine import MachineConfig
-from snaptree.model.survey import FileSystemFacts, LayerFacts, Outsider, RowFacts, Stray, Survey
+from snaptree.model.survey import FileSystemFacts, LayerFacts, Outsider, PointFacts, RowFacts, Stray, Survey
 from snaptree.model.tree import Tree
+from snaptree.planning.unmeasured import Unmeasured
 from snaptree.store import operations, trees
 from snaptree.store.database import Database
 
@@ -161,12 +162,13 @@ def _speed(database: Database, machine: str) -> float:
     return sum(each.bytes for each in merges) / seconds if seconds > 0 else 0.0
 
 
-def measure(tree: Tree, survey: Survey, rows: Collection[tuple[LayerId, ...]]) -> Survey:
-    """The survey with the figures of these rows."""
-    from snaptree.images.cost import foreseen
+def measure(tree: Tree, survey: Survey, wanted: Unmeasured) -> Survey:
+    """The survey with the figures of these rows and points."""
+    from snaptree.images.cost import foreseen, foreseen_point
 
     figures: dict[tuple[LayerId, ...], RowFacts] = dict(survey.rows)
-    for row in rows:
+    points: dict[Point, PointFacts] = dict(survey.points)
+    for row in wanted.rows:
         layers = [(tree.layers[each].path, tree.layers[each].format) for each in row]
         below = [(each.path, each.format) for each in list(tree.chain(row[0]))[1:]]
         try:
@@ -177,4 +179,9 @@ def measure(tree: Tree, survey: Survey, rows: Collection[tuple[LayerId, ...]]) -
             figures[row] = RowFacts(0, 0, 0, 0, 0)
             worst = replace(survey.layers[row[0]], problem="damaged", detail=error.message)
             survey = replace(survey, layers={**survey.layers, row[0]: worst})
-    return replace(survey, rows=figures)
+    for point in wanted.points:
+        assert point.internal is not None
+        path = tree.layers[point.layer].path
+        with durable.explained(path, "read the tables of"):
+            points[point] = foreseen_point(path, point.internal)
+    return replace(survey, rows=figures, points=points)

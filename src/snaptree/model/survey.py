@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from snaptree.model.layer import Identity, LayerId
+from snaptree.model.layer import Identity, LayerId, Point
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +106,21 @@ class RowFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class PointFacts:
+    """What making a layer out of an internal snapshot would take. Sizes are in bytes.
+
+    ``bytes`` is the data that it has, ``tables`` the room for tables; ``by_qemu`` and ``unshared`` are as for a row,
+    ``share_bytes`` is what is copied all the same when blocks are shared.
+    """
+
+    bytes: int
+    tables: int = 0
+    by_qemu: str = ""
+    unshared: str = ""
+    share_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class FileSystemFacts:
     """One file system that layers lie on: free bytes for us, and whether files can share blocks there."""
 
@@ -138,7 +153,8 @@ class Stray:
 class Survey:
     """All that was read for one operation.
 
-    ``rows`` has the merges that were measured, ``outsiders`` what stands on layers from outside the tree,
+    ``rows`` and ``points`` have the merges and the internal snapshots that were measured, ``outsiders`` what stands on
+    layers from outside the tree,
     ``strays`` files beside the layers that the tree does not know, ``running`` whether the machine runs. ``names``
     lists what is in each folder that new files may go to (a folder that is not there is absent).
     ``firmware`` has the live firmware state by role, ``keep`` the folder for copies of it, ``token`` a word that is new
@@ -147,6 +163,7 @@ class Survey:
 
     layers: Mapping[LayerId, LayerFacts] = field(default_factory=dict)
     rows: Mapping[tuple[LayerId, ...], RowFacts] = field(default_factory=dict)
+    points: Mapping[Point, PointFacts] = field(default_factory=dict)
     file_systems: Mapping[int, FileSystemFacts] = field(default_factory=dict)
     outsiders: tuple[Outsider, ...] = ()
     strays: tuple[Stray, ...] = ()

@@ -11,7 +11,7 @@ from snaptree.model.delta import diff
 from snaptree.model.layer import Layer, LayerId, Point
 from snaptree.model.sizes import readable
 from snaptree.model.snapshot import FirmwareFile
-from snaptree.model.survey import LayerFacts, Survey
+from snaptree.model.survey import LayerFacts, PointFacts, Survey
 from snaptree.model.tree import MAX_CHAIN, Tree
 from snaptree.planning.health import Ailment, ailments, require_whole
 from snaptree.planning.plan import Plan
@@ -27,6 +27,7 @@ from snaptree.planning.steps import (
     Step,
     Unlink,
 )
+from snaptree.planning.unmeasured import Unmeasured
 
 OVERLAY_BYTES = 262_144
 """What an empty overlay occupies at the most with the usual 64 KiB clusters: header, refcounts, L1."""
@@ -199,8 +200,15 @@ class Draft:
             (each.virtual_size for each in facts.internals if each.name == point.internal),
             source.virtual_size,
         )
+        found = self.survey.points.get(point)
+        if found is None and source.id in self.survey.layers:
+            raise Unmeasured(points=(point,))
+        # Of a layer that is only just being made nothing has been read yet.
+        found = found or PointFacts(min(facts.allocated, size), OVERLAY_BYTES, by_qemu="it is only just being made")
         path = self.new_path(source.disk, label)
-        weight = min(facts.allocated, size)
+        beside = posixpath.dirname(path) == posixpath.dirname(source.path)
+        shares = beside and not (found.by_qemu or found.unshared)
+        copied = found.share_bytes if shares else found.bytes
         self.prepare.append(
             BuildFromPoint(
                 path=path,
@@ -208,16 +216,19 @@ class Draft:
                 tag=point.internal,
                 below=self.files_below(source.id),
                 virtual_size=size,
-                bytes=weight,
+                bytes=copied,
                 cluster_size=facts.cluster_size,
+                shared=found.bytes - copied,
+                by_qemu=found.by_qemu,
             )
         )
         self.touches.add(source.path)
-        self.extra += weight + OVERLAY_BYTES
-        self.bytes += weight
-        if facts.identity is not None and posixpath.dirname(path) == posixpath.dirname(source.path):
+        need = copied + found.tables + OVERLAY_BYTES
+        self.extra += need
+        self.bytes += copied
+        if facts.identity is not None and beside:
             device = facts.identity.device
-            self.needs[device] = self.needs.get(device, 0) + weight + OVERLAY_BYTES
+            self.needs[device] = self.needs.get(device, 0) + need
         return self._add(source.disk, path, source.parent, size)
 
     def _owner_like(self, disk: str) -> str:

@@ -29,7 +29,8 @@ from snaptree.planning.steps import (
     Step,
     TakeName,
 )
-from snaptree.planning.ways import Choice, Row, Unmeasured, choose, is_owned_root, room
+from snaptree.planning.unmeasured import Unmeasured
+from snaptree.planning.ways import Choice, Row, choose, is_owned_root, room
 
 USUAL_SPEED = 300e6
 """Bytes a second, for an estimate on a machine on which nothing has been merged yet."""

@@ -45,7 +45,8 @@ class MakeOverlay:
 class BuildFromPoint:
     """Make a new qcow2 file that shows what an internal snapshot shows, on the same backing file.
 
-    ``below`` is the chain that the source stands on, nearest first.
+    ``below`` is the chain that the source stands on, nearest first. ``bytes`` is what is copied, ``shared`` what is not
+    copied because blocks are shared. ``by_qemu`` says why QEMU does it; without it snaptree's mover does.
     """
 
     kind: ClassVar[str] = "build-from-point"
@@ -58,6 +59,8 @@ class BuildFromPoint:
     virtual_size: int
     bytes: int
     cluster_size: int = 65536
+    shared: int = 0
+    by_qemu: str = ""
 
     @property
     def summary(self) -> str:

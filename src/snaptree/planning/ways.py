@@ -20,14 +20,6 @@ METADATA_BYTES = 1 << 20
 """Room kept for tables that grow, when asking whether a merge fits."""
 
 
-class Unmeasured(Exception):
-    """A verb needs the figures of rows that the survey does not have: read them and ask again."""
-
-    def __init__(self, rows: tuple[Row, ...]) -> None:
-        super().__init__(f"{len(rows)} rows are not measured")
-        self.rows = rows
-
-
 @dataclass(frozen=True)
 class Choice:
     """One merge with the way that was chosen for it, and which file takes the data: the lowest, or the highest."""

@@ -37,7 +37,7 @@ async def do(step: Step, context: Context) -> None:
         case MakeOverlay():
             making.make_overlay(step, context)
         case BuildFromPoint():
-            making.build_from_point(step, context)
+            await making.build_from_point(step, context)
         case CopyFirmware():
             firmware.copy(step, context)
         case RemoveFirmware():

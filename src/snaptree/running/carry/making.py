@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 
 from snaptree.images import durable, gate, layout, qemu_img
 from snaptree.images.facts import read_facts
 from snaptree.images.inode import inode_of
 from snaptree.images.measure import holds
+from snaptree.images.mover import Merge, merge
 from snaptree.planning.steps import BuildFromPoint, MakeOverlay, TakeName, Unlink
 from snaptree.running.carry.headers import repoint_file
 from snaptree.running.carry.internals import go_back, id_of, require
+from snaptree.running.carry.moving import Tally
 from snaptree.running.context import Context
 from snaptree.store.operations import Claim
 
@@ -37,20 +40,20 @@ def make_overlay(step: MakeOverlay, context: Context) -> None:
     durable.make_file(step.path, writes, length, step.like, _claimer(step.path, context), context.token)
 
 
-def build_from_point(step: BuildFromPoint, context: Context) -> None:
+async def build_from_point(step: BuildFromPoint, context: Context) -> None:
     """Make a new layer out of an internal snapshot."""
-    source = read_facts(step.source, "qcow2")
-    if source.virtual_size == step.virtual_size:
+    if not step.by_qemu:
+        temporary = await _brought(step, context)
+    elif read_facts(step.source, "qcow2").virtual_size == step.virtual_size:
         temporary = _converted(step, context)
     else:
         # QEMU reads an internal snapshot at the size that the disk has now: go back to it in a copy.
-        temporary = _gone_back(step, tuple(each.name for each in source.internals), context)
-    context.journal.moved += step.bytes
+        temporary = _gone_back(step, context)
     durable.publish(temporary, step.path)
 
 
-def _converted(step: BuildFromPoint, context: Context) -> str:
-    """An empty overlay on the same backing file into which the point's own data is copied; its temporary path."""
+def _empty(step: BuildFromPoint, context: Context) -> str:
+    """An empty overlay on the same backing file; its temporary path."""
     backing = step.below[0] if step.below else None
     writes, length = layout.empty_overlay(
         step.virtual_size,
@@ -60,6 +63,22 @@ def _converted(step: BuildFromPoint, context: Context) -> str:
     )
     temporary = durable.prepare_file(step.path, step.source, context.token, writes, length)
     _claimer(step.path, context)(temporary, *inode_of(temporary))
+    return temporary
+
+
+async def _brought(step: BuildFromPoint, context: Context) -> str:
+    """A new layer into which the mover brings the point's own data, by copying or by sharing blocks."""
+    temporary = _empty(step, context)
+    row = ((step.source, "qcow2"), (temporary, "qcow2"))
+    work = Merge(row, step.below, 1, copy=temporary, share=step.shared > 0, tag=step.tag)
+    tally = Tally(context, step.bytes + step.shared)
+    context.journal.moved += await asyncio.to_thread(merge, work, tally.watch(step.path))
+    return temporary
+
+
+def _converted(step: BuildFromPoint, context: Context) -> str:
+    """An empty overlay on the same backing file into which QEMU copies the point's own data; its temporary path."""
+    temporary = _empty(step, context)
     with context.holding.lent([step.source, *(path for path, _ in step.below)]):
         qemu_img.convert_point(
             gate.graph([(step.source, "qcow2"), *step.below], locking=False),
@@ -70,11 +89,13 @@ def _converted(step: BuildFromPoint, context: Context) -> str:
         )
     copied = holds((temporary, "qcow2"), [(step.source, "qcow2")], tag=step.tag)
     require(copied, f"has not all that {step.tag!r} has", temporary)
+    context.journal.moved += step.bytes
     return temporary
 
 
-def _gone_back(step: BuildFromPoint, tags: tuple[str, ...], context: Context) -> str:
+def _gone_back(step: BuildFromPoint, context: Context) -> str:
     """A copy of the whole source in which the point is the active state, and the only one; its temporary path."""
+    tags = [each.name for each in read_facts(step.source, "qcow2").internals]
     temporary = durable.prepare_file(step.path, step.source, context.token, (), 0)
     _claimer(step.path, context)(temporary, *inode_of(temporary))
     durable.copy_into(step.source, temporary, cancelled=context.cancelled.is_set)
@@ -87,6 +108,7 @@ def _gone_back(step: BuildFromPoint, tags: tuple[str, ...], context: Context) ->
         for tag in tags:
             qemu_img.snapshot_delete(graph, tag)
     require(not read_facts(temporary, "qcow2").internals, "still has internal snapshots", temporary)
+    context.journal.moved += step.bytes
     return temporary
 
 
