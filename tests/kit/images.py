@@ -87,6 +87,13 @@ def own_data(path: str | Path, image_format: str = "qcow2") -> int:
     return sum(length for _, length in own_extents(path, image_format))
 
 
+def map_of(path: str | Path) -> list[dict[str, Any]]:
+    """Where in the one qcow2 file its data lies: ``start`` (in the disk), ``offset`` (in the file), ``length``."""
+    graph = {"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": str(path)}}
+    extents: list[dict[str, Any]] = json.loads(run("qemu-img", "map", "--output=json", "json:" + json.dumps(graph)))
+    return [each for each in extents if each.get("offset") is not None and each["data"]]
+
+
 def own_extents(path: str | Path, image_format: str = "qcow2") -> list[tuple[int, int]]:
     """Where the file has data (not zeroes) of its own, ``(start, length)``: ``qemu-img map`` of it alone."""
     graph: dict[str, Any] = {"driver": image_format, "file": {"driver": "file", "filename": str(path)}}

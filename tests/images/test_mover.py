@@ -1,0 +1,224 @@
+"""The mover on real images: thousands of random chains, and the cases that chance would seldom find.
+
+``SNAPTREE_CHAINS`` says how many chains, ``SNAPTREE_SEED`` with which seed to begin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.kit import chains, images
+from tests.kit.images import GiB, KiB, MiB
+from tests.kit.space import mounted
+
+from snaptree.errors import CancelledError, NoSpaceError
+from snaptree.images import holes
+from snaptree.images.copying import Limiter, Watch
+from snaptree.images.cost import foreseen
+from snaptree.images.mover import Merge, merge
+from snaptree.images.sharing import can_share
+
+Row = tuple[tuple[str, str], ...]
+
+
+def chains_wanted(usual: int) -> tuple[int, int]:
+    """How many, and the first seed."""
+    return int(os.environ.get("SNAPTREE_CHAINS", usual)), int(os.environ.get("SNAPTREE_SEED", "0") or "0")
+
+
+def try_chains(count: int, first: int, places: list[str]) -> Counter[str]:
+    """So many chains, in two processes, shared out to the folders."""
+    done: Counter[str] = Counter()
+    step = 25
+    with ProcessPoolExecutor(2) as processes:
+        work = [
+            processes.submit(chains.many, range(start, min(start + step, first + count)), places[number % len(places)])
+            for number, start in enumerate(range(first, first + count, step))
+        ]
+        for each in work:
+            done += each.result()
+    return done
+
+
+@contextlib.contextmanager
+def file_systems(folder: Path, *kinds: str) -> Iterator[list[str]]:
+    with contextlib.ExitStack() as stack:
+        yield [str(stack.enter_context(mounted(folder, kind, 512 * MiB))) for kind in kinds]
+
+
+def test_random_chains_show_the_same_when_they_are_merged(tmp_path: Path) -> None:
+    count, first = chains_wanted(300)
+    with file_systems(tmp_path, "xfs") as (xfs,):
+        done = try_chains(count, first, [images.SCRATCH or str(tmp_path), xfs])
+    print(dict(done))
+    assert sum(done.values()) == count
+    assert len(done) >= min(6, count // 10), f"too little was tried: {done}"
+
+
+@pytest.mark.slow
+def test_thousands_of_random_chains_show_the_same_when_they_are_merged(tmp_path: Path) -> None:
+    count, first = chains_wanted(5000)
+    with file_systems(tmp_path, "xfs", "btrfs", "ext4") as places:
+        done = try_chains(count, first + 100_000, [images.SCRATCH or str(tmp_path), *places])
+    print(dict(done))
+    assert sum(done.values()) == count
+    assert len(done) == 8, f"not everything was tried: {done}"
+
+
+# ---- cases of their own ---------------------------------------------------------------------------------------------
+
+
+def pair(folder: Path, size: int = 4 * MiB, **options: Any) -> Row:
+    """A base and an overlay, both empty."""
+    base = images.create(folder / "base.qcow2", size, **options)
+    top = images.create(folder / "top.qcow2", size, backing=(base, "qcow2"), **options)
+    return ((str(base), "qcow2"), (str(top), "qcow2"))
+
+
+def test_clusters_past_4_tib(tmp_path: Path) -> None:
+    row = pair(tmp_path, chains.BEYOND + 4 * MiB)
+    images.io(row[0][0], "qcow2", f"write -P 1 {chains.BEYOND} 192k")
+    images.io(row[1][0], "qcow2", f"write -P 2 {chains.BEYOND + 64 * KiB} 64k", "write -P 3 1M 64k")
+    for into in (1, 0):
+        merge(Merge(row, (), into), Watch())
+        assert images.problems(row[into][0]) == {}
+    for pattern, start in ((1, 0), (2, 64 * KiB), (1, 128 * KiB)):
+        images.io(row[0][0], "qcow2", f"read -P {pattern} {chains.BEYOND + start} 64k")
+    images.io(row[0][0], "qcow2", "read -P 3 1M 64k", f"read -P 0 {2 * MiB} 1M")
+
+
+@pytest.mark.parametrize("bits", [1, 8, 64])
+def test_reference_counts_find_room_in_a_longer_table(tmp_path: Path, bits: int) -> None:
+    """Clusters of 512 bytes: one cluster of the table has room for 64 blocks, which soon is too little."""
+    row = pair(tmp_path, 24 * MiB, cluster_size=512, refcount_bits=bits)
+    images.io(row[1][0], "qcow2", "write -P 5 0 20M")
+    merge(Merge(row, (), 0), Watch())
+    assert images.problems(row[0][0]) == {}
+    images.io(row[0][0], "qcow2", "read -P 5 0 20M", "read -P 0 20M 4M")
+    # The table is where QEMU expects it, too, when it takes more clusters.
+    images.io(row[0][0], "qcow2", "write -P 6 20M 4M")
+    assert images.problems(row[0][0]) == {}
+
+
+def test_a_longer_layer_gives_the_lower_one_a_longer_l1_table(tmp_path: Path) -> None:
+    base = images.create(tmp_path / "base.qcow2", MiB)
+    top = images.create(tmp_path / "top.qcow2", 40 * GiB, backing=(base, "qcow2"), cluster_size=4096)
+    row: Row = ((str(base), "qcow2"), (str(top), "qcow2"))
+    images.io(base, "qcow2", "write -P 1 0 1M")
+    images.io(top, "qcow2", "write -P 2 39G 64k", "write -P 3 512k 4k")
+    merge(Merge(row, (), 0), Watch())
+    assert images.info(base)["virtual-size"] == 40 * GiB
+    assert images.problems(base) == {}
+    images.io(base, "qcow2", "read -P 2 39G 64k", "read -P 3 512k 4k", "read -P 1 520k 504k", "read -P 0 1M 1G")
+
+
+def test_what_a_stopped_pull_has_copied_is_given_back(tmp_path: Path) -> None:
+    row = pair(tmp_path, 64 * MiB)
+    images.io(row[0][0], "qcow2", "write -P 1 0 48M")
+    before = -(-os.stat(row[1][0]).st_size // 65536) * 65536
+    moved: list[int] = []
+    with pytest.raises(CancelledError):
+        merge(Merge(row, (), 1), Watch(moved.append, lambda: len(moved) > 2))
+    assert sum(moved) > 0
+    assert images.problems(row[1][0]) == {}
+    holes.cut_tail(row[1][0])
+    assert os.stat(row[1][0]).st_size == before
+    images.io(row[1][0], "qcow2", "read -P 1 0 48M")
+
+
+def test_the_limit_holds(tmp_path: Path) -> None:
+    row = pair(tmp_path, 64 * MiB)
+    images.io(row[0][0], "qcow2", "write -P 1 0 48M")
+    began = time.monotonic()
+    merge(Merge(row, (), 1), Watch(limiter=Limiter(32 * MiB)))
+    # The first piece goes at once.
+    assert time.monotonic() - began > (48 - 8 * 2) / 32
+
+
+def test_holes_stay_holes(tmp_path: Path) -> None:
+    """Clusters that are there and have no blocks need none in the copy; where data was, zeroes come."""
+    row = pair(tmp_path, 64 * MiB)
+    images.io(row[0][0], "qcow2", "write -P 1 0 16M")
+    images.io(row[1][0], "qcow2", "write -P 2 0 64M")
+    _punch(row[1][0])
+    before = os.stat(row[0][0]).st_blocks
+    merge(Merge(row, (), 0), Watch())
+    assert os.stat(row[0][0]).st_blocks < before
+    images.io(row[0][0], "qcow2", "read -P 0 0 64M")
+    assert images.problems(row[0][0]) == {}
+
+
+def _punch(path: str) -> None:
+    """Take the blocks of all data away; the tables stay."""
+    from snaptree.images import durable
+
+    with durable.opened_for_writing(path) as descriptor:
+        for entry in images.map_of(path):
+            durable.punch_hole(descriptor, entry["offset"], entry["length"], path)
+
+
+@pytest.mark.parametrize("kind", ["xfs", "btrfs", "ext4"])
+def test_a_full_disk_stops_a_merge_and_everything_shows_the_same(tmp_path: Path, kind: str) -> None:
+    with mounted(tmp_path, kind, 512 * MiB) as folder:
+        row = pair(folder, 600 * MiB)
+        chunk = 180 * MiB
+        images.io(row[0][0], "qcow2", f"write -P 1 0 {chunk}")
+        with (folder / "filler").open("wb") as filler:
+            free = os.statvfs(folder)
+            os.posix_fallocate(filler.fileno(), 0, free.f_bavail * free.f_frsize - 40 * MiB)
+        if can_share(str(folder)):
+            # Sharing needs no room for data.
+            assert foreseen(row).unshared == ""
+        else:
+            with pytest.raises(NoSpaceError):
+                merge(Merge(row, (), 1), Watch())
+        assert images.problems(row[1][0]) == {}
+        images.io(row[1][0], "qcow2", f"read -P 1 0 {chunk}")
+
+
+def test_file_systems_are_asked_by_trying(tmp_path: Path) -> None:
+    with file_systems(tmp_path, "xfs", "btrfs", "ext4") as (xfs, btrfs, ext4):
+        assert can_share(xfs) and can_share(btrfs)
+        assert not can_share(ext4)
+        assert os.listdir(xfs) == os.listdir(btrfs) == []
+
+
+def test_what_only_qemu_can_merge_is_named(tmp_path: Path) -> None:
+    plain = images.create(tmp_path / "plain.qcow2", MiB)
+    kinds: dict[str, dict[str, Any]] = {"v2": {"compat": "0.10"}, "extended": {"extended_l2": "on"}}
+    for name, options in kinds.items():
+        top = images.create(tmp_path / f"{name}.qcow2", MiB, backing=(plain, "qcow2"), **options)
+        why = foreseen(((str(plain), "qcow2"), (str(top), "qcow2"))).by_qemu
+        assert {"v2": "version 2", "extended": "extended L2"}[name] in why
+    packed = images.create(tmp_path / "packed.qcow2", MiB, backing=(plain, "qcow2"))
+    images.io(packed, "qcow2", "write -c -P 1 0 64k")
+    assert "compressed" in foreseen(((str(plain), "qcow2"), (str(packed), "qcow2"))).by_qemu
+    # What is compressed beneath is not touched, and no reason.
+    above = images.create(tmp_path / "above.qcow2", MiB, backing=(packed, "qcow2"))
+    higher = images.create(tmp_path / "higher.qcow2", MiB, backing=(above, "qcow2"))
+    images.io(higher, "qcow2", "write -P 1 0 64k")
+    assert foreseen(((str(above), "qcow2"), (str(higher), "qcow2")), ((str(packed), "qcow2"),)).by_qemu == ""
+
+
+@pytest.mark.slow
+def test_a_huge_image_needs_little_memory(tmp_path: Path) -> None:
+    """10 TiB with 1 TiB allocated in each of two layers: tables only, the data is a hole."""
+    row: Row = tuple((str(path), "qcow2") for path in chains.huge_pair(tmp_path, 10 << 40, 1 << 40))
+    program = (
+        "import resource, sys; from snaptree.images.copying import Watch; from snaptree.images.cost import foreseen; "
+        "from snaptree.images.mover import Merge, merge; row = tuple((path, 'qcow2') for path in sys.argv[1:]); "
+        "told = foreseen(row).commit_bytes; assert merge(Merge(row, (), 0), Watch()) == told, told; "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    peak = int(images.run(sys.executable, "-c", program, *(path for path, _ in row))) << 10
+    assert peak < 200 << 20, f"{peak >> 20} MiB"
+    print(f"{peak >> 20} MiB")
