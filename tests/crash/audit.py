@@ -23,6 +23,8 @@ from typing import Any
 from tests.crash.cases import CASES
 from tests.crash.matrix import Matrix
 from tests.kit import shim
+from tests.kit.disks import SMALLEST
+from tests.kit.space import mounted
 
 from snaptree.running.journal import Journal
 
@@ -112,9 +114,11 @@ def audit(case: str, killed_at: int = 0) -> tuple[int, list[str]]:
 
     :param killed_at: kill the operation at this call, and look at its recovery instead.
     """
-    with tempfile.TemporaryDirectory(prefix="snaptree-audit-") as name:
+    with contextlib.ExitStack() as stack:
+        name = stack.enter_context(tempfile.TemporaryDirectory(prefix="snaptree-audit-"))
         folder = Path(name)
-        matrix = Matrix(folder, case, "kill")
+        place = stack.enter_context(mounted(folder, "xfs", SMALLEST["xfs"])) if CASES[case].shares else None
+        matrix = Matrix(folder, case, "kill", place)
         matrix.restore()
         request, log = matrix.case.request(matrix.world), folder / "log"
         if killed_at:

@@ -24,11 +24,14 @@ SIZE = 512 * KiB
 class Case:
     """One operation on one shape of tree.
 
-    ``build`` makes the tree, ``request`` what is interrupted. ``kinds`` of steps are in the plan of it.
+    ``build`` makes the tree, ``request`` what is interrupted. ``shares``: on a file system whose files
+    can share blocks. ``by_qemu``: QEMU's jobs move the data, not the mover.
     """
 
     build: Callable[[World], None]
     request: Callable[[World], Request]
+    shares: bool = False
+    by_qemu: bool = False
 
 
 def machine(world: World) -> None:
@@ -113,19 +116,23 @@ def attachable(world: World) -> None:
     world.extra.add(str(world.images / "vdc.qcow2"))
 
 
-def _of(build: Callable[[World], None], request: Request) -> Case:
-    return Case(build, lambda world: request)
+def _of(build: Callable[[World], None], request: Request, *, shares: bool = False, by_qemu: bool = False) -> Case:
+    return Case(build, lambda world: request, shares, by_qemu)
 
 
 def _deletions() -> dict[str, Case]:
+    shapes: dict[str, tuple[Callable[[World], None], tuple[str, ...]]] = {
+        **{f"delete {name} of a line": (line, (name,)) for name in ("s1", "s2", "s3")},
+        "delete a fork": (forked, ("s1",)),
+        "delete what was gone back to": (gone_back, ("s1",)),
+        "delete several": (line, ("s1", "s2", "s3")),
+        "delete over layers of several sizes": (resized, ("s1", "s2")),
+    }
     found = {}
-    for way in ("auto", "commit", "pull", "none"):
-        for name in ("s1", "s2", "s3"):
-            found[f"delete {name} of a line by {way}"] = _of(line, DeleteRequest((name,), way))
-        found[f"delete a fork by {way}"] = _of(forked, DeleteRequest(("s1",), way))
-        found[f"delete what was gone back to by {way}"] = _of(gone_back, DeleteRequest(("s1",), way))
-        found[f"delete several by {way}"] = _of(line, DeleteRequest(("s1", "s2", "s3"), way))
-        found[f"delete over layers of several sizes by {way}"] = _of(resized, DeleteRequest(("s1", "s2"), way))
+    for way in ("auto", "commit", "pull", "none", "reflink", "commit of QEMU", "pull of QEMU"):
+        for name, (build, gone) in shapes.items():
+            request = DeleteRequest(gone, way.partition(" ")[0])
+            found[f"{name} by {way}"] = _of(build, request, shares=way == "reflink", by_qemu=way.endswith("QEMU"))
     return found
 
 
@@ -147,6 +154,7 @@ CASES: Mapping[str, Case] = {
     "snapshot with firmware": _of(with_firmware, SnapshotRequest("new")),
     **_deletions(),
     "delete under a shorter layer by commit": _of(resized, DeleteRequest(("s1",), "commit")),
+    "delete under a shorter layer by reflink": _of(resized, DeleteRequest(("s1",), "reflink"), shares=True),
     "delete with children": _of(forked, DeleteRequest(("s1",), children=True, with_branches=True)),
     "delete the children only": _of(line, DeleteRequest(("s1",), children_only=True)),
     "delete a branch": _of(forked, DeleteBranchRequest("other")),
@@ -168,6 +176,8 @@ CASES: Mapping[str, Case] = {
     "branch from a snapshot": _of(line, BranchRequest("new", "s1")),
     "branch from here": _of(line, BranchRequest("new")),
     "branch from an internal one": _of(mixed, BranchRequest("new", "s2")),
+    "branch from an internal one, of shared blocks": _of(mixed, BranchRequest("new", "s2"), shares=True),
+    "branch from an internal one, by QEMU": _of(mixed, BranchRequest("new", "s2"), by_qemu=True),
     "switch": _of(forked, SwitchRequest("other")),
     "switch to an internal one": _of(lambda world: parked_inside(world), SwitchRequest("main.1")),
     "rename": _of(line, RenameRequest("s1", "new")),
@@ -175,6 +185,7 @@ CASES: Mapping[str, Case] = {
     "squash": _of(loose, SquashRequest("vda")),
     "squash by commit": _of(loose, SquashRequest("vdb", merge="commit")),
     "gc": _of(loose, GcRequest()),
+    "gc of shared blocks": _of(loose, GcRequest(), shares=True),
     "attach": Case(
         attachable,
         lambda world: world.machine.attach_request(DiskOption("vdc", str(world.images / "vdc.qcow2"), "qcow2")),

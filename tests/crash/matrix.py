@@ -7,6 +7,7 @@ line for each case. ``tests/crash/test_matrix.py`` runs a sample, ``scripts/reli
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import errno
 import json
@@ -23,6 +24,8 @@ from pathlib import Path
 
 from tests.crash.cases import CASES
 from tests.kit import shim
+from tests.kit.disks import SMALLEST
+from tests.kit.space import mounted
 from tests.kit.world import World, hidden_files
 
 from snaptree.errors import SnaptreeError
@@ -89,6 +92,7 @@ class Matrix:
     def __init__(self, folder: Path, case: str, way: str, place: Path | None = None) -> None:
         self.folder = folder
         self.case, self.way = CASES[case], WAYS[way]
+        os.environ["SNAPTREE_MOVER"] = "qemu" if self.case.by_qemu else ""
         self.world = World((place or folder) / "world", elsewhere=folder / "state" if self.way.apart else None)
         self.cut: Path | None = None
         self.case.build(self.world)
@@ -232,9 +236,14 @@ def run(cases: list[str], ways: list[str], stride: int, seed: int) -> Iterator[T
     chance = random.Random(seed)
     for case in cases:
         for way in ways:
-            place = "/dev/shm" if os.path.isdir("/dev/shm") else None
-            with tempfile.TemporaryDirectory(prefix="snaptree-crash-", dir=place, ignore_cleanup_errors=True) as folder:
-                matrix = Matrix(Path(folder), case, way)
+            memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+            with contextlib.ExitStack() as stack:
+                temporary = tempfile.TemporaryDirectory(
+                    prefix="snaptree-crash-", dir=memory, ignore_cleanup_errors=True
+                )
+                folder = Path(stack.enter_context(temporary))
+                place = stack.enter_context(mounted(folder, "xfs", SMALLEST["xfs"])) if CASES[case].shares else None
+                matrix = Matrix(folder, case, way, place)
                 matrix.points(stride, chance.randint(1, stride))
                 yield matrix.tally
 

@@ -192,6 +192,7 @@ ON(int, fallocate, DATA, (int fd, int mode, off_t at, off_t size), (fd, mode, at
 ON(int, fallocate64, DATA, (int fd, int mode, off64_t at, off64_t size), (fd, mode, at, size), fd)
 ON(ssize_t, copy_file_range, DATA, (int in, off64_t *from, int out, off64_t *to, size_t size, unsigned flags),
    (in, from, out, to, size, flags), out)
+ON(int, sync_file_range, DATA, (int fd, off64_t at, off64_t size, unsigned flags), (fd, at, size, flags), fd)
 ON(int, fsync, SYNC, (int fd), (fd), fd)
 ON(int, fdatasync, SYNC, (int fd), (fd), fd)
 ON(ssize_t, read, READS, (int fd, void *data, size_t size), (fd, data, size), fd)
@@ -213,6 +214,23 @@ CALL(mkdirat, (int x, const char *a, mode_t m), (x, a, m), x, a, 0, NO_NAME)
 ON(int, fchmod, RIGHTS, (int fd, mode_t m), (fd, m), fd)
 ON(int, fchown, RIGHTS, (int fd, uid_t u, gid_t g), (fd, u, g), fd)
 ON(int, fsetxattr, RIGHTS, (int fd, const char *n, const void *v, size_t s, int f), (fd, n, v, s, f), fd)
+
+/* Of all that ioctl can do, sharing blocks changes files: FICLONE and FICLONERANGE (include/uapi/linux/fs.h). */
+int ioctl(int fd, unsigned long request, ...)
+{
+    NEXT(int, ioctl);
+    va_list rest;
+    va_start(rest, request);
+    void *argument = va_arg(rest, void *);
+    va_end(rest);
+    int shares = request == _IOW(0x94, 9, int) || request == 0x4020940dUL;
+    if (shares && fails_on(fd, DATA))
+        return -1;
+    int result = next(fd, request, argument);
+    if (shares && result == 0)
+        log_descriptor("ioctl", fd);
+    return result;
+}
 
 #define OPEN(name, before_parameters, before_arguments) \
     int name(before_parameters const char *path, int flags, ...) \
