@@ -41,6 +41,8 @@ def cost(plan: Plan) -> str:
     if public["bytes_to_copy"]:
         way = f" by {public['way']}" if public["way"] else ""
         parts.append(f"copies {size(public['bytes_to_copy'])}{way}, in about {max(0.1, public['seconds']):.1f} s")
+    if public["bytes_to_share"]:
+        parts.append(f"shares {size(public['bytes_to_share'])} instead of copying it")
     if public["peak_extra_bytes"]:
         parts.append(f"needs up to {size(public['peak_extra_bytes'])} of room meanwhile")
     if public["frees_bytes"] > 0:
@@ -67,7 +69,7 @@ def print_plan(plan: Plan, *, as_json: bool) -> None:
         say("  nothing to do")
     say(f"  {cost(plan)}")
     public = plan.public()
-    if public["bytes_to_copy"]:
+    if public["bytes_to_copy"] or public["bytes_to_share"]:
         say(f"  Ctrl-C {public['cancel']} it")
     for disk, path in public["paths_after"].items():
         say(f"  afterwards {disk} is {path}")
@@ -139,7 +141,7 @@ def carry_out(
 
         def report(progress: Progress) -> None:
             # The first report comes when nothing has refused the operation: only then is there something to announce.
-            if planned and planned[0].total_bytes and not as_json:
+            if planned and (planned[0].total_bytes or planned[0].shared_bytes) and not as_json:
                 ends = planned[0].public()["cancel"]
                 say(f"{planned[0].summary}: {cost(planned[0])} (Ctrl-C {ends})", err=True)
             planned.clear()
@@ -155,7 +157,9 @@ def done(plan: Plan, *, as_json: bool) -> None:
     if as_json:
         print_json(public)
         return
-    parts = [f"copied {size(public['bytes_to_copy'])} by {public['way']}"] if public["way"] else []
+    copied = public["bytes_to_copy"] or (public["way"] and not public["bytes_to_share"])
+    parts = [f"copied {size(public['bytes_to_copy'])} by {public['way']}"] if copied else []
+    parts += [f"shared {size(public['bytes_to_share'])}"] if public["bytes_to_share"] else []
     parts += [f"freed {size(public['frees_bytes'])}"] if public["frees_bytes"] > 0 else []
     say(f"{plan.summary}: done" + (f" ({', '.join(parts)})" if parts else ""))
     # Where a tip is afterwards is news when a new file was made for it, or a merge has moved it.

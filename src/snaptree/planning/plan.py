@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from snaptree.model.tree import Tree
-from snaptree.planning.steps import Step
+from snaptree.planning.steps import BuildFromPoint, BuildMerged, Step
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,12 @@ class Plan:
         """What this plan and those that follow copy."""
         return sum(plan.bytes_to_copy for plan in self.every())
 
+    @property
+    def shared_bytes(self) -> int:
+        """What this plan and those that follow need not copy, since files share blocks."""
+        steps = (step for plan in self.every() for step in plan.steps)
+        return sum(step.shared for step in steps if isinstance(step, BuildMerged | BuildFromPoint))
+
     def public(self) -> dict[str, Any]:
         """The form of ``--plan --json`` (DESIGN.md, "The command line"); changed only by adding."""
         plans = list(self.every())
@@ -71,6 +77,7 @@ class Plan:
             "steps": steps,
             "way": "+".join(ways) or None,
             "bytes_to_copy": self.total_bytes,
+            "bytes_to_share": self.shared_bytes,
             "peak_extra_bytes": peak,
             "frees_bytes": sum(plan.frees_bytes for plan in plans),
             "seconds": round(sum(plan.seconds for plan in plans), 3),
