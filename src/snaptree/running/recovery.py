@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from snaptree.images.locks import MachineLock
-from snaptree.planning.steps import BuildMerged, Move, Record, Step, Unlink
-from snaptree.running.carry import moving
+from snaptree.planning.steps import BuildMerged, Move, PutInPlace, Record, Step, Unlink
+from snaptree.running.carry import moving, sharing
 from snaptree.running.context import Context
 from snaptree.running.executor import take, undo_all
 from snaptree.running.holding import Holding
@@ -40,7 +40,7 @@ async def _settle(database: Database, operation: operations.Operation, lock: Mac
             state = await undo_all(begun, context, "it was killed and has been recovered")
             how = "waits to go on" if state == operations.PAUSED else "was undone"
             return f"{operation.summary}: it had been killed, and {how}"
-        first, spared = _restart(database, operation, steps)
+        first, spared = _restart(database, operation, steps, journal)
         holding.take_steps(steps[first:])
         for number in range(first, len(steps)):
             step = steps[number]
@@ -56,13 +56,16 @@ async def _settle(database: Database, operation: operations.Operation, lock: Mac
 
 
 def _restart(
-    database: Database, operation: operations.Operation, steps: tuple[Step, ...]
+    database: Database, operation: operations.Operation, steps: tuple[Step, ...], journal: Journal
 ) -> tuple[int, frozenset[str]]:
     """From which step to go on, and which files stay: those whose data went down, and that were written to since.
 
-    Until the tree says otherwise a machine starts from the file whose data has gone down. Where it did so after the
+    What was built aside and has been removed by somebody is built again: its sources are unlinked last. Until the tree says otherwise a machine starts from the file whose data has gone down. Where it did so after the
     kill, the data moves once more; where the tree said otherwise already, the file is kept.
     """
+    waiting = [step for step in steps[operation.step :] if isinstance(step, PutInPlace)]
+    if not all(sharing.is_ready(step, journal) for step in waiting):
+        return next(number for number, step in enumerate(steps) if isinstance(step, BuildMerged)), frozenset()
     moves = [number for number, step in enumerate(steps[: operation.step]) if isinstance(step, Move | BuildMerged)]
     if not moves:
         return operation.step, frozenset()

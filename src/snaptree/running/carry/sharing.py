@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 
-from snaptree.errors import BusyError, RefusedError
+from snaptree.errors import BusyError, IoError, RefusedError
 from snaptree.images import durable, gate, sharing
 from snaptree.images.facts import open_to_read, read_facts
-from snaptree.images.inode import inode_of
+from snaptree.images.inode import inode_of, is_still
 from snaptree.images.locks import who_has_open
 from snaptree.images.mover import Merge, merge
 from snaptree.planning.steps import BuildMerged, PutInPlace
@@ -16,6 +16,7 @@ from snaptree.running.carry.headers import repoint_file
 from snaptree.running.carry.internals import mend
 from snaptree.running.carry.moving import Tally, note_sources
 from snaptree.running.context import Context
+from snaptree.running.journal import Journal
 
 
 async def build(step: BuildMerged, context: Context) -> None:
@@ -37,6 +38,8 @@ async def build(step: BuildMerged, context: Context) -> None:
         name = gate.relative_backing_name(step.path, below[0]) if below else None
         repoint_file(temporary, name, below[1] if below else None)
     durable.sync_file(temporary)
+    # Its name, too: whether it has taken the other's place is told from which of the two is there.
+    durable.sync_folder(temporary)
     _require_replaceable(step.path)
     note_sources(step, context)
 
@@ -66,6 +69,13 @@ def _require_replaceable(path: str) -> None:
         raise BusyError(f"{path} is open by {', '.join(who)}", "stop the program that uses it, then try again")
 
 
+def is_ready(step: PutInPlace, journal: Journal) -> bool:
+    """Whether what was built is there, under its hidden name or in place already."""
+    if os.path.lexists(durable.temporary_path(step.path, journal.token)):
+        return True
+    return any(is_still(step.path, made.generation, made.inode) for made in journal.claims(step.path))
+
+
 def put_in_place(step: PutInPlace, context: Context) -> None:
     """Put what was built in place; what is in place already stays."""
     temporary = durable.temporary_path(step.path, context.token)
@@ -74,6 +84,11 @@ def put_in_place(step: PutInPlace, context: Context) -> None:
         context.lock.extend([temporary])
         context.holding.take_new(temporary)
         durable.replace(temporary, step.path)
+    elif not is_ready(step, context.journal):
+        raise IoError(
+            f"{temporary}, which was to take the place of {step.path}, is gone",
+            "nothing is lost, since its sources are there; was it removed by hand?",
+        )
 
 
 def unbuild(step: BuildMerged, context: Context) -> None:
