@@ -38,6 +38,22 @@ def no_process_is_left() -> Iterator[None]:
     assert left == []
 
 
+@pytest.fixture(autouse=True)
+def mover_as_usual() -> Iterator[None]:
+    """Whatever a test says of who is to move data holds for it alone."""
+    before = os.environ.pop("SNAPTREE_MOVER", None)
+    yield
+    os.environ.pop("SNAPTREE_MOVER", None)
+    if before is not None:
+        os.environ["SNAPTREE_MOVER"] = before
+
+
+@pytest.fixture
+def by_qemu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """QEMU's jobs move the data, not the mover."""
+    monkeypatch.setenv("SNAPTREE_MOVER", "qemu")
+
+
 @pytest.fixture
 def scene(tmp_path: Path) -> Scene:
     """An empty folder for images; no machine yet."""

@@ -29,7 +29,10 @@ def power_cuts(tmp_path: Path, *words: str) -> list[dict[str, Any]]:
         ("power cut at a sync on ext4", "revert, discard, with firmware", 7),
         ("power cut at a sync on xfs", "delete s1 of a line by commit", 9),
         ("power cut of the images' disk alone on xfs", "delete an internal one", 4),
-        ("power cut at a sync of the tools on ext4", "delete s2 of a line by pull", 1),
+        ("power cut at a sync of the tools on ext4", "delete s2 of a line by pull of QEMU", 1),
+        ("power cut at a sync on xfs", "delete s1 of a line by reflink", 5),
+        ("power cut of the images' disk alone on xfs", "delete a fork by reflink", 5),
+        ("power cut, replayed on xfs", "delete s1 of a line by commit", 9),
         ("power cut, replayed on ext4", "snapshot", 5),
     ],
 )

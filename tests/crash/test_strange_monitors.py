@@ -23,7 +23,7 @@ from snaptree.images import child
 from snaptree.qemu import daemon, jobs, session
 
 SCRIPT = Path(__file__).parents[1] / "kit" / "strange_daemon.py"
-PULL, COMMIT = "delete s2 of a line by pull", "delete s1 of a line by commit"
+PULL, COMMIT = "delete s2 of a line by pull of QEMU", "delete s1 of a line by commit of QEMU"
 COMMANDS = ("blockdev-add", "block-commit", "block-stream", "query-jobs", "job-complete", "job-cancel", "job-dismiss",
             "blockdev-reopen", "quit")  # fmt: skip
 AT_ANY = (
@@ -218,11 +218,11 @@ CASES = (
     ("revert within the tip, discard", "qemu-img"),
     ("revert within the tip, discard, delete", "qemu-img"),
     ("revert to an internal one below", "qemu-img"),
-    ("branch from an internal one", "qemu-img"),
+    ("branch from an internal one, by QEMU", "qemu-img"),
     ("switch to an internal one", "qemu-img"),
     ("delete internal and external ones", "qemu-img"),
     ("delete under a shorter layer by commit", "qemu-img"),
-    ("delete over layers of several sizes by commit", "qemu-io"),
+    ("delete over layers of several sizes by commit of QEMU", "qemu-io"),
 )
 REST = [*CASES[:3], *CASES[5:]]
 

@@ -298,6 +298,7 @@ def children() -> list[int]:
 
 
 @WAYS
+@pytest.mark.usefixtures("by_qemu")
 def test_a_merge_ends_when_qemu_is_gone(scene: Scene, way: str) -> None:
     """QEMU may be gone at any message: the wait ends, with a clear error and everything whole."""
     wanted = large(scene)

@@ -60,8 +60,9 @@ def _restart(
 ) -> tuple[int, frozenset[str]]:
     """From which step to go on, and which files stay: those whose data went down, and that were written to since.
 
-    What was built aside and has been removed by somebody is built again: its sources are unlinked last. Until the tree says otherwise a machine starts from the file whose data has gone down. Where it did so after the
-    kill, the data moves once more; where the tree said otherwise already, the file is kept.
+    What was built aside and has been removed by somebody is built again: its sources are unlinked last. Until the tree
+    says otherwise a machine starts from the file whose data has gone down. Where it did so after the kill, the data
+    moves once more; where the tree said otherwise already, the file is kept.
     """
     waiting = [step for step in steps[operation.step :] if isinstance(step, PutInPlace)]
     if not all(sharing.is_ready(step, journal) for step in waiting):
