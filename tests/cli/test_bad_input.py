@@ -132,6 +132,14 @@ def test_what_click_refuses_has_the_status_for_usage(web1: Scene) -> None:
         assert said.status == (0 if not line and said.out else 2), (line, said)
 
 
+def test_what_click_refuses_is_json_too(web1: Scene) -> None:
+    for line in ("delete web1 s1 --merge sideways --json", "nonsense --json", "snapshot --json"):
+        said = command(*line.split(), state=web1.state)
+        error = said.json["error"]
+        assert (said.status, error["code"], error["status"]) == (2, "usage", 2)
+        assert error["message"] and "Traceback" not in said.err
+
+
 @pytest.mark.parametrize(
     ("disks", "status", "word"),
     [

@@ -91,6 +91,38 @@ def test_a_difference_turns_one_tree_into_the_other(gone: set[str], branch: bool
     assert bool(delta) == (before != after)
 
 
+changes = st.lists(
+    st.tuples(st.sampled_from(["put", "drop", "name"]), st.integers(1, 8), st.none() | st.integers(1, 8)), max_size=12
+)
+
+
+@given(changes, st.booleans())
+def test_what_is_worked_out_of_a_tree_stays_right_in_those_made_of_it(
+    done: list[tuple[str, int, int | None]], early: bool
+) -> None:
+    tree = forked()
+    for what, number, parent in done:
+        assert not early or tree.children is not None
+        match what:
+            case "put":
+                tree = tree.with_layers(layer(number, parent), layer(number % 8 + 1, parent))
+            case "drop":
+                tree = tree.without_layers({number, parent or 1})
+            case _:
+                tree = tree.without_branches("other").with_snapshots(Snapshot(f"n{number}", None, {}, 0.0))
+    assert tree.children == replace(tree).children
+
+
+@given(changes)
+def test_a_layer_comes_before_those_that_it_stands_on(done: list[tuple[str, int, int | None]]) -> None:
+    higher = [layer(10 + number, 10 + parent if parent and parent < number else None) for _, number, parent in done]
+    tree = forked().with_layers(*higher)
+    order = [each.id for each in tree.deepest_first(tree.layers.values())]
+    assert sorted(order) == sorted(tree.layers)
+    for at, each in enumerate(order):
+        assert not ({one.id for one in tree.chain(each)} - {each}) & set(order[:at])
+
+
 @given(st.text(max_size=120))
 def test_names_are_safe_in_file_names_or_refused(name: str) -> None:
     try:

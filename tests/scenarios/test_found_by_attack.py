@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from tests.kit import images
+from tests.kit.images import KiB, MiB
 from tests.kit.scene import Scene, command
 from tests.kit.space import held
 
@@ -300,3 +301,24 @@ def test_a_state_folder_with_other_things_in_it_keeps_its_rights(scene: Scene) -
     scene("add web1 --disk vda=web1.qcow2")
     assert scene.disks.stat().st_mode & 0o777 == 0o755
     assert {path.stat().st_mode & 0o077 for path in scene.disks.glob("state.sqlite*")} == {0}
+
+
+@pytest.mark.parametrize("way", ["commit", "pull"])
+def test_zeroes_that_version_2_writes_out_are_foretold(scene: Scene, way: str) -> None:
+    images.create(scene.disks / "web1.qcow2", 2 * MiB)
+    images.io(scene.disks / "web1.qcow2", "qcow2", "write -P 1 0 1M")
+    below = (scene.disks / "web1.qcow2", "qcow2")
+    top = images.create(scene.disks / "top.qcow2", 6 * MiB, backing=below, compat="0.10")
+    images.io(top, "qcow2", "write -P 3 3M 64k")
+    scene("add web1 --disk vda=top.qcow2 --adopt")
+    target = top if way == "pull" else scene.disks / "web1.qcow2"
+    before = images.own_data(target)
+
+    plan = scene(f"squash web1 --merge {way} --plan --json").json
+    scene(f"squash web1 --merge {way}")
+
+    grown = images.own_data(scene.disks / "web1.qcow2") - before
+    assert grown == (5 * MiB - 64 * KiB if way == "pull" else 4 * MiB)
+    assert plan["bytes_to_copy"] == grown
+    assert plan["peak_extra_bytes"] >= grown
+    scene.sound()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -266,6 +267,66 @@ def test_metadata_goes_out_as_libvirts_xml_and_comes_back(web1: Scene) -> None:
     web1("delete again s1")
     assert web1.shows(machine="again") == "bxy....."
     web1.sound("again")
+
+
+RECORD = """<domainsnapshot><name>{name}</name><creationTime>1700000000</creationTime>{more}
+<disks><disk name='{disk}' snapshot='{kind}'/></disks><domain type='qemu'><devices><disk type='file' device='disk'>
+<source file='{path}'/><target dev='{disk}'/></disk></devices></domain></domainsnapshot>"""
+
+
+def recorded(scene: Scene, **parts: str) -> Path:
+    """A chain of two files, and a folder with one snapshot's XML: ``s1`` is what the lower file shows."""
+    scene.image("web1.qcow2", word="b")
+    scene.image("top.qcow2", backing="web1.qcow2", word=".t")
+    folder = scene.folder / "xml"
+    folder.mkdir()
+    known = {"name": "s1", "more": "", "disk": "vda", "kind": "external", "path": f"{scene.disks}/web1.qcow2"}
+    (folder / "s1.xml").write_text(RECORD.format(**{**known, **parts}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"path": "/nowhere/moved.qcow2"}, "'s1' has vda in /nowhere/moved.qcow2, which is not beneath or beside"),
+        ({"disk": "vdz"}, "'s1' has no disk that was given"),
+        ({"kind": "internal"}, "has no internal snapshot 's1'"),
+    ],
+)
+def test_a_recorded_snapshot_without_its_data_is_refused(scene: Scene, parts: dict[str, str], words: str) -> None:
+    folder = recorded(scene, **parts)
+
+    said = scene(f"add web1 --disk vda=top.qcow2 --from-xml {folder}", status=7)
+
+    assert words in said.err and "XML" in said.err
+    assert scene("list --json").json == []
+
+
+def test_two_files_of_one_recorded_snapshot_are_refused(scene: Scene) -> None:
+    folder = recorded(scene)
+    (folder / "copy.xml").write_text((folder / "s1.xml").read_text())
+    said = scene(f"add web1 --disk vda=top.qcow2 --from-xml {folder}", status=7)
+    assert "two files of the snapshot 's1'" in said.err
+
+
+def test_what_is_left_out_of_recorded_snapshots_is_said(scene: Scene) -> None:
+    more = "<parent><name>gone</name></parent><memory snapshot='external' file='/ram'/>"
+    folder = recorded(scene, more=more)
+
+    said = scene(f"add web1 --disk vda=top.qcow2 --from-xml {folder}")
+
+    assert "'s1' grew from 'gone', of which there is no XML" in said.out
+    assert "'s1' has memory, which is left where it is" in said.out
+    assert (scene.shows("s1"), scene.shows()) == ("b.......", "bt......")
+    scene.sound()
+
+
+@pytest.mark.timeout(30)
+def test_a_pipe_among_the_xml_is_not_waited_for(scene: Scene) -> None:
+    folder = recorded(scene)
+    os.mkfifo(folder / "pipe.xml")
+    said = scene(f"add web1 --disk vda=top.qcow2 --from-xml {folder}", status=7)
+    assert "pipe.xml is not a regular file" in said.err
 
 
 def test_a_relative_path_and_a_later_run_from_another_folder(scene: Scene, tmp_path: Path) -> None:

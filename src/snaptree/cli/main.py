@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from snaptree import __version__
-from snaptree.errors import IoError, SnaptreeError
+from snaptree.errors import IoError, SnaptreeError, UsageError
 
 COMMANDS = {
     "add": "machines",
@@ -75,6 +75,8 @@ def run(arguments: list[str] | None = None) -> int:
     except click.exceptions.Exit as error:
         return int(error.exit_code)
     except click.ClickException as error:
+        if "--json" in words:
+            _say_as_json(UsageError(error.format_message(), "see it with --help"))
         error.show()
         return 2
     except (click.Abort, KeyboardInterrupt):
@@ -112,18 +114,22 @@ def _out_of_memory(error: Exception) -> bool:
 def _said(error: SnaptreeError, *, as_json: bool) -> int:
     """Tell the user of an error: a message for people on stderr, with ``--json`` also an object on stdout."""
     if as_json:
-        import json
-
-        fields: dict[str, Any] = {
-            "code": error.code,
-            "status": error.status,
-            "message": error.message,
-            "hint": error.hint,
-        }
-        click.echo(json.dumps({"error": fields}))
+        _say_as_json(error)
     from snaptree.cli.output import say
 
     say(f"snaptree: {error.message}", err=True)
     if error.hint:
         say(f"  hint: {error.hint}", err=True)
     return error.status
+
+
+def _say_as_json(error: SnaptreeError) -> None:
+    import json
+
+    fields: dict[str, Any] = {
+        "code": error.code,
+        "status": error.status,
+        "message": error.message,
+        "hint": error.hint,
+    }
+    click.echo(json.dumps({"error": fields}))

@@ -81,6 +81,7 @@ def _measure(row: Sequence[Allocation], *, has_below: bool) -> RowFacts:
     base_unit = lowest.cluster if isinstance(lowest, Qcow2Allocation) else 65536
     down = _Way(unit=max(granule, min(max(base_unit, 4096), 65536)))
     up = _Way(unit=max(granule, top.granule))
+    covered = 0
     busy = set().union(*(each.busy(window) for each in row))
     shortest = min(each.virtual_size for each in row)
     busy.update(range(shortest // window, -(-top.virtual_size // window)) if shortest < top.virtual_size else ())
@@ -90,6 +91,13 @@ def _measure(row: Sequence[Allocation], *, has_below: bool) -> RowFacts:
         if start >= end:
             continue
         classes = [_seen(each, start, end, granule) for each in row]
+        if isinstance(top, Qcow2Allocation) and top.header.version < 3:
+            # Version 2 has no zero clusters: what is covered is written out before the rest moves.
+            written = _hidden(row, classes, start, granule)
+            written = np.repeat(_any(written, top.cluster // granule), top.cluster // granule)[: len(written)]
+            written &= classes[-1] == UNALLOCATED
+            classes[-1] = np.where(written, DATA, classes[-1]).astype(np.uint8)
+            covered += int(written.sum()) * granule
         upper = _topmost(classes[1:])
         # What shows as zeroes past the end of the lowest is zeroes in the top by then (Cover).
         past = np.arange(len(upper)) >= -(-lowest.virtual_size // granule) - start // granule
@@ -106,9 +114,9 @@ def _measure(row: Sequence[Allocation], *, has_below: bool) -> RowFacts:
     return RowFacts(
         commit_bytes=down.copied,
         commit_zeroes=down.zeroes,
-        commit_grows=down.grows,
-        pull_bytes=up.copied,
-        pull_grows=up.grows,
+        commit_grows=down.grows + covered,
+        pull_bytes=up.copied + covered,
+        pull_grows=up.grows + covered,
         extents=(down.extents, up.extents),
         profile_commit=tuple(int(each) for each in np.cumsum(down.profile)),
         profile_pull=tuple(int(each) for each in np.cumsum(up.profile)),
@@ -131,17 +139,24 @@ def hidden_ranges(layers: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
         window = max(WINDOW_GRANULES * granule // largest, 1) * largest
         for start in range(shortest // largest * largest, length, window):
             end = min(start + window, -(-length // largest) * largest)
-            hidden = np.zeros((end - start) // granule, dtype=bool)
-            masked = row[-1].classes(start, end, granule) != UNALLOCATED
-            for layer in reversed(row[:-1]):
-                past = np.arange(len(hidden)) >= -(-layer.virtual_size // granule) - start // granule
-                hidden |= past & ~masked
-                masked |= past | (layer.classes(start, end, granule) != UNALLOCATED)
+            hidden = _hidden(row, [layer.classes(start, end, granule) for layer in row], start, granule)
             edges = np.flatnonzero(np.diff(np.concatenate([[0], hidden.astype(np.int8), [0]]))).reshape(-1, 2)
             for first, last in (edges * granule + start).tolist():
                 if first < length:
                     found.append((first, min(last, length) - first))
     return found
+
+
+def _hidden(row: Sequence[Allocation], classes: Sequence[Classes], start: int, granule: int) -> Mask:
+    """Where, from ``start`` on, the top shows zeroes only because a layer beneath ends there."""
+    masked = classes[-1] != UNALLOCATED
+    hidden = np.zeros(len(masked), dtype=bool)
+    for layer, seen in zip(reversed(row[:-1]), reversed(classes[:-1]), strict=True):
+        past = np.arange(len(hidden)) >= -(-layer.virtual_size // granule) - start // granule
+        hidden |= past & ~masked
+        masked = masked | past | (seen != UNALLOCATED)
+    hidden[max(0, -(-row[-1].virtual_size // granule) - start // granule) :] = False
+    return hidden
 
 
 def holds(target: tuple[str, str], sources: Sequence[tuple[str, str]], *, tag: str | None = None) -> bool:

@@ -7,6 +7,7 @@ made when the snapshot was taken, and the ``<domain>`` within names the disk as 
 from __future__ import annotations
 
 import os
+import stat
 from typing import TYPE_CHECKING, Any
 
 from snaptree.errors import NotFoundError, ToolError, UnhealthyError
@@ -110,12 +111,10 @@ def read_folder(folder: str) -> tuple[FoundSnapshot, ...]:
 
 def _read(path: str) -> FoundSnapshot:
     etree = _etree()
-    if os.path.getsize(path) > MAX_BYTES:
-        raise UnhealthyError(f"{path} is larger than snapshot XML can be")
     parser = etree.XMLParser(resolve_entities=False, no_network=True, load_dtd=False, huge_tree=False)
     try:
-        root = etree.parse(path, parser).getroot()
-    except (etree.XMLSyntaxError, OSError) as error:
+        root = etree.fromstring(_content(path), parser)
+    except etree.XMLSyntaxError as error:
         raise UnhealthyError(f"{path} is not XML: {error}") from error
     if root.tag != "domainsnapshot" or not root.findtext("name"):
         raise UnhealthyError(f"{path} is not domainsnapshot XML", "give the folder with the snapshots' XML")
@@ -140,4 +139,21 @@ def _read(path: str) -> FoundSnapshot:
         created=created,
         description=root.findtext("description") or "",
         points=tuple(points),
+        memory=root.find("memory") is not None and root.find("memory").get("snapshot", "no") != "no",
     )
+
+
+def _content(path: str) -> bytes:
+    """What is in the file, if it is one: a pipe would be waited for."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UnhealthyError(f"{path} is not a regular file", "take it out of the folder")
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UnhealthyError(
+            f"{path} cannot be read: {error.strerror}", "check it, or take it out of the folder"
+        ) from error
+    if len(content) > MAX_BYTES:
+        raise UnhealthyError(f"{path} is larger than snapshot XML can be")
+    return content

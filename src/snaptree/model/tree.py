@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -106,6 +106,21 @@ class Tree:
             yield self.layers[at]
             at = self.layers[at].parent
 
+    def deepest_first(self, layers: Iterable[Layer]) -> list[Layer]:
+        """The layers, each before those that it stands on."""
+        depths: dict[LayerId, int] = {}
+        found = list(layers)
+        for layer in found:
+            above: list[LayerId] = []
+            below = 0
+            for each in self.chain(layer.id):
+                if each.id in depths:
+                    below = depths[each.id]
+                    break
+                above.append(each.id)
+            depths.update((each, below + number) for number, each in enumerate(reversed(above), 1))
+        return sorted(found, key=lambda each: -depths[each.id])
+
     def owned_root(self, layer: LayerId) -> Layer | None:
         """The lowest owned layer beneath (or at) the given one."""
         owned = [each for each in self.chain(layer) if each.owned]
@@ -137,26 +152,54 @@ class Tree:
 
     def with_layers(self, *layers: Layer) -> Tree:
         """The tree with these layers added or replaced."""
-        return replace(self, layers={**self.layers, **{layer.id: layer for layer in layers}})
+        made = replace(self, layers={**self.layers, **{layer.id: layer for layer in layers}})
+        return self._alike(made, [layer.id for layer in layers])
 
     def without_layers(self, ids: set[LayerId] | frozenset[LayerId]) -> Tree:
         """The tree without these layers."""
-        return replace(self, layers={key: value for key, value in self.layers.items() if key not in ids})
+        made = replace(self, layers={key: value for key, value in self.layers.items() if key not in ids})
+        return self._alike(made, ids)
 
     def with_snapshots(self, *snapshots: Snapshot) -> Tree:
         """The tree with these snapshots added or replaced."""
-        return replace(self, snapshots={**self.snapshots, **{each.name: each for each in snapshots}})
+        return self._alike(replace(self, snapshots={**self.snapshots, **{each.name: each for each in snapshots}}))
 
     def without_snapshots(self, *names: str) -> Tree:
         """The tree without these snapshots; nothing else is changed."""
         gone = frozenset(names)
-        return replace(self, snapshots={key: value for key, value in self.snapshots.items() if key not in gone})
+        kept = {key: value for key, value in self.snapshots.items() if key not in gone}
+        return self._alike(replace(self, snapshots=kept))
 
     def with_branches(self, *branches: Branch) -> Tree:
         """The tree with these branches added or replaced."""
-        return replace(self, branches={**self.branches, **{each.name: each for each in branches}})
+        return self._alike(replace(self, branches={**self.branches, **{each.name: each for each in branches}}))
 
     def without_branches(self, *names: str) -> Tree:
         """The tree without these branches; nothing else is changed."""
         gone = frozenset(names)
-        return replace(self, branches={key: value for key, value in self.branches.items() if key not in gone})
+        kept = {key: value for key, value in self.branches.items() if key not in gone}
+        return self._alike(replace(self, branches=kept))
+
+    def _alike(self, made: Tree, changed: Iterable[LayerId] = ()) -> Tree:
+        """The new tree, with what was worked out here of the layers that have not changed in it.
+
+        Merges that follow one another make tree after tree: with ten thousand layers it is this that takes the time.
+        """
+        if "children" not in vars(self):
+            return made
+        left: dict[LayerId, set[LayerId]] = {}
+        come: dict[LayerId, set[LayerId]] = {}
+        for layer in changed:
+            for tree, moved in ((self, left), (made, come)):
+                parent = tree.layers[layer].parent if layer in tree.layers else None
+                if parent is not None:
+                    moved.setdefault(parent, set()).add(layer)
+        children = dict(self.children)
+        for parent in left.keys() | come.keys():
+            group = set(children.get(parent, ())) - left.get(parent, set()) | come.get(parent, set())
+            if group:
+                children[parent] = tuple(sorted(group))
+            else:
+                children.pop(parent, None)
+        vars(made)["children"] = children
+        return made

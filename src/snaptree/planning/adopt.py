@@ -46,13 +46,17 @@ class AddRequest:
 
 @dataclass(frozen=True)
 class FoundSnapshot:
-    """A snapshot that libvirt's XML describes: its points are ``(disk, path of the layer, internal tag or None)``."""
+    """A snapshot that libvirt's XML describes: its points are ``(disk, path of the layer, internal tag or None)``.
+
+    ``memory`` says that RAM and devices were saved with it.
+    """
 
     name: str
     parent: str | None
     created: float
     description: str
     points: tuple[tuple[str, str, str | None], ...]
+    memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def add(survey: Survey, request: AddRequest) -> Plan:
     for disk in request.disks:
         tree, said = _with_disk(tree, disk, adopt=request.adopt, now=survey.now)
         notes += said
-    tree = _with_records(tree, request.records) if request.records else tree
+    tree = _with_records(tree, request, notes) if request.records else tree
     tree = _with_internals(tree, request.disks, notes)
     wrong = violations(tree)
     if wrong:
@@ -281,15 +285,20 @@ def _with_siblings(tree: Tree, disk: FoundDisk, now: float) -> tuple[Tree, list[
     return tree, notes
 
 
-def _with_records(tree: Tree, records: tuple[FoundSnapshot, ...]) -> Tree:
-    names = {record.name for record in records}
-    for record in records:
+def _with_records(tree: Tree, request: AddRequest, notes: list[str]) -> Tree:
+    """The snapshots that records tell of. None is taken without its data: what it needs would be taken for loose."""
+    names = {record.name for record in request.records}
+    for record in request.records:
         check_name(record.name, "snapshot")
-        points: dict[str, Point] = {}
-        for disk, path, internal in record.points:
-            found = [layer for layer in tree.layer_at(path) if layer.disk == disk]
-            if found:
-                points[disk] = Point(found[0].id, internal)
+        if record.name in tree.snapshots:
+            raise UnhealthyError(f"there are two files of the snapshot {record.name!r}", "take one out of the folder")
+        points = _recorded_points(tree, request.disks, record, notes)
+        if record.memory:
+            notes.append(
+                f"snapshot {record.name!r} has memory, which is left where it is: only its disks are looked after"
+            )
+        if record.parent is not None and record.parent not in names:
+            notes.append(f"snapshot {record.name!r} grew from {record.parent!r}, of which there is no XML")
         tree = tree.with_snapshots(
             Snapshot(
                 name=record.name,
@@ -300,6 +309,36 @@ def _with_records(tree: Tree, records: tuple[FoundSnapshot, ...]) -> Tree:
             )
         )
     return _with_parents(tree)
+
+
+def _recorded_points(
+    tree: Tree, disks: tuple[FoundDisk, ...], record: FoundSnapshot, notes: list[str]
+) -> dict[str, Point]:
+    """Where the recorded snapshot's disks are.
+
+    :raise UnhealthyError: what it has of a disk that was given is not there, or it has none of them.
+    """
+    facts_of = {facts.path: facts for disk in disks for chain in (disk.chain, *disk.siblings) for facts in chain}
+    hint = "put it back where it was, or take the snapshot's XML out of the folder"
+    points: dict[str, Point] = {}
+    for disk, path, internal in record.points:
+        if disk not in tree.roots:
+            notes.append(f"snapshot {record.name!r} has a disk {disk!r}, which was not given: it is left out")
+            continue
+        found = [layer for layer in tree.layer_at(path) if layer.disk == disk]
+        if not found:
+            raise UnhealthyError(
+                f"the snapshot {record.name!r} has {disk} in {path}, which is not beneath or beside the disk", hint
+            )
+        if internal is not None and internal not in {each.name for each in facts_of[path].internals}:
+            raise UnhealthyError(f"{path} has no internal snapshot {internal!r}", hint)
+        points[disk] = Point(found[0].id, internal)
+    if not points:
+        raise UnhealthyError(
+            f"the snapshot {record.name!r} has no disk that was given",
+            "give its disks with --disk, or take its XML out of the folder",
+        )
+    return points
 
 
 def _with_parents(tree: Tree) -> Tree:

@@ -343,9 +343,8 @@ class Draft:
         steps: list[Step] = []
         freed = 0
         gone = [layer for layer in self.before.layers.values() if layer.id not in after.layers and layer.owned]
-        depth = {layer.id: sum(1 for _ in self.before.chain(layer.id)) for layer in gone}
         named = {layer.path for layer in after.layers.values()}
-        for layer in sorted(gone, key=lambda each: -depth[each.id]):
+        for layer in self.before.deepest_first(gone):
             facts = self.facts(layer.id)
             if layer.id in self.spared or facts.identity is None or facts.problem == "missing":
                 continue
@@ -355,10 +354,13 @@ class Draft:
                 continue  # The rename that put the merged layer in its place has removed it.
             steps.append(Unlink(layer.path, facts.identity.generation, facts.identity.inode, room))
         for layer in self.before.layers.values():
-            now, facts = after.layers.get(layer.id), self.facts(layer.id)
-            if now is not None and now.path != layer.path and facts.identity is not None:
+            now = after.layers.get(layer.id)
+            if now is None or now.path == layer.path:
+                continue
+            identity = self.facts(layer.id).identity
+            if identity is not None:
                 # It has taken another name; the old one is a second name of the same file.
-                steps.append(Unlink(layer.path, facts.identity.generation, facts.identity.inode))
+                steps.append(Unlink(layer.path, identity.generation, identity.inode))
         for layer_id, tags in self.before.internals.items():
             if layer_id not in after.layers or not after.layers[layer_id].owned:
                 continue
