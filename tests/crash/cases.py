@@ -106,6 +106,23 @@ def with_firmware(world: World) -> None:
     (tpm / "state").write_text("second")
 
 
+def small_clusters(world: World) -> None:
+    """Names so long, in clusters so small, that a header has no room for the old one and the new one at once."""
+    root = images.create(world.images / f"{'a' * 180}.qcow2", 64 * KiB, cluster_size=512)
+    world.add({"vda": (root, "qcow2")})
+    for number in (1, 2, 3):
+        world.run(SnapshotRequest(f"s{number}"))
+        world.write("vda", f"write -P {number} {number * 8}k 4k")
+
+
+def grown(world: World) -> None:
+    """An internal point of before the disk became longer, over an external one."""
+    line(world, 2, internal=(2,))
+    path, form = world.tip("vda")
+    images.run("qemu-img", "resize", "-q", "-f", form, path, str(SIZE + 64 * KiB))
+    world.reread("vda")
+
+
 def attachable(world: World) -> None:
     """A machine, and an image beside it."""
     line(world, 1)
@@ -146,6 +163,7 @@ CASES: Mapping[str, Case] = {
     "internal snapshot": _of(lambda world: line(world, 1), SnapshotRequest("new", True)),
     "snapshot with firmware": _of(with_firmware, SnapshotRequest("new")),
     **_deletions(),
+    "delete where names are long": _of(small_clusters, DeleteRequest(("s2",), "pull")),
     "delete under a shorter layer by commit": _of(resized, DeleteRequest(("s1",), "commit")),
     "delete with children": _of(forked, DeleteRequest(("s1",), children=True, with_branches=True)),
     "delete the children only": _of(line, DeleteRequest(("s1",), children_only=True)),
@@ -168,6 +186,7 @@ CASES: Mapping[str, Case] = {
     "branch from a snapshot": _of(line, BranchRequest("new", "s1")),
     "branch from here": _of(line, BranchRequest("new")),
     "branch from an internal one": _of(mixed, BranchRequest("new", "s2")),
+    "branch from a shorter internal one": _of(grown, BranchRequest("new", "s2")),
     "switch": _of(forked, SwitchRequest("other")),
     "switch to an internal one": _of(lambda world: parked_inside(world), SwitchRequest("main.1")),
     "rename": _of(line, RenameRequest("s1", "new")),

@@ -147,7 +147,9 @@ def make_file(path: str, writes: Iterable[tuple[int, bytes]], length: int, like:
 
 
 def copy_into(source: str, target: str, *, cancelled: Callable[[], bool] = lambda: False) -> None:
-    """Copy what the source file holds into an empty file, holes as holes, with shared blocks where the system can.
+    """Copy what the source file holds into a prepared file, holes as holes, with shared blocks where the system can.
+
+    :func:`publish` brings it to disk.
 
     :raise CancelledError: ``cancelled`` said so.
     """
@@ -169,7 +171,6 @@ def copy_into(source: str, target: str, *, cancelled: Callable[[], bool] = lambd
                     if cancelled():
                         raise CancelledError(f"stopped while {source} was being copied")
                     at += _copy_range(reading, writing, at, min(end - at, _COPIED_AT_ONCE))
-            os.fsync(writing)
         finally:
             os.close(reading)
 
@@ -284,11 +285,18 @@ def remove(path: str, identity: tuple[int, int] | None) -> bool:
         try:
             if identity is not None and not is_still(path, *identity):
                 return False
+            os.unlink(path)
         except FileNotFoundError:
+            _sync_gone(path)
             return False
-        os.unlink(path)
     sync_folder(path)
     return True
+
+
+def _sync_gone(path: str) -> None:
+    """What is gone may have been removed by a process that was killed before it had synced that."""
+    if os.path.isdir(os.path.dirname(path)):
+        sync_folder(path)
 
 
 def discard_temporary(path: str, token: str) -> None:
@@ -345,6 +353,7 @@ def remove_small(path: str) -> None:
         try:
             mode = os.lstat(path).st_mode
         except FileNotFoundError:
+            _sync_gone(path)
             return
         if stat.S_ISDIR(mode):
             shutil.rmtree(path)

@@ -167,4 +167,3 @@ def unmove(step: Move, context: Context) -> None:
         if image_format == "qcow2" and os.path.exists(path):
             with context.holding.lent([path]):
                 mend(path)
-            durable.sync_file(path)
