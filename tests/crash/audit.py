@@ -33,15 +33,17 @@ from tests.crash.cases import CASES
 from tests.crash.matrix import LIMIT, Matrix
 from tests.kit import shim
 
+from snaptree.images.holes import punch_free
 from snaptree.images.locks import OWN_BYTE, probe
 from snaptree.planning.steps import Step
 from snaptree.planning.verbs import Request
 from snaptree.qemu.daemon import StorageDaemon
+from snaptree.running.carry import internals, moving
 from snaptree.running.holding import read_by, written_by
 from snaptree.running.journal import Journal
 from snaptree.store import operations
 
-WAY = "kill"
+AUDITED = ("kill", "kill both")
 DONE_WORDS = ("take", "record", "register", "forget", "end")
 """What the journal says when something has been done; claims and notes are said before."""
 WORDS = (*DONE_WORDS, "claim", "unclaim", "note")
@@ -101,8 +103,14 @@ def marked(log: Path) -> Iterator[None]:
         tell(*(f"fault 0 {path} is not lent to the daemon" for path in not_lent(json.dumps(blockdev), lent)))
         await add(self, blockdev)
 
+    def punching(path: str) -> int:
+        tell(f"punch {os.stat(path).st_ino} {path}")
+        return punch_free(path)
+
     for word, method in kept.items():
         setattr(Journal, word, saying(word, method))
+    for module in (internals, moving):
+        setattr(module, "punch_free", punching)  # noqa: B010
     setattr(StorageDaemon, "add", adding)  # noqa: B010
     setattr(subprocess, "Popen", Watched)  # noqa: B010
     try:
@@ -110,6 +118,8 @@ def marked(log: Path) -> Iterator[None]:
     finally:
         setattr(subprocess, "Popen", popen)  # noqa: B010
         setattr(StorageDaemon, "add", add)  # noqa: B010
+        for module in (internals, moving):
+            setattr(module, "punch_free", punch_free)  # noqa: B010
         for word, method in kept.items():
             setattr(Journal, word, method)
 
@@ -165,8 +175,9 @@ class Audit:
         inode = int(number)
         if call == "journal":
             self.words += 1
-            self.faults += [f"{what} is not synced when the journal says {path!r}" for what in self.dirty.values()]
-            self.dirty.clear()
+            dirty = {number: what for number, what in self.dirty.items() if not self.is_empty(what)}
+            self.faults += [f"{what} is not synced when the journal says {path!r}" for what in dirty.values()]
+            self.dirty = {number: what for number, what in self.dirty.items() if number not in dirty}
         elif call == "fault":
             self.faults.append(path)
         elif call == "said":
@@ -177,10 +188,18 @@ class Audit:
             (self.state.discard if "sync" in call or call in NAMES else self.state.add)(path)
         elif not path.startswith(self.folder) or "/state.sqlite" in path:
             return
+        elif call == "punch":
+            # What is punched is free only when it is so on disk.
+            self.faults += [f"{self.dirty[inode]} is not synced when holes are punched"] if inode in self.dirty else []
         elif call == "fsync":
             self.dirty.pop(inode, None)
         elif call != "fdatasync":
             self.change(call, inode, path)
+
+    def is_empty(self, what: str) -> bool:
+        """Whether it is a new folder in which nothing is yet: it may go."""
+        call, _, path = what.partition(" ")
+        return call == "mkdir" and not any(name.startswith(f"{path}/") for name in self.names)
 
     def change(self, call: str, inode: int, path: str) -> None:
         """A file or a name has changed. A file that has no name any more is nobody's."""
@@ -204,8 +223,8 @@ class Audit:
 class Audited(Matrix):
     """The matrix, with the calls looked at: those of the killed process, and of the recovery that comes after it."""
 
-    def __init__(self, folder: Path, case: str) -> None:
-        super().__init__(folder, case, WAY)
+    def __init__(self, folder: Path, case: str, way: str = "kill") -> None:
+        super().__init__(folder, case, way)
         self.log = folder / "log"
         self.words = 0
         self.found = Audit(self.world.folder)
@@ -239,10 +258,10 @@ class Audited(Matrix):
         self.look(request, before, interrupted=False)
 
 
-def audits(case: str, stride: int, start: int) -> Audited:
+def audits(case: str, way: str, stride: int, start: int) -> Audited:
     """One case: by itself, and killed at so many of its calls; 0 for none."""
     with tempfile.TemporaryDirectory(prefix="snaptree-audit-", ignore_cleanup_errors=True) as name:
-        matrix = Audited(Path(name), case)
+        matrix = Audited(Path(name), case, way)
         matrix.whole()
         if stride:
             matrix.points(stride, start)
@@ -254,15 +273,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", action="append", default=[], help="cases that contain this; all without it")
     parser.add_argument("--exactly", action="append", default=[], help="this very case")
-    parser.add_argument("--way", action="append", default=[], choices=[WAY])
+    parser.add_argument("--way", action="append", default=[], choices=AUDITED)
     parser.add_argument("--stride", type=int, default=0, help="also kill it at every so manieth call")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     chance = random.Random(options.seed)
     cases = [case for case in CASES if not options.case or any(word in case for word in options.case)]
     for case in options.exactly or cases:
-        matrix = audits(case, options.stride, chance.randint(1, max(1, options.stride)))
-        print(json.dumps({**vars(matrix.tally), "words": matrix.words}), flush=True)
+        for way in options.way or ["kill"]:
+            matrix = audits(case, way, options.stride, chance.randint(1, max(1, options.stride)))
+            print(json.dumps({**vars(matrix.tally), "words": matrix.words}), flush=True)
 
 
 if __name__ == "__main__":

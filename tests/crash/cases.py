@@ -92,14 +92,16 @@ def resized(world: World) -> None:
     write(world, 51)
 
 
-def with_firmware(world: World) -> None:
-    """One disk, UEFI variables and TPM state."""
+def with_firmware(world: World, *, kept: bool = True) -> None:
+    """One disk, UEFI variables and TPM state, of which there is a copy already."""
     root = images.create(world.images / "vda.qcow2", SIZE)
     nvram, tpm = world.folder / "vars.fd", world.folder / "tpm"
     nvram.write_text("first")
     tpm.mkdir()
     (tpm / "state").write_text("first")
     world.add({"vda": (root, "qcow2")}, nvram=str(nvram), tpm=str(tpm))
+    if not kept:
+        return
     world.run(SnapshotRequest("s1"))
     write(world, 61)
     nvram.write_text("second")
@@ -161,6 +163,7 @@ CASES: Mapping[str, Case] = {
     "snapshot with nothing written": _of(lambda world: shared(world), SnapshotRequest("new")),
     "snapshot of one disk": _of(lambda world: line(world, 1), SnapshotRequest("new", exclude=("vdb",))),
     "internal snapshot": _of(lambda world: line(world, 1), SnapshotRequest("new", True)),
+    "first snapshot with firmware": _of(lambda world: with_firmware(world, kept=False), SnapshotRequest("new")),
     "snapshot with firmware": _of(with_firmware, SnapshotRequest("new")),
     **_deletions(),
     "delete where names are long": _of(small_clusters, DeleteRequest(("s2",), "pull")),

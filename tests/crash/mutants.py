@@ -27,6 +27,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tests.crash.audit import AUDITED
 from tests.kit import shim
 from tests.kit.mutation import CHOSEN, REACHED, ROOT, Mutant, Source, reached, start
 
@@ -75,50 +76,61 @@ class Trials:
 
         self.folder, self.stride, self.cases = folder, stride, CASES
         self._audited = Audited
-        self._built: dict[str, Audited] = {}
+        self._built: dict[tuple[str, str], Audited] = {}
         self.whole: dict[str, list[int]] = {}
         """By case: which mutants the operation by itself comes by."""
         self.points: dict[str, dict[str, list[int]]] = {}
         """By case and call: which ones it comes by when it is killed there, with its recovery."""
         self.tests: dict[str, tuple[float, list[int]]] = {}
         """By test: how long it takes, and which ones it comes by."""
+        self.files: dict[str, str] = {}
+        """By file of tests: what it held when they were learned."""
 
-    def built(self, case: str) -> Any:
+    def built(self, case: str, way: str = "kill") -> Any:
         """The case with its tree."""
-        if case not in self._built:
+        if (case, way) not in self._built:
             place = self.folder / f"case{len(self._built)}"
             place.mkdir()
-            self._built[case] = self._audited(place, case)
-        return self._built[case]
+            self._built[case, way] = self._audited(place, case, way)
+        return self._built[case, way]
 
     # ---- learning -------------------------------------------------------------------------------------------------
 
     def learn(self, state: str) -> None:
         """Which mutants each comes by; the code as it is has to go through all of it."""
         kept = json.loads(LEARNED.read_text()) if LEARNED.exists() else {}
+        files = {str(path): digest([ROOT / path]) for path in test_files()}
         if kept.get("state") == state:
-            self.whole, self.points, self.tests = kept["whole"], kept["points"], kept["tests"]
+            self.whole, self.points = kept["whole"], kept["points"]
+            same = {path for path in files if kept["files"].get(path) == files[path]}
+            self.tests = {test: each for test, each in kept["tests"].items() if test.partition("::")[0] in same}
+            self.files = {path: files[path] for path in same}
         for case in self.cases:
             if case not in self.points:
                 self._learn_case(case)
                 self._keep(state)
-        if not self.tests:
-            self._learn_tests()
+        if changed := [path for path in files if path not in self.files]:
+            self._learn_tests(changed)
+            self.files = files
             self._keep(state)
 
     def _keep(self, state: str) -> None:
         LEARNED.parent.mkdir(exist_ok=True)
-        kept = {"state": state, "whole": self.whole, "points": self.points, "tests": self.tests}
+        kept = {"state": state, "whole": self.whole, "points": self.points, "tests": self.tests, "files": self.files}
         LEARNED.write_text(json.dumps(kept))
 
     def _learn_case(self, case: str) -> None:
-        began, matrix = time.monotonic(), self.built(case)
-        self.whole[case] = self._reached(matrix.whole)
-        found: dict[str, list[int]] = {}
-        number, interrupted = random.Random(case).randint(1, self.stride), list[bool]()
-        while not interrupted or interrupted[-1]:
-            found[str(number)] = self._reached(lambda at=number: interrupted.append(matrix.point(at)))  # type: ignore[misc]
-            number += self.stride
+        began, found = time.monotonic(), dict[str, list[int]]()
+        self.whole[case] = self._reached(self.built(case).whole)
+        for way in AUDITED:
+            matrix, interrupted = self.built(case, way), list[bool]()
+            # QEMU's programs make few calls.
+            stride = self.stride if way == "kill" else max(1, self.stride // 6)
+            number = random.Random(case).randint(1, stride)
+            while not interrupted or interrupted[-1]:
+                reached = self._reached(lambda at=number, on=matrix, told=interrupted: told.append(on.point(at)))  # type: ignore[misc]
+                found[f"{way} at call {number}"] = reached
+                number += stride
         self.points[case] = found
         print(f"learned: {case}, {len(found)} points in {time.monotonic() - began:.1f} s", flush=True)
 
@@ -128,10 +140,10 @@ class Trials:
         work()
         return reached(told)
 
-    def _learn_tests(self) -> None:
+    def _learn_tests(self, files: list[str]) -> None:
         told = self.folder / "tests"
         place = {**plain(), "SNAPTREE_REACHED_BY_TEST": str(told)}
-        subprocess.run([sys.executable, *_WORDS, *TESTS], cwd=ROOT, env=place, check=True)
+        subprocess.run([sys.executable, *_WORDS, *files], cwd=ROOT, env=place, check=True)
         for line in told.read_text().splitlines():
             test, seconds, numbers = json.loads(line)
             self.tests[test] = (seconds, numbers)
@@ -191,11 +203,13 @@ class Trials:
         ]
         random.Random(number).shuffle(places)
         until = time.monotonic() + POINTS_SECONDS
-        for case, at in places:
-            if not apart(lambda case=case, at=at: self.built(case).point(int(at)), ONE_SECONDS, chosen=number):  # type: ignore[misc]
-                return f"killed: {case}, at call {at}"
+        for case, place in places:
             if time.monotonic() > until:
                 break
+            way, _, at = place.partition(" at call ")
+            matrix = self.built(case, way)
+            if not apart(lambda on=matrix, at=at: on.point(int(at)), ONE_SECONDS, chosen=number):  # type: ignore[misc]
+                return f"{place}: {case}"
         return ""
 
 
@@ -203,6 +217,13 @@ def plain() -> dict[str, str]:
     """The environment for pytest: without the library, whose tests start processes with it themselves."""
     found = {key: value for key, value in os.environ.items() if key not in ("LD_PRELOAD", "TMPDIR", CHOSEN, REACHED)}
     return {**found, "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def test_files() -> list[str]:
+    """The files of tests that may find a mutant out."""
+    paths = (ROOT / each for each in TESTS)
+    found = (file for path in paths for file in (sorted(path.glob("test_*.py")) if path.is_dir() else [path]))
+    return [str(path.relative_to(ROOT)) for path in found]
 
 
 def digest(paths: Iterable[Path]) -> str:
@@ -229,7 +250,8 @@ def try_all(options: argparse.Namespace, folder: Path) -> None:
     until = time.monotonic() + options.minutes * 60
     if wanted:
         trials = Trials(folder, options.stride)
-        trials.learn(digest([*(ROOT / "src").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]) + f" {options.stride}")
+        rest = [*(ROOT / "tests" / "kit").glob("*"), ROOT / "tests/crash/matrix.py", ROOT / "tests/crash/audit.py"]
+        trials.learn(digest([*(ROOT / "src").rglob("*.py"), *filter(Path.is_file, rest)]) + f" {options.stride}")
     for name, mutant, of in wanted:
         if time.monotonic() > until:
             break

@@ -39,6 +39,8 @@ def test_the_audit_sees_what_is_missing(tmp_path: Path) -> None:
         f"pwrite64 7 {tmp_path}/state/state.sqlite-wal",
         "journal 0 end 'done'",
         "said 0 end",
+        f"pwrite64 {inode} {tmp_path}/c",
+        f"punch {inode} {tmp_path}/c",
         "fault 0 something is not locked",
     ):
         looked.call(line)
@@ -49,5 +51,6 @@ def test_the_audit_sees_what_is_missing(tmp_path: Path) -> None:
         "pwrite64 on /a is not synced when /c is renamed",
         "pwrite64 on /a is not synced when the journal says \"end 'done'\"",
         "/state/state.sqlite-wal is not synced when the journal has said 'end'",
+        "pwrite64 on /c is not synced when holes are punched",
         "something is not locked",
     ]

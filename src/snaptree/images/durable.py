@@ -309,9 +309,12 @@ def discard_temporary(path: str, token: str) -> None:
 
 def make_folder(path: str) -> None:
     """Make a folder for us only, with those above it that are missing, unless it is there."""
+    if os.path.isdir(path):
+        # Made by a process, perhaps, that was killed before it had synced it; one that is ours can be synced.
+        with suppress(RefusedError):
+            sync_folder(path)
+        return
     with explained(path, "make"):
-        if os.path.isdir(path):
-            return
         make_folder(os.path.dirname(path))
         with suppress(FileExistsError):
             os.mkdir(path, 0o700)
