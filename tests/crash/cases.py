@@ -95,18 +95,37 @@ def resized(world: World) -> None:
     write(world, 51)
 
 
-def with_firmware(world: World) -> None:
-    """One disk, UEFI variables and TPM state."""
+def with_firmware(world: World, *, kept: bool = True) -> None:
+    """One disk, UEFI variables and TPM state, of which there is a copy already."""
     root = images.create(world.images / "vda.qcow2", SIZE)
     nvram, tpm = world.folder / "vars.fd", world.folder / "tpm"
     nvram.write_text("first")
     tpm.mkdir()
     (tpm / "state").write_text("first")
     world.add({"vda": (root, "qcow2")}, nvram=str(nvram), tpm=str(tpm))
+    if not kept:
+        return
     world.run(SnapshotRequest("s1"))
     write(world, 61)
     nvram.write_text("second")
     (tpm / "state").write_text("second")
+
+
+def small_clusters(world: World) -> None:
+    """Names so long, in clusters so small, that a header has no room for the old one and the new one at once."""
+    root = images.create(world.images / f"{'a' * 180}.qcow2", 64 * KiB, cluster_size=512)
+    world.add({"vda": (root, "qcow2")})
+    for number in (1, 2, 3):
+        world.run(SnapshotRequest(f"s{number}"))
+        world.write("vda", f"write -P {number} {number * 8}k 4k")
+
+
+def grown(world: World) -> None:
+    """An internal point of before the disk became longer, over an external one."""
+    line(world, 2, internal=(2,))
+    path, form = world.tip("vda")
+    images.run("qemu-img", "resize", "-q", "-f", form, path, str(SIZE + 64 * KiB))
+    world.reread("vda")
 
 
 def attachable(world: World) -> None:
@@ -151,8 +170,10 @@ CASES: Mapping[str, Case] = {
     "snapshot with nothing written": _of(lambda world: shared(world), SnapshotRequest("new")),
     "snapshot of one disk": _of(lambda world: line(world, 1), SnapshotRequest("new", exclude=("vdb",))),
     "internal snapshot": _of(lambda world: line(world, 1), SnapshotRequest("new", True)),
+    "first snapshot with firmware": _of(lambda world: with_firmware(world, kept=False), SnapshotRequest("new")),
     "snapshot with firmware": _of(with_firmware, SnapshotRequest("new")),
     **_deletions(),
+    "delete where names are long": _of(small_clusters, DeleteRequest(("s2",), "pull")),
     "delete under a shorter layer by commit": _of(resized, DeleteRequest(("s1",), "commit")),
     "delete under a shorter layer by reflink": _of(resized, DeleteRequest(("s1",), "reflink"), shares=True),
     "delete with children": _of(forked, DeleteRequest(("s1",), children=True, with_branches=True)),
@@ -178,6 +199,8 @@ CASES: Mapping[str, Case] = {
     "branch from an internal one": _of(mixed, BranchRequest("new", "s2")),
     "branch from an internal one, of shared blocks": _of(mixed, BranchRequest("new", "s2"), shares=True),
     "branch from an internal one, by QEMU": _of(mixed, BranchRequest("new", "s2"), by_qemu=True),
+    "branch from a shorter internal one": _of(grown, BranchRequest("new", "s2")),
+    "branch from a shorter internal one, by QEMU": _of(grown, BranchRequest("new", "s2"), by_qemu=True),
     "switch": _of(forked, SwitchRequest("other")),
     "switch to an internal one": _of(lambda world: parked_inside(world), SwitchRequest("main.1")),
     "rename": _of(line, RenameRequest("s1", "new")),

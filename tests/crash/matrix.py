@@ -32,7 +32,7 @@ from snaptree.errors import SnaptreeError
 from snaptree.images.facts import read_facts
 from snaptree.model.tree import Tree
 from snaptree.planning.verbs import GcRequest, RemoveRequest, Request
-from snaptree.store import trees
+from snaptree.store import operations, trees
 from snaptree.store.database import Database
 
 DONE, REFUSED, UNFORESEEN, DONE_ALL_THE_SAME = 0, 3, 4, 5
@@ -76,7 +76,7 @@ WAYS = {
 
 @dataclass
 class Tally:
-    """What was tried on one case in one way."""
+    """What was tried on one case in one way; ``looked``: so many of the points were not the same as another one."""
 
     case: str
     way: str
@@ -84,6 +84,7 @@ class Tally:
     done: int = 0
     recoveries: list[float] = field(default_factory=list)
     bytes: int = 0
+    looked: int = 0
 
 
 class Matrix:
@@ -228,6 +229,8 @@ class Matrix:
         done = world.settle(request, before)
         assert done or interrupted, f"{request} has come to its end, and is not done"
         world.check(leaks=True)
+        claimed = [each.path for each in operations.claims_left(world.connection.database)]
+        assert all(map(os.path.exists, claimed)), f"claimed, and gone: {claimed}"
         self.tally.bytes += sum(len(content) for disks in world.truth.values() for content in disks.values())
 
 

@@ -1,201 +1,295 @@
-"""Mutants: the code without one of its syncs, locks or journal writes, or with a rename at another moment.
+"""Tries every mutant of the code (``tests/kit/mutation.py``): the tests have to find it out.
 
-Each is a copy of ``src`` with one statement changed; the crash suite has to find it out. One that is not found out is a
-line that nothing needs, or that nothing tests. ``python -m tests.crash.mutants`` goes through all of them, and goes on
-where it has stopped; what each was caught by stands in ``build/mutants.json``.
+A mutant that no test finds out is a line that nothing needs, or that nothing tests. ``python -m tests.crash.mutants``
+goes through all of them, and goes on where it has stopped; what each was caught by stands in ``build/mutants.json``.
+What has been tried on a file counts until the file changes.
+
+First the code as it is goes through all that may find something out, once, to learn which mutants each comes by
+(``build/mutants-reached.json``, until the code or the tests change). Then each mutant goes through what comes by it,
+the quickest first: whole operations, audited; quick tests; the operations killed at calls and recovered, audited too;
+at last the slower tests. All but the tests run in one process, which has everything loaded and every tree built.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
+import hashlib
 import json
 import os
-import shutil
+import random
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from tests.crash.audit import AUDITED
 from tests.kit import shim
+from tests.kit.mutation import CHOSEN, REACHED, ROOT, Mutant, Source, reached, start
 
-ROOT = Path(__file__).parents[2]
-KEPT = ROOT / "build" / "mutants.json"
-SYNCS = {"fsync", "sync", "sync_file", "sync_folder", "_sync_tree", "_sync_folder", "settle"}
-JOURNAL = {"take", "note", "claim", "unclaim", "end", "remember", "record", "register", "forget", "refresh"}
-JOURNAL |= {"_flush", "take_step", "put_note", "put_identity", "apply_delta"}
-LOCKS = {"take_steps", "extend", "acquire", "_lock", "let_inherit", "require_free", "prctl", "_exit"}
-RENAMES = {"rename_new", "rename", "_renameat2", "put_in_place", "publish", "claim"}
-WORDS = {"PRAGMA synchronous=FULL": "PRAGMA synchronous=OFF", "BEGIN IMMEDIATE": "BEGIN"}
-ROOMS = ("images", "running", "store", "machines", "qemu")
-SECONDS = 600
-_TEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
-_MATRIX = ("-m", "tests.crash.matrix", "--way")
-CHECKS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "audit": (("-m", "tests.crash.audit"),),
-    "recovery audit": (("-m", "tests.crash.audit", "--killed"),),
-    "tests": (
-        (
-            *_TEST,
-            *(f"tests/images/test_{name}.py" for name in ("child", "durable", "locks", "inode", "links", "pitfalls")),
-        ),
-        (*_TEST, "tests/store", "tests/machines", "tests/crash/test_many_at_once.py"),
-    ),
-    "kills": (
-        (*_MATRIX, "kill", "--stride", "17"),
-        (*_MATRIX, "kill both", "--stride", "3"),
-        (*_MATRIX, "kill again while recovering", "--stride", "61"),
-    ),
-    "faults": ((*_MATRIX, "EIO once", "--stride", "23"), (*_MATRIX, "EIO of the tools", "--stride", "3")),
-    "scenarios": ((*_TEST, "tests/scenarios/test_found_by_attack.py", "tests/cli/test_bad_input.py"),),
-    "power cuts": (
-        ("-m", "tests.crash.power", "--way", "power cut of the images' disk alone on xfs", "--stride", "3"),
-    ),
-}
-FIRST = {
-    "sync": ("audit", "tests", "recovery audit", "faults", "power cuts"),
-    "journal": ("kills", "audit", "tests", "recovery audit", "scenarios", "faults"),
-    "lock": ("tests", "scenarios", "kills"),
-    "order": ("audit", "tests", "kills", "recovery audit"),
-}
+KEPT, LEARNED = ROOT / "build" / "mutants.json", ROOT / "build" / "mutants-reached.json"
+TESTS = (
+    *("tests/store", "tests/machines", "tests/running"),
+    *(f"tests/images/test_{name}.py" for name in ("child", "durable", "inode", "links", "locks", "pitfalls")),
+    *("tests/images/test_pitfalls_merging.py", "tests/scenarios/test_a_what_snapshots_are_for.py"),
+    *("tests/scenarios/test_found_by_attack.py", "tests/cli/test_bad_input.py", "tests/crash/test_many_at_once.py"),
+)
+FIRST_CASES, QUICK_TESTS, QUICK_SECONDS = 3, 12, 2.0
+"""So many cases come before the tests, so many tests before the other cases, if they take no longer than so long."""
+POINTS_SECONDS, ONE_SECONDS = 90.0, 60.0
+"""So long the points of a mutant may take, and any one thing, which otherwise does not end."""
+_WORDS = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "tests.kit.reached", "-m", "not slow")
 
 
-@dataclass(frozen=True)
-class Mutant:
-    """One change: ``lines`` (from, to, counted from 1) of a file become ``text``."""
+def apart(work: Callable[[], None], seconds: float, *, chosen: int) -> bool:
+    """Do the work in a process of its own with a mutant in force; whether it comes to its end and finds nothing."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.setsid()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            os.environ[CHOSEN] = str(chosen)
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    until = time.monotonic() + seconds
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < until:
+        time.sleep(0.002)
+    if ended == (0, 0):
+        os.killpg(child, signal.SIGKILL)
+        ended = os.waitpid(child, 0)
+    return ended[1] == 0
 
-    kind: str
-    path: str
-    lines: tuple[int, int]
-    was: str
-    text: str
 
-    @property
-    def name(self) -> str:
-        return f"{self.kind}: {self.path}: {' '.join(self.was.split())}"
+class Trials:
+    """All that may find a mutant out, and which mutants each comes by."""
 
+    def __init__(self, folder: Path, stride: int) -> None:
+        from tests.crash.audit import Audited
+        from tests.crash.cases import CASES
 
-def called(statement: ast.stmt) -> str:
-    """What the statement calls and throws the result away of, if it does so."""
-    if not isinstance(statement, ast.Expr):
+        self.folder, self.stride, self.cases = folder, stride, CASES
+        self._audited = Audited
+        self._built: dict[tuple[str, str], Audited] = {}
+        self.whole: dict[str, list[int]] = {}
+        """By case: which mutants the operation by itself comes by."""
+        self.points: dict[str, dict[str, list[int]]] = {}
+        """By case and call: which ones it comes by when it is killed there, with its recovery."""
+        self.tests: dict[str, tuple[float, list[int]]] = {}
+        """By test: how long it takes, and which ones it comes by."""
+        self.files: dict[str, str] = {}
+        """By file of tests: what it held when they were learned."""
+
+    def built(self, case: str, way: str = "kill") -> Any:
+        """The case with its tree."""
+        if (case, way) not in self._built:
+            place = self.folder / f"case{len(self._built)}"
+            place.mkdir()
+            self._built[case, way] = self._audited(place, case, way)
+        return self._built[case, way]
+
+    # ---- learning -------------------------------------------------------------------------------------------------
+
+    def learn(self, state: str) -> None:
+        """Which mutants each comes by; the code as it is has to go through all of it."""
+        kept = json.loads(LEARNED.read_text()) if LEARNED.exists() else {}
+        files = {str(path): digest([ROOT / path]) for path in test_files()}
+        if kept.get("state") == state:
+            self.whole, self.points = kept["whole"], kept["points"]
+            same = {path for path in files if kept["files"].get(path) == files[path]}
+            self.tests = {test: each for test, each in kept["tests"].items() if test.partition("::")[0] in same}
+            self.files = {path: files[path] for path in same}
+        for case in self.cases:
+            if case not in self.points:
+                self._learn_case(case)
+                self._keep(state)
+        if changed := [path for path in files if path not in self.files]:
+            self._learn_tests(changed)
+            self.files = files
+            self._keep(state)
+
+    def _keep(self, state: str) -> None:
+        LEARNED.parent.mkdir(exist_ok=True)
+        kept = {"state": state, "whole": self.whole, "points": self.points, "tests": self.tests, "files": self.files}
+        LEARNED.write_text(json.dumps(kept))
+
+    def _learn_case(self, case: str) -> None:
+        began, found = time.monotonic(), dict[str, list[int]]()
+        self.whole[case] = self._reached(self.built(case).whole)
+        for way in AUDITED:
+            matrix, interrupted = self.built(case, way), list[bool]()
+            # QEMU's programs make few calls.
+            stride = self.stride if way == "kill" else max(1, self.stride // 6)
+            number = random.Random(case).randint(1, stride)
+            while not interrupted or interrupted[-1]:
+                reached = self._reached(lambda at=number, on=matrix, told=interrupted: told.append(on.point(at)))  # type: ignore[misc]
+                found[f"{way} at call {number}"] = reached
+                number += stride
+        self.points[case] = found
+        print(f"learned: {case}, {len(found)} points in {time.monotonic() - began:.1f} s", flush=True)
+
+    def _reached(self, work: Callable[[], None]) -> list[int]:
+        told = self.folder / "reached"
+        start(told)
+        work()
+        return reached(told)
+
+    def _learn_tests(self, files: list[str]) -> None:
+        told = self.folder / "tests"
+        place = {**plain(), "SNAPTREE_REACHED_BY_TEST": str(told)}
+        subprocess.run([sys.executable, *_WORDS, *files], cwd=ROOT, env=place, check=True)
+        for line in told.read_text().splitlines():
+            test, seconds, numbers = json.loads(line)
+            self.tests[test] = (seconds, numbers)
+
+    # ---- trying ---------------------------------------------------------------------------------------------------
+
+    def caught_by(self, mutant: Mutant) -> str:
+        """What finds the mutant out first; empty when nothing does."""
+        number = mutant.number
+        # What comes by few of the mutants is about them.
+        cases = sorted((len(numbers), case) for case, numbers in self.whole.items() if number in numbers)
+        tests = sorted(
+            (seconds * len(numbers), test) for test, (seconds, numbers) in self.tests.items() if number in numbers
+        )
+        quick = [test for _, test in tests if self.tests[test][0] < QUICK_SECONDS][:QUICK_TESTS]
+        return (
+            self._wrong(cases[:FIRST_CASES], number)
+            or self._failing(quick, number)
+            or self._wrong(cases[FIRST_CASES:], number)
+            or self._killed(number)
+            or self._failing([test for _, test in tests if test not in quick], number)
+        )
+
+    def _wrong(self, cases: list[tuple[int, str]], number: int) -> str:
+        for _, case in cases:
+            if not apart(self.built(case).whole, ONE_SECONDS, chosen=number):
+                return f"audit: {case}"
         return ""
-    value = statement.value.value if isinstance(statement.value, ast.Await) else statement.value
-    if not isinstance(value, ast.Call):
+
+    def _failing(self, tests: list[str], number: int) -> str:
+        if not tests:
+            return ""
+        told = self.folder / "failed"
+        told.unlink(missing_ok=True)
+        place = {**plain(), CHOSEN: str(number), "SNAPTREE_FAILED_TEST": str(told)}
+        process = subprocess.Popen(
+            [sys.executable, *_WORDS, *tests],
+            cwd=ROOT,
+            env=place,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            process.wait(ONE_SECONDS + 4 * sum(self.tests[test][0] for test in tests))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return "tests: one does not end"
+        if process.returncode == 0:
+            return ""
+        return f"test: {told.read_text() if told.exists() else 'pytest ends by itself'}"
+
+    def _killed(self, number: int) -> str:
+        places = [
+            (case, at) for case, points in self.points.items() for at, numbers in points.items() if number in numbers
+        ]
+        random.Random(number).shuffle(places)
+        until = time.monotonic() + POINTS_SECONDS
+        for case, place in places:
+            if time.monotonic() > until:
+                break
+            way, _, at = place.partition(" at call ")
+            matrix = self.built(case, way)
+            if not apart(lambda on=matrix, at=at: on.point(int(at)), ONE_SECONDS, chosen=number):  # type: ignore[misc]
+                return f"{place}: {case}"
         return ""
-    return value.func.attr if isinstance(value.func, ast.Attribute) else getattr(value.func, "id", "")
 
 
-def mutants() -> Iterator[Mutant]:
-    """All that can be made of the source."""
-    for room in ROOMS:
-        for path in sorted((ROOT / "src" / "snaptree" / room).rglob("*.py")):
-            yield from mutants_of(path)
+def plain() -> dict[str, str]:
+    """The environment for pytest: without the library, whose tests start processes with it themselves."""
+    found = {key: value for key, value in os.environ.items() if key not in ("LD_PRELOAD", "TMPDIR", CHOSEN, REACHED)}
+    return {**found, "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def mutants_of(path: Path) -> Iterator[Mutant]:
-    """Those of one file."""
-    source = path.read_text(encoding="utf-8")
-    lines, name = source.splitlines(), str(path.relative_to(ROOT / "src"))
-
-    def cut(first: ast.stmt, last: ast.stmt) -> tuple[tuple[int, int], str]:
-        assert last.end_lineno is not None
-        span = (first.lineno, last.end_lineno)
-        return span, "\n".join(lines[span[0] - 1 : span[1]])
-
-    for node in ast.walk(ast.parse(source)):
-        for block in (getattr(node, field, None) for field in ("body", "orelse", "finalbody")):
-            for before, statement in zip([None, *block], block, strict=False) if isinstance(block, list) else ():
-                span, was = cut(statement, statement)
-                call, indent = called(statement), " " * statement.col_offset
-                kinds = {"sync": SYNCS, "journal": JOURNAL, "lock": LOCKS}
-                # "extend" is a lock's only where it is called on one; lists have it too.
-                for kind in [kind for kind, names in kinds.items() if call in names and "stack." not in was]:
-                    yield Mutant(kind, name, span, was, f"{indent}pass")
-                if isinstance(statement, ast.With) and ".lent(" in was.splitlines()[0]:
-                    first = was.splitlines()[0]
-                    yield Mutant("lock", name, (span[0], span[0]), first, f"{indent}if True:")
-                if call in RENAMES and before is not None and called(before):
-                    both, old = cut(before, statement)
-                    yield Mutant("order", name, both, old, f"{was}\n{cut(before, before)[1]}")
-    for number, line in enumerate(lines, 1):
-        for old, new in WORDS.items():
-            if f'execute("{old}")' in line:
-                yield Mutant("journal", name, (number, number), line, line.replace(old, new))
+def test_files() -> list[str]:
+    """The files of tests that may find a mutant out."""
+    paths = (ROOT / each for each in TESTS)
+    found = (file for path in paths for file in (sorted(path.glob("test_*.py")) if path.is_dir() else [path]))
+    return [str(path.relative_to(ROOT)) for path in found]
 
 
-def distinct(found: Iterator[Mutant]) -> dict[str, Mutant]:
-    """By name; the same statement twice in a file is numbered."""
-    named: dict[str, Mutant] = {}
-    for each in found:
-        name, number = each.name, 2
-        while name in named:
-            name, number = f"{each.name} ({number})", number + 1
-        named[name] = each
-    return named
+def digest(paths: Iterable[Path]) -> str:
+    """What the files hold, in short."""
+    found = hashlib.sha256()
+    for path in sorted(paths):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
 
 
-def caught_by(mutant: Mutant, checks: Sequence[str]) -> str:
-    """The first check that finds the mutant out; empty when none does."""
-    with tempfile.TemporaryDirectory(prefix="snaptree-mutant-") as folder:
-        shutil.copytree(ROOT / "src", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-        target = Path(folder) / mutant.path
-        lines = target.read_text(encoding="utf-8").splitlines()
-        lines[mutant.lines[0] - 1 : mutant.lines[1]] = mutant.text.splitlines()
-        target.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        for check in checks:
-            for words in CHECKS[check]:
-                if not passes(words, folder):
-                    return check
-    return ""
-
-
-def passes(words: Sequence[str], source: str) -> bool:
-    """Whether the check finds nothing wrong with the source. One that does not end has found something."""
-    place = os.environ if "pytest" in words else shim.place()
-    place = {**place, "PYTHONPATH": source, "PYTHONDONTWRITEBYTECODE": "1"}
-    process = subprocess.Popen(
-        [sys.executable, *words], cwd=ROOT, env=place, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    try:
-        out, _ = process.communicate(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
-        return False
-    if process.returncode != 0:
-        return False
-    return "tests.crash.audit" not in words or not any(json.loads(row)["faults"] for row in out.splitlines())
+def try_all(options: argparse.Namespace, folder: Path) -> None:
+    """Go through the mutants that have not been tried yet."""
+    found = [Mutant(**each) for each in json.loads((folder / "mutants.json").read_text())]
+    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    names = json.loads((folder / "names.json").read_text())
+    wanted = []
+    for name, mutant in zip(names, found, strict=True):
+        of = digest([ROOT / "src" / mutant.path])
+        known = kept.get(name, {})
+        if options.only in name and (known.get("of") != of or (options.again and not known["by"])):
+            wanted.append((name, mutant, of))
+    for name in [name for name in kept if name not in names]:
+        del kept[name]
+    until = time.monotonic() + options.minutes * 60
+    if wanted:
+        trials = Trials(folder, options.stride)
+        rest = [*(ROOT / "tests" / "kit").glob("*"), ROOT / "tests/crash/matrix.py", ROOT / "tests/crash/audit.py"]
+        trials.learn(digest([*(ROOT / "src").rglob("*.py"), *filter(Path.is_file, rest)]) + f" {options.stride}")
+    for name, mutant, of in wanted:
+        if time.monotonic() > until:
+            break
+        began = time.monotonic()
+        by = trials.caught_by(mutant)
+        kept[name] = {"by": by, "of": of}
+        KEPT.write_text(json.dumps(kept, indent=1, sort_keys=True))
+        print(f"{by or 'ALIVE'}, {time.monotonic() - began:.1f} s: {mutant.line}: {name}", flush=True)
 
 
 def main() -> None:
-    """Go through the mutants that have not been tried yet."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Make the mutants, and go on in a process that has them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="those whose name contains this")
     parser.add_argument("--minutes", type=float, default=600)
     parser.add_argument("--list", action="store_true", help="say which there are, and stop")
     parser.add_argument("--again", action="store_true", help="try those again that were alive")
-    parser.add_argument("--part", default="0/1", help="N/M: every M-th, from the N-th on")
+    parser.add_argument("--stride", type=int, default=1, help="kill at every so manieth call")
     options = parser.parse_args()
-    part, parts = map(int, options.part.split("/"))
-    until = time.monotonic() + options.minutes * 60
-    wanted = {name: each for name, each in distinct(mutants()).items() if options.only in name}
-    for name in list(wanted)[part::parts]:
+    if "SNAPTREE_MUTANTS" in os.environ:
+        try_all(options, Path(os.environ["SNAPTREE_MUTANTS"]))
+        return
+    place = shim.place()
+    with tempfile.TemporaryDirectory(
+        prefix="snaptree-mutants-", dir=place.get("TMPDIR"), ignore_cleanup_errors=True
+    ) as name:
+        source = Source()
+        source.write(Path(name))
         if options.list:
-            print(name)
-            continue
-        kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-        if name in kept and (kept[name] or not options.again):
-            continue
-        if time.monotonic() > until:
-            break
-        found = caught_by(wanted[name], FIRST[wanted[name].kind])
-        kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-        KEPT.parent.mkdir(exist_ok=True)
-        KEPT.write_text(json.dumps({**kept, name: found}, indent=1, sort_keys=True))
-        print(f"{found or 'ALIVE'}: {name}", flush=True)
+            print("\n".join(source.found))
+            return
+        (Path(name) / "mutants.json").write_text(json.dumps([asdict(each) for each in source.found.values()]))
+        (Path(name) / "names.json").write_text(json.dumps(list(source.found)))
+        place = {**place, "PYTHONPATH": name, "SNAPTREE_MUTANTS": name, "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.crash.mutants", *sys.argv[1:]], cwd=ROOT, env=place, check=False
+        )
+        sys.exit(done.returncode)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,11 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import hashlib
 import json
 import random
+import sqlite3
+import stat
 import tempfile
 from pathlib import Path
 
@@ -23,6 +26,8 @@ from tests.crash.matrix import LIMIT, WAYS, Matrix, Tally, Way
 from tests.kit import shim
 from tests.kit.disks import SMALLEST, Disk
 from tests.kit.write_log import LoggedDisk, Replay, states
+
+from snaptree.images.inode import inode_of
 
 AT_A_SYNC = {
     "power cut at a sync": Way(kinds=shim.SYNC),
@@ -74,27 +79,61 @@ class Recorded(Matrix):
         self.requests = disk.requests()
 
     def states(self, samples: int, stride: int, seed: int) -> None:
-        """Go through what a power cut can leave."""
+        """Go through what a power cut can leave. What has been looked at once is not looked at again.
+
+        Many disks are the same byte for byte, and many more when their file system has put itself right: most of what
+        is not flushed is its log, which says nothing without its end.
+        """
         # What the operation has said to be done is on disk with the last flush before it said so.
         done = max(number for number, each in enumerate(self.requests[: self.end]) if each.flush)
         replay = Replay(self.disk, self.requests)
+        disks, pictures = set[tuple[bool, int]](), set[tuple[bool, bytes]]()
         for number, state in enumerate(states(self.requests, self.start, random.Random(seed), samples)):
             if number % stride:
                 continue
+            interrupted = state.flushed < done
+            self.tally.points += 1
+            disk = (interrupted, replay.know(state))
+            if disk in disks:
+                continue
+            disks.add(disk)
             replay.make(state)
-            world = self.world
-            world.truth, world.extra = copy.deepcopy(self.truth), set(self.extra)
             self.disk.mount()
             try:
-                self.judge(number, self.request, self.before, interrupted=state.flushed < done)
+                found = (interrupted, picture(self.world.folder))
+                if found not in pictures:
+                    pictures.add(found)
+                    self.world.truth, self.world.extra = copy.deepcopy(self.truth), set(self.extra)
+                    self.judge(number, self.request, self.before, interrupted=interrupted)
             except BaseException as error:
                 error.add_note(f"{self.tally.case}, seed {seed}, samples {samples}, state {number}: {state}")
                 raise
             finally:
                 gc.collect()
                 self.disk.unmount()
-            self.tally.points += 1
+        self.tally.looked = len(pictures)
         replay.close()
+
+
+def picture(folder: Path) -> bytes:
+    """All of the folder that snaptree can see: names, inodes, rights, times and bytes, and what the state file says."""
+    found = hashlib.blake2b()
+    for path in sorted(folder.rglob("*")):
+        status = path.lstat()
+        if not path.name.startswith("state.sqlite"):
+            looks = (str(path), *inode_of(str(path)), status.st_mode, status.st_uid, status.st_gid)
+            found.update(repr(looks).encode())
+        if stat.S_ISREG(status.st_mode) and not path.name.startswith("state.sqlite"):
+            found.update(repr((status.st_mtime_ns, status.st_size)).encode() + path.read_bytes())
+    database = folder / "state" / "state.sqlite"
+    if database.exists():
+        connection = sqlite3.connect(database, isolation_level=None)
+        try:
+            for line in connection.iterdump():
+                found.update(line.encode())
+        finally:
+            connection.close()
+    return found.digest()
 
 
 def replayed(case: str, kind: str, samples: int, stride: int, seed: int) -> Tally:

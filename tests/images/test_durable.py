@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -94,6 +95,29 @@ def test_small_folders_are_replaced_whole(tmp_path: Path) -> None:
     durable.replace_small(str(tmp_path / "new"), str(tmp_path / "old"), "t")
     assert {each.name: each.read_text() for each in (tmp_path / "old").iterdir()} == {"b": "new", "c": "new"}
     assert sorted(each.name for each in tmp_path.iterdir()) == ["new", "old"]
+
+
+def test_folders_are_synced_also_those_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever made them may have been killed before it had synced them."""
+    synced = list[int]()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    (tmp_path / "a").mkdir()
+    durable.make_folder(str(tmp_path / "a" / "b" / "c"))
+    inodes = [folder.stat().st_ino for folder in (tmp_path, tmp_path / "a", tmp_path / "a" / "b")]
+    assert synced == inodes
+    durable.make_folder(str(tmp_path / "a" / "b" / "c"))
+    assert synced == [*inodes, inodes[-1]]
+
+
+def test_the_old_folder_goes_when_the_new_one_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = list[int | str]()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: said.append(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(shutil, "rmtree", lambda path: said.append("removed"))
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state").write_text(name)
+    durable.replace_small(str(tmp_path / "new"), str(tmp_path / "old"), "t")
+    assert said[said.index("removed") - 1] == tmp_path.stat().st_ino
 
 
 def test_copying_keeps_holes_and_can_be_stopped(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 from pathlib import Path
 
@@ -73,3 +75,22 @@ def test_a_link_is_the_same_image(tmp_path: Path, path: Path) -> None:
     with pytest.raises(BusyError):
         second.acquire([str(again)])
     first.release()
+
+
+def test_what_may_only_be_read_is_locked_too(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system that is mounted read-only, say."""
+    before = os.open
+
+    def reading_only(path: str, flags: int, *rest: int) -> int:
+        if flags & os.O_RDWR:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+        return before(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", reading_only)
+    first, second = MachineLock(), MachineLock()
+    first.acquire([str(path)])
+    with pytest.raises(BusyError):
+        second.acquire([str(path)])
+    first.release()
+    second.acquire([str(path)])
+    second.release()

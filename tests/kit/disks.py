@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import errno
 import fcntl
 import os
 import shutil
 import struct
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +26,10 @@ SMALLEST = {"ext4": 48 << 20, "xfs": 304 << 20, "btrfs": 128 << 20}
 SHUTDOWN = 0x8004587D
 """``FS_IOC_SHUTDOWN`` (include/uapi/linux/fs.h), the same on ext4 and XFS."""
 _NO_LOG_FLUSH = struct.pack("I", 2)
+_LOOP_CTL_GET_FREE, _LOOP_CONFIGURE, _AUTOCLEAR = 0x4C82, 0x4C0A, 4
+_LOOP_CONFIG = struct.Struct("=I4x52xI176x64x")
+"""``struct loop_config`` (include/uapi/linux/loop.h): the file's descriptor, and the flags."""
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Disk:
@@ -37,6 +45,7 @@ class Disk:
         tool = shutil.which(MAKE[kind][0], path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
         if tool is None:
             pytest.skip(f"{MAKE[kind][0]} is not installed")
+        self.kind = kind
         self.path = folder / f"{kind}.disk"
         self.place = folder / f"{kind}.mount"
         with self.path.open("wb") as file:
@@ -50,22 +59,41 @@ class Disk:
         return self.path
 
     def mount(self) -> Path:
-        """Mount it; the mount point."""
-        loop = [] if self.source.is_block_device() else ["-o", "loop"]
-        done = subprocess.run(["mount", *loop, self.source, self.place], capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            pytest.skip(f"loop devices cannot be mounted here: {done.stderr.strip()}")
+        """Mount it; the mount point.
+
+        A file gets a loop device of its own each time: ``mount -o loop`` takes one that has it still, and with it what
+        the system remembers of the file as it was.
+        """
+        with self._device() as device:
+            if _libc.mount(os.fsencode(device), os.fsencode(self.place), self.kind.encode(), 0, None) != 0:
+                pytest.skip(f"disks cannot be mounted here: {os.strerror(ctypes.get_errno())}")
         return self.place
+
+    @contextlib.contextmanager
+    def _device(self) -> Iterator[Path]:
+        """The block device; that of a file goes with the last one who has it open or mounted."""
+        if self.source.is_block_device():
+            yield self.source
+            return
+        with self.source.open("r+b") as file, open("/dev/loop-control", "rb") as control:
+            while True:
+                path = Path(f"/dev/loop{fcntl.ioctl(control, _LOOP_CTL_GET_FREE)}")
+                with path.open("r+b", buffering=0) as loop:
+                    try:
+                        fcntl.ioctl(loop, _LOOP_CONFIGURE, _LOOP_CONFIG.pack(file.fileno(), _AUTOCLEAR))
+                    except OSError as error:
+                        if error.errno != errno.EBUSY:
+                            raise
+                        continue
+                    yield path
+                    return
 
     def unmount(self, seconds: float = 20.0) -> None:
         """Unmount it, as soon as the last process has let go of it."""
         until = time.monotonic() + seconds
-        while True:
-            done = subprocess.run(["umount", self.place], capture_output=True, text=True, check=False)
-            if done.returncode == 0:
-                return
-            assert time.monotonic() < until, done.stderr
-            time.sleep(0.01)
+        while _libc.umount2(os.fsencode(self.place), 0) != 0:
+            assert ctypes.get_errno() == errno.EBUSY and time.monotonic() < until, os.strerror(ctypes.get_errno())
+            time.sleep(0.005)
 
     def shut_down(self) -> None:
         """The power fails: nothing reaches the disk any more, until it is mounted again."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,29 +109,65 @@ class Replay:
         self.disk, self.requests = disk, requests
         self.flushed = disk.first
         self.made = disk.path
-        self._applied = 0
+        self._applied, self._sum = 0, 0
         self._log = disk.log.open("rb")
+        self._image = self.flushed.open("r+b")
+
+    def know(self, state: State) -> int:
+        """A number that disks have in common which are the same, byte for byte; states come in the order of the log."""
+        assert state.flushed >= self._applied
+        for request in self.requests[self._applied : state.flushed]:
+            pages = self._changed({}, request, 0, request.length)
+            self._sum ^= self._differing(pages)
+            for number, page in pages.items():
+                os.pwrite(self._image.fileno(), page, number * BLOCK)
+        self._applied = state.flushed
+        pages = {}
+        for part in state.parts:
+            self._changed(pages, *part)
+        return self._sum ^ self._differing(pages)
 
     def make(self, state: State) -> None:
         """Put the state where the disk is."""
-        assert state.flushed >= self._applied
-        with self.flushed.open("r+b") as image:
-            for request in self.requests[self._applied : state.flushed]:
-                self._apply(image.fileno(), request, 0, request.length)
-        self._applied = state.flushed
+        self.know(state)
         images.run("cp", self.flushed, self.made)
         with self.made.open("r+b") as image:
             for request, start, end in state.parts:
-                self._apply(image.fileno(), request, start, end)
+                os.pwrite(image.fileno(), self._data(request, start, end), request.offset + start)
 
-    def _apply(self, image: int, request: Request, start: int, end: int) -> None:
-        data = bytes(end - start)
-        if request.data is not None:
-            data = os.pread(self._log.fileno(), end - start, request.data + start)
-        os.pwrite(image, data, request.offset + start)
+    def _data(self, request: Request, start: int, end: int) -> bytes:
+        if request.data is None:
+            return bytes(end - start)
+        return os.pread(self._log.fileno(), end - start, request.data + start)
+
+    def _changed(self, pages: dict[int, bytearray], request: Request, start: int, end: int) -> dict[int, bytearray]:
+        """Write a part of a request into these pages of the disk; those that are not there yet are read."""
+        data, at = memoryview(self._data(request, start, end)), request.offset + start
+        while data:
+            number, inside = divmod(at, BLOCK)
+            if number not in pages:
+                pages[number] = bytearray(os.pread(self._image.fileno(), BLOCK, number * BLOCK))
+            count = min(BLOCK - inside, len(data))
+            pages[number][inside : inside + count] = data[:count]
+            data, at = data[count:], at + count
+        return pages
+
+    def _differing(self, pages: Mapping[int, bytes | bytearray]) -> int:
+        """By how much the number changes when the disk has these pages."""
+        found = 0
+        for number, page in pages.items():
+            before = os.pread(self._image.fileno(), BLOCK, number * BLOCK)
+            if page != before:
+                found ^= _digest(number, page) ^ _digest(number, before)
+        return found
 
     def close(self) -> None:
         self._log.close()
+        self._image.close()
+
+
+def _digest(number: int, page: bytes | bytearray) -> int:
+    return int.from_bytes(hashlib.blake2b(page, digest_size=16, key=number.to_bytes(8, "little")).digest(), "little")
 
 
 def states(requests: Sequence[Request], start: int, chance: random.Random, samples: int) -> Iterator[State]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,57 @@ def test_a_newer_schema_is_left_alone(tmp_path: Path) -> None:
         connection.execute("PRAGMA user_version=99")
     with pytest.raises(StateError, match="newer"):
         Database(str(tmp_path)).open()
+
+
+def test_new_folders_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each name of those that are made, in the folder that has it."""
+    synced = synced_inodes(monkeypatch)
+    Database(str(tmp_path / "a" / "b" / "state")).open()
+    assert {folder.stat().st_ino for folder in (tmp_path, tmp_path / "a", tmp_path / "a" / "b")} <= set(synced)
+
+
+def test_what_a_killed_process_has_committed_can_be_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = synced_inodes(monkeypatch)
+    database = Database(str(tmp_path))
+    database.sync()
+    with database.transaction() as connection:
+        trees.register(connection, MachineConfig("web1"), new=True)
+    synced.clear()
+    database.sync()
+    assert synced == [Path(database.path + "-wal").stat().st_ino]
+
+
+def synced_inodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The files that are synced from now on, but for those that SQLite syncs."""
+    synced = list[int]()
+
+    def sync(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    return synced
+
+
+def test_a_transaction_has_the_state_from_its_beginning(tmp_path: Path) -> None:
+    """What it reads before it writes is still so when it writes."""
+    database = Database(str(tmp_path))
+    database.open()
+    other = sqlite3.connect(database.path, timeout=0, isolation_level=None)
+    with database.transaction(), pytest.raises(sqlite3.OperationalError, match="locked"):
+        other.execute("BEGIN IMMEDIATE")
+
+
+def test_two_make_the_state_file_at_once(tmp_path: Path) -> None:
+    first = Database(str(tmp_path))
+    first.open()
+    first.close()
+    with sqlite3.connect(first.path, isolation_level=None, check_same_thread=False) as other:
+        other.execute("PRAGMA user_version=0")
+        other.execute("BEGIN IMMEDIATE")
+        with ThreadPoolExecutor() as pool:
+            opening = pool.submit(first.open)
+            with pytest.raises(TimeoutError):
+                opening.result(0.3)
+            other.execute("PRAGMA user_version=1")
+            other.execute("COMMIT")
+            assert opening.result(9).execute("SELECT count(*) FROM machine").fetchone() == (0,)

@@ -148,7 +148,9 @@ def make_file(path: str, writes: Iterable[tuple[int, bytes]], length: int, like:
 
 
 def copy_into(source: str, target: str, *, cancelled: Callable[[], bool] = lambda: False) -> None:
-    """Copy what the source file holds into an empty file, holes as holes, with shared blocks where the system can.
+    """Copy what the source file holds into a prepared file, holes as holes, with shared blocks where the system can.
+
+    :func:`publish` brings it to disk.
 
     :raise CancelledError: ``cancelled`` said so.
     """
@@ -170,7 +172,6 @@ def copy_into(source: str, target: str, *, cancelled: Callable[[], bool] = lambd
                     if cancelled():
                         raise CancelledError(f"stopped while {source} was being copied")
                     at += _copy_range(reading, writing, at, min(end - at, _COPIED_AT_ONCE))
-            os.fsync(writing)
         finally:
             os.close(reading)
 
@@ -307,11 +308,18 @@ def remove(path: str, identity: tuple[int, int] | None) -> bool:
         try:
             if identity is not None and not is_still(path, *identity):
                 return False
+            os.unlink(path)
         except FileNotFoundError:
+            _sync_gone(path)
             return False
-        os.unlink(path)
     sync_folder(path)
     return True
+
+
+def _sync_gone(path: str) -> None:
+    """What is gone may have been removed by a process that was killed before it had synced that."""
+    if os.path.isdir(os.path.dirname(path)):
+        sync_folder(path)
 
 
 def discard_temporary(path: str, token: str) -> None:
@@ -324,9 +332,12 @@ def discard_temporary(path: str, token: str) -> None:
 
 def make_folder(path: str) -> None:
     """Make a folder for us only, with those above it that are missing, unless it is there."""
+    if os.path.isdir(path):
+        # Made by a process, perhaps, that was killed before it had synced it; one that is ours can be synced.
+        with suppress(RefusedError):
+            sync_folder(path)
+        return
     with explained(path, "make"):
-        if os.path.isdir(path):
-            return
         make_folder(os.path.dirname(path))
         with suppress(FileExistsError):
             os.mkdir(path, 0o700)
@@ -368,6 +379,7 @@ def remove_small(path: str) -> None:
         try:
             mode = os.lstat(path).st_mode
         except FileNotFoundError:
+            _sync_gone(path)
             return
         if stat.S_ISDIR(mode):
             shutil.rmtree(path)

@@ -19,7 +19,8 @@ _COPIED, _COMPRESSED, _ZERO = 1 << 63, 1 << 62, 1
 def zero_tail(path: str) -> None:
     """Zero what the last cluster holds past the end of the disk; what the image shows stays the same.
 
-    A cluster that cannot be written in place, compressed or shared with an internal snapshot, is left as it is.
+    A cluster that cannot be written in place, compressed or shared with an internal snapshot, is left as it is. What is
+    written is not synced yet.
     """
     with durable.opened_for_writing(path) as descriptor:
         header = read_header(descriptor, path)
@@ -30,7 +31,6 @@ def zero_tail(path: str) -> None:
         if not place or zero or entry & _COMPRESSED or not entry & _COPIED:
             return
         durable.write_in_place(descriptor, place + inside, bytes(header.cluster_size - inside), path)
-        durable.sync(descriptor, path)
 
 
 def _last_entry(descriptor: int, header: Header) -> int:

@@ -110,8 +110,7 @@ class Connection:
 
         lock = MachineLock()
         try:
-            files = recovery.files_of(self.database, machine)
-            lock.acquire([path for path in files if os.path.exists(path)], wait)
+            lock.acquire(recovery.files_of(self.database, machine), wait)
             return asyncio.run(recovery.recover(self.database, machine, lock))
         finally:
             lock.release()

@@ -163,8 +163,10 @@ class Standalone:
         """As :meth:`run`, in an event loop that runs already."""
         from snaptree.errors import CancelledError
         from snaptree.running import executor, recovery
+        from snaptree.running.holding import files_of
 
         with durable.explained(f"a file of machine {self.name}", "use"), self._locked(wait, cancelled) as lock:
+            lock.extend(recovery.files_of(self.database, self.name))
             await recovery.recover(self.database, self.name, lock)
             self.config = trees.load_config(self.database, self.name)
             tree = self.tree()
@@ -173,7 +175,7 @@ class Standalone:
             plan = self._plan(tree, self.survey(tree, _folders(request)), request)
             if confirm is not None and not confirm(plan):
                 raise CancelledError("nothing was done", "")
-            lock.extend([path for each in plan.every() for path in each.touches if os.path.exists(path)])
+            lock.extend(files_of(plan))
             moved = sorted(path for path, inode in _seen(tree, request).items() if inode != seen[path])
             if moved:
                 raise BusyError(f"{moved[0]} has been replaced since it was planned", "see what did it, and try again")
@@ -214,6 +216,7 @@ class Standalone:
         if not operations.unfinished(self.database, self.name):
             return ()
         with self._locked(wait) as lock:
+            lock.extend(recovery.files_of(self.database, self.name))
             return asyncio.run(recovery.recover(self.database, self.name, lock))
 
     # ---- looking --------------------------------------------------------------------------------------------------

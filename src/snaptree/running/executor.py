@@ -148,10 +148,11 @@ async def undo_all(steps: tuple[Step, ...], context: Context, why: str) -> str:
 
     :return: ``undone``, or ``paused`` when data that went down stays there.
     """
-    # Where a file could not be locked again after one of QEMU's programs had it, somebody else has it now.
-    context.holding.take_steps(steps)
     for step in reversed(steps):
         await carry.undo(step, context)
+        for path in filter(os.path.exists, written_by(step)):
+            # What it has written stays, mended or not, be it by a process that was killed before it had synced it.
+            durable.sync_file(path)
         refresh(written_by(step), context)
     moved = any(isinstance(step, Move) for step in steps)
     state = operations.PAUSED if moved and any(isinstance(step, Record) for step in steps) else operations.UNDONE

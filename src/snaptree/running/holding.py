@@ -62,6 +62,13 @@ def read_by(step: Step) -> tuple[str, ...]:
             return ()
 
 
+def files_of(plan: Plan) -> tuple[str, ...]:
+    """The images that the plan and those that follow it rest on or write to; whoever carries it out locks them."""
+    written = {path for each in plan.every() for step in each.steps for path in written_by(step)}
+    found = written.union(*(each.touches for each in plan.every()))
+    return tuple(sorted(path for path in found if os.path.exists(path)))
+
+
 def _inode(path: str) -> tuple[int, int] | None:
     try:
         status = os.stat(path)

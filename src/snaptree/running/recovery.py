@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 from snaptree.images.locks import MachineLock
 from snaptree.planning.steps import BuildMerged, Move, PutInPlace, Record, Step, Unlink
 from snaptree.running.carry import moving, sharing
 from snaptree.running.context import Context
 from snaptree.running.executor import take, undo_all
-from snaptree.running.holding import Holding
+from snaptree.running.holding import Holding, written_by
 from snaptree.running.journal import Journal
 from snaptree.store import operations
 from snaptree.store.database import Database
@@ -25,7 +27,11 @@ async def recover(database: Database, machine: str, lock: MachineLock) -> tuple[
     :return: a sentence for each operation.
     :raise SnaptreeError: a step failed again; the operation stays in the journal and can be tried again.
     """
-    return tuple([await _settle(database, each, lock) for each in operations.unfinished(database, machine)])
+    waiting = operations.unfinished(database, machine)
+    if waiting:
+        # Its last word may have been written, but not synced: a power cut must not leave what is done now without it.
+        database.sync()
+    return tuple([await _settle(database, each, lock) for each in waiting])
 
 
 async def _settle(database: Database, operation: operations.Operation, lock: MachineLock) -> str:
@@ -84,13 +90,12 @@ def _restart(
 
 
 def files_of(database: Database, machine: str) -> tuple[str, ...]:
-    """The files that the machine's unfinished operations take away or bring in; whoever recovers locks them."""
+    """The files that the machine's unfinished operations write to, take away or bring in; who recovers locks them."""
     found: dict[str, None] = {}
     for operation in operations.unfinished(database, machine):
         for step in operations.steps_of(database, operation.id):
-            if isinstance(step, Unlink):
-                found[step.path] = None
-            elif isinstance(step, Record):
+            found.update(dict.fromkeys(written_by(step)))
+            if isinstance(step, Record):
                 layers = (layer for layer in step.delta.layers.values() if layer is not None and layer.owned)
                 found.update(dict.fromkeys(layer.path for layer in layers))
-    return tuple(found)
+    return tuple(path for path in found if os.path.exists(path))

@@ -101,6 +101,22 @@ class Database:
             self._connection.close()
             self._connection = None
 
+    def sync(self) -> None:
+        """Bring to disk what another process has committed, and was killed before it had synced it."""
+        try:
+            # SQLite's locks are on its other files: this one can be closed again.
+            descriptor = os.open(self.path + "-wal", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            raise StateError(
+                f"{self.path} cannot be synced: {error}", "look at the kernel's log for the device"
+            ) from error
+        finally:
+            os.close(descriptor)
+
     def _make_folder(self) -> None:
         """Make the state folder, and those above it that are missing, for us only, whatever the umask.
 

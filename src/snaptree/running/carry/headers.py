@@ -8,12 +8,11 @@ from snaptree.running.context import Context
 
 
 def repoint_file(path: str, name: str | None, image_format: str | None) -> None:
-    """Write another backing name into a file that nothing refers to yet: a crash throws it away."""
+    """Write another backing name into a new file, which is synced before it gets its name: a crash throws it away."""
     with durable.opened_for_writing(path) as descriptor:
         writes = header_write.repoint_writes(descriptor, path, name, image_format)
         for offset, data in writes.ordered() if writes is not None else ():
             durable.write_in_place(descriptor, offset, data, path)
-            durable.sync(descriptor, path)
 
 
 def repoint(step: Repoint, context: Context) -> None:
@@ -31,6 +30,8 @@ def repoint(step: Repoint, context: Context) -> None:
             return
         writes = header_write.repoint_writes(descriptor, step.path, name, step.backing_format)
         if writes is None:
+            # By a process, perhaps, that was killed before it had synced it.
+            durable.sync(descriptor, step.path)
             return
         if not writes.atomic:
             context.journal.note(step.path, writes.redo.hex())

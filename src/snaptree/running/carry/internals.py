@@ -73,7 +73,6 @@ def unmake(step: MakeInternal, context: Context) -> None:
         if step.tag in tags_of(step.path):
             qemu_img.snapshot_delete(_node(step.path), step.tag)
             require(step.tag not in tags_of(step.path), f"still has the internal snapshot {step.tag!r}", step.path)
-    durable.sync_file(step.path)
 
 
 def apply(step: ApplyInternal, context: Context) -> None:

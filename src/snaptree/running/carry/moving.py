@@ -243,4 +243,3 @@ def unmove(step: Move, context: Context) -> None:
                 counted = mend(path)
             if counted:
                 cut_tail(path)
-            durable.sync_file(path)
