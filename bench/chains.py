@@ -69,7 +69,7 @@ class Chain:
     def _make(self, folder: Path, chance: random.Random) -> None:
         folder.mkdir(parents=True)
         row = self.row
-        size = 5 * row.delta
+        size = 5 * row.delta + 128 * MIB
         count = row.delta // row.extent
         spacing = 2 * row.extent if row.scattered else row.extent
         unused = list(range(0, size - spacing, spacing))

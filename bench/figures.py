@@ -26,7 +26,14 @@ from bench.rows import (
     THEIRS,
     VIRSH,
 )
-from bench.ways import Space
+
+
+@dataclass
+class Space:
+    """What a run of snaptree did to the file system: the growth, and the metadata that it may have grown by."""
+
+    grown: int
+    metadata: int
 
 
 @dataclass
@@ -43,7 +50,7 @@ class Figures:
         return statistics.median(times) if times else None
 
     def beyond_start(self, way: str = SNAPTREE) -> float | None:
-        """The median without the start of a bare Python with the same imports; never less than 10 ms, which is about the noise."""
+        """The median without the start of a bare Python with the same imports; at least 10 ms, which is noise."""
         whole, bare = self.median(way), self.median(BARE)
         return None if whole is None or bare is None else max(0.01, whole - bare)
 

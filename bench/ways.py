@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.chains import Chain, remove
+from bench.figures import Space
 from bench.rows import BARE, COMMIT, COMMIT_WAY, DD, MIB, OURS, PULL_WAY, REBASE, REBASE_NONE, SNAPTREE, VIRSH
 from bench.systems import System, run
 from tests.kit.libvirtd import Libvirtd
@@ -44,14 +45,6 @@ _DOMAIN = """<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memor
 <os><type arch='x86_64'>hvm</type></os><devices>{disks}</devices></domain>"""
 _DISK = """<disk type='file' device='disk'><driver name='qemu' type='qcow2'/>
 <source file='{path}'/><target dev='{target}'/></disk>"""
-
-
-@dataclass
-class Space:
-    """What a run of snaptree did to the file system: the growth, and the metadata that it may have grown by."""
-
-    grown: int
-    metadata: int
 
 
 @dataclass
