@@ -17,13 +17,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import picture
 from bench.chains import Chain
 from bench.figures import Figures, Results, report
 from bench.rows import MIB, OURS, ROWS, VIRSH, Row
-from bench.systems import mounted, run
+from bench.systems import Unavailable, mounted, run
 from bench.ways import Ways
 from tests.kit.libvirtd import Libvirtd, LibvirtUnavailable, libvirtd
+
+from bench import picture
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "merge-speed.svg"
 
@@ -118,15 +119,22 @@ def main() -> None:
         if results.divisor != options.size_divisor:
             parser.error(f"{options.json} has figures of sizes divided by {results.divisor}")
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop)
     folder = Path(tempfile.mkdtemp(prefix="snaptree-bench-", dir=options.folder))
     folder.chmod(0o755)
     try:
         for row in rows:
+            try:
+                figures = measure(row, folder, options)
+            except Unavailable as error:
+                figures = Figures(left_out={"everything": str(error)})
             results.rows.pop(row.name, None)
-            results.rows[row.name] = measure(row, folder, options)
+            results.rows[row.name] = figures
             if options.json:
                 results.save(options.json)
+    except RuntimeError as error:
+        raise SystemExit(f"bench: {error}") from error
     finally:
         shutil.rmtree(folder)
     print(report(results))

@@ -10,7 +10,7 @@ from bench.rows import COMMIT, DD, EIGHT, FOUR, ONE, REBASE, SMALL, SNAPTREE, VI
 SIZES = ((SMALL, 0.25), (ONE, 1.0), (FOUR, 4.0), (EIGHT, 8.0))
 WAYS = {SNAPTREE: "a", VIRSH: "b", REBASE: "c", COMMIT: "d", DD: "e"}
 PANELS = (("xfs", "XFS: blocks can be shared"), ("ext4", "ext4: data has to be copied"))
-WIDTH, HEIGHT, LEFT, TOP, ROOM, GAP, LINE = 330, 300, 52, 52, 120, 14, 15
+WIDTH, HEIGHT, LEFT, TOP, ROOM, GAP, LINE = 330, 300, 52, 52, 165, 14, 15
 STYLE = """
 text { font: 12px sans-serif; fill: #333 } .head { font-weight: bold; font-size: 13px } .small { fill: #666 }
 .grid { stroke: #ddd } path, line { fill: none; stroke-width: 1 } path { stroke-width: 2 }

@@ -25,6 +25,10 @@ _CLONE = 0x40049409
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
+class Unavailable(RuntimeError):
+    """A file system cannot be made here; the text says why."""
+
+
 def run(*words: str | Path) -> str:
     """Run a program to its end; what it prints.
 
@@ -91,13 +95,14 @@ def mounted(folder: Path, kind: str, size: int, *, direct: bool = True) -> Itera
 
     :param folder: where that file is.
     :param direct: the loop device goes past the page cache of the folder's file system.
-    :raise RuntimeError: it cannot be made or mounted here.
+    :raise Unavailable: it cannot be made or mounted here.
     """
     size = max(size, SMALLEST)
     free = os.statvfs(folder)
     if free.f_bavail * free.f_frsize < size + 512 * MIB:
-        raise RuntimeError(f"{folder} has no room for a file system of {size // MIB} MiB")
+        raise Unavailable(f"{folder} has no room for a file system of {size // MIB} MiB")
     disk, place = folder / f"{kind}.disk", folder / kind
+    place.mkdir()
     try:
         # Written past the page cache, with the file kept from growing in small steps.
         run("fallocate", "-l", str(size), disk)
@@ -105,11 +110,13 @@ def mounted(folder: Path, kind: str, size: int, *, direct: bool = True) -> Itera
         loop = run("losetup", "--show", "-f", f"--direct-io={'on' if direct else 'off'}", disk).strip()
         try:
             run(*MAKE[kind], loop)
-            place.mkdir()
             run("mount", "-o", OPTIONS[kind], loop, place)
         finally:
             # It goes when the last that has it open does, which is the mount.
             run("losetup", "-d", loop)
+    except RuntimeError as error:
+        place.rmdir()
+        raise Unavailable(str(error)) from error
     finally:
         disk.unlink(missing_ok=True)
     try:
