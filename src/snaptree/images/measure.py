@@ -270,7 +270,7 @@ def _tables(clusters: Mask, start: int, target: Qcow2Allocation) -> Mask:
     used = (first + np.flatnonzero(clusters)) // target.per_table - first // target.per_table
     count = -(-(first % target.per_table + len(clusters)) // target.per_table)
     found = np.zeros(count, dtype=bool)
-    found[np.unique(used)] = True
+    found[used] = True
     return found
 
 
