@@ -21,7 +21,8 @@ from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from tests.kit import images
-from tests.kit.images import KiB, MiB
+from tests.kit.images import GiB, KiB, MiB
+from tests.kit.space import mounted
 from tests.kit.world import World, hidden_files, jobs_of
 
 from snaptree.errors import RefusedError, SnaptreeError, UsageError
@@ -42,6 +43,8 @@ DONE: Counter[str] = Counter()
 COMPARED: Counter[str] = Counter()
 """How often what was foretold has been compared with what was moved, by how it was found out."""
 JOURNEY: list[str] = []
+PLACE: Path | None = None
+"""Where the images are; None for where temporary files usually are."""
 
 
 class RandomOperations(RuleBasedStateMachine):
@@ -49,7 +52,7 @@ class RandomOperations(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp(prefix="snaptree-test-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="snaptree-test-", dir=PLACE))
         self.world = World(self.folder)
         self.numbers = iter(range(1, 10_000))
         self.random = random.Random(0)
@@ -206,6 +209,8 @@ class RandomOperations(RuleBasedStateMachine):
             if job.row[0][1] == "raw":
                 # To a stream all of a raw file is data but chunks of 512 KiB that are all zero.
                 zero += 512 * KiB * (len(lower) + 1)
+            if any(isinstance(step, Cover) for each in plan.every() for step in each.steps) and job.by_qemu:
+                continue  # A top of version 2 has the zeroes written out that it shows past the end of shorter layers.
             cut = 2 * MiB * any(isinstance(step, Cover) for each in plan.every() for step in each.steps)
             assert job.bytes - zero <= moved <= job.bytes + cut, f"foretold {job.bytes}, pulled {moved} into {path}"
 
@@ -274,14 +279,14 @@ class RandomOperations(RuleBasedStateMachine):
 
     def delete(self, data: st.DataObject) -> None:
         names = data.draw(st.lists(st.sampled_from(self._snapshots()), min_size=1, max_size=2, unique=True))
-        merge = data.draw(st.sampled_from(["auto", "auto", "auto", "none", "commit", "pull"]))
+        merge = data.draw(st.sampled_from(["auto", "auto", "auto", "none", "commit", "pull", "reflink"]))
         children = data.draw(st.sampled_from(["", "", "", "children", "only"]))
         with_branches = data.draw(st.sampled_from([False, False, True]))
         self._do(DeleteRequest(tuple(names), merge, children == "children", children == "only", with_branches))
 
     def delete_branch(self, data: st.DataObject) -> None:
         names = sorted(set(self.world.tree.branches) - {self.world.active})
-        merge = data.draw(st.sampled_from(["auto", "none", "pull"]))
+        merge = data.draw(st.sampled_from(["auto", "none", "pull", "reflink"]))
         self._do(DeleteBranchRequest(data.draw(st.sampled_from(names)), merge))
 
     def revert(self, data: st.DataObject) -> None:
@@ -306,7 +311,7 @@ class RandomOperations(RuleBasedStateMachine):
         disk = data.draw(st.sampled_from(self.world.tree.disks))
         layers = sorted(layer.path for layer in self.world.tree.layers.values() if layer.disk == disk)
         top = data.draw(st.none() | st.sampled_from(layers))
-        merge = data.draw(st.sampled_from(["auto", "commit", "pull"]))
+        merge = data.draw(st.sampled_from(["auto", "commit", "pull", "reflink"]))
         self._do(SquashRequest(disk, top, None, merge), may_refuse=(RefusedError,))
 
     def gc(self, data: st.DataObject) -> None:
@@ -360,8 +365,17 @@ def _kept() -> list[dict[str, Any]]:
     return found
 
 
-def _run(operations: int, steps: int) -> None:
-    """Run seed after seed until there have been so many operations."""
+def _run(operations: int, steps: int, folder: Path) -> None:
+    """Run seed after seed until there have been so many operations.
+
+    Every other seed is on XFS, whose files share blocks; of the others every other one leaves all merges to QEMU.
+    """
+    with mounted(folder, "xfs", 3 * GiB) as xfs:
+        _run_on(operations, steps, xfs)
+
+
+def _run_on(operations: int, steps: int, xfs: Path) -> None:
+    global PLACE
     kept = _kept()
     number = int(os.environ.get("SNAPTREE_SEED", "0") or "0") or max((each["seed"] for each in kept), default=0) + 1
     done = 0
@@ -379,6 +393,8 @@ def _run(operations: int, steps: int) -> None:
             suppress_health_check=list(HealthCheck),
         )
         mismatch = ""
+        PLACE = xfs if number % 2 else None
+        os.environ["SNAPTREE_MOVER"] = "qemu" if number % 4 == 2 else ""
         try:
             run_state_machine_as_test(seed(number)(RandomOperations), settings=how)
         except BaseException as error:
@@ -395,11 +411,11 @@ def _run(operations: int, steps: int) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_random_operations_keep_every_byte() -> None:
-    _run(int(os.environ.get("SNAPTREE_OPERATIONS", "300")), steps=30)
+def test_random_operations_keep_every_byte(tmp_path: Path) -> None:
+    _run(int(os.environ.get("SNAPTREE_OPERATIONS", "300")), 30, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_three_thousand_random_operations_keep_every_byte() -> None:
-    _run(3000, steps=50)
+def test_three_thousand_random_operations_keep_every_byte(tmp_path: Path) -> None:
+    _run(3000, 50, tmp_path)

@@ -134,6 +134,9 @@ class Mapping:
         shown = there if self.into == 0 else np.zeros_like(there)
         needless = (kinds == ZERO) & ((shown == ZERO) | ((shown == UNALLOCATED) & ~beneath))
         kinds[needless] = UNALLOCATED
+        if isinstance(self.target, Qcow2Allocation) and self.target.header.version < 3:
+            # Version 2 has no zero clusters: they are written out.
+            kinds[kinds == ZERO] = _MIXED
         inside = -(-self.size // self.granule) - start // self.granule
         kinds[max(0, inside) :] = UNALLOCATED
         return self._grouped(start, kinds, layers, places, there, beneath)

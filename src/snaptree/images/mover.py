@@ -1,6 +1,6 @@
 """snaptree's own mover: merges a row of layers by bringing clusters into one of them, or into a copy of it.
 
-It takes qcow2 of version 3 and raw; what it cannot do (``cost.foreseen`` says so beforehand) QEMU's jobs do. At every
+It takes qcow2 and raw; what it cannot do (``cost.foreseen`` says so beforehand) QEMU's jobs do. At every
 moment the target shows what it showed, or is read only through the layers above it: see ``target`` for the order.
 """
 

@@ -133,12 +133,13 @@ class RefCounts:
         self._fresh.clear()
         numbers = places // np.uint64(self.clusters.unit)
         blocks = numbers // np.uint64(self.per_block)
-        for number in np.unique(blocks).tolist():
+        for number in sorted(set(blocks.tolist())):
             if number >= len(self._table) or not self._table[number]:
                 continue  # Not counted at all: damage of before, which "qemu-img check" mends.
             counts = self._read(number)
-            inside, times = np.unique(numbers[blocks == number] % np.uint64(self.per_block), return_counts=True)
-            counts[inside] -= np.minimum(counts[inside], times.astype(np.uint64))
+            inside = (numbers[blocks == number] % np.uint64(self.per_block)).astype(np.int64)
+            times = np.bincount(inside, minlength=self.per_block).astype(np.uint64)
+            counts -= np.minimum(counts, times)
             self._write(int(self._table[number]), encode(counts, self.bits))
 
     def _read(self, number: int) -> Numbers:

@@ -111,7 +111,7 @@ class RawTarget(Target):
 
 
 class Qcow2Target(Target):
-    """A qcow2 file of version 3 without extended L2 entries."""
+    """A qcow2 file without extended L2 entries; one of version 2 is not told to show zeroes."""
 
     def __init__(self, descriptor: int, allocation: Qcow2Allocation, settle: Callable[[], None]) -> None:
         header = allocation.header
