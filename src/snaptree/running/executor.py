@@ -17,7 +17,7 @@ from snaptree.running import carry
 from snaptree.running.carry import firmware
 from snaptree.running.carry.tree import refresh
 from snaptree.running.context import Context
-from snaptree.running.holding import Holding, written_by
+from snaptree.running.holding import Holding, changed_by, written_by
 from snaptree.running.journal import Journal
 from snaptree.running.pace import FREELY, Pace, kept
 from snaptree.running.progress import Progress, Report, silent
@@ -71,7 +71,7 @@ def require_free(plan: Plan) -> None:
     """See that what the plan and the merges that follow it use is there, and open nowhere, before anything is touched.
 
     :raise NotFoundError: a piece of firmware state is not there.
-    :raise RefusedError: a folder may not be changed, or a piece of firmware state is a symbolic link.
+    :raise RefusedError: a folder or an image may not be changed, or a piece of firmware state is a symbolic link.
     :raise BusyError: somebody has one of the images open.
     """
     steps = tuple(step for each in plan.every() for step in each.steps)
@@ -88,6 +88,9 @@ def require_free(plan: Plan) -> None:
         if os.path.isdir(folder) and not os.access(folder, os.W_OK | os.X_OK):
             hint = "check its owner and mode, or use sudo"
             raise RefusedError(f"not allowed to make or remove files in {folder}", hint)
+    for path in dict.fromkeys(path for step in steps for path in changed_by(step)):
+        if os.path.exists(path) and not os.access(path, os.W_OK):
+            raise RefusedError(f"not allowed to write to {path}", "check its owner and mode, or use sudo")
     # Every file that is worked on is held open; a machine may have more than a process usually may.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

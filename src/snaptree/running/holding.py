@@ -45,6 +45,11 @@ def written_by(step: Step) -> tuple[str, ...]:
             return ()
 
 
+def changed_by(step: Step) -> tuple[str, ...]:
+    """The images whose contents a step changes; to take one away or to rename it, the folder's rights are enough."""
+    return () if isinstance(step, Unlink | PutInPlace | TakeName) else written_by(step)
+
+
 def read_by(step: Step) -> tuple[str, ...]:
     """The images that a step rests on; nobody else may write to them meanwhile."""
     match step:

@@ -77,11 +77,23 @@ class Database:
     def exists(self) -> bool:
         """Whether anything has been remembered yet.
 
-        :raise StateError: the state folder is none.
+        :raise StateError: the state folder is none, or may not be looked into.
         """
-        if os.path.exists(self.folder) and not os.path.isdir(self.folder):
-            raise StateError(f"{self.folder} is not a folder", "choose another state folder with SNAPTREE_STATE")
-        return os.path.exists(self.path)
+        try:
+            os.stat(self.path)
+        except FileNotFoundError:
+            return False
+        except NotADirectoryError as error:
+            raise StateError(
+                f"{self.folder} is not a folder", "choose another state folder with SNAPTREE_STATE"
+            ) from error
+        except OSError as error:
+            # Not to be taken for one in which nothing has been remembered.
+            raise StateError(
+                f"the state folder {self.folder} cannot be used: {error}",
+                "choose another one with SNAPTREE_STATE, or mend its permissions",
+            ) from error
+        return True
 
     def open(self) -> sqlite3.Connection:
         """The connection, opened (and the file made) on first use."""
