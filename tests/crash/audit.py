@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.crash.cases import CASES
-from tests.crash.matrix import LIMIT, Matrix
+from tests.crash.matrix import LIMIT, Matrix, tell
 from tests.kit import shim
 from tests.kit.disks import SMALLEST
 from tests.kit.space import mounted
@@ -287,7 +287,7 @@ def main() -> None:
     for case in options.exactly or cases:
         for way in options.way or ["kill"]:
             matrix = audits(case, way, options.stride, chance.randint(1, max(1, options.stride)))
-            print(json.dumps({**vars(matrix.tally), "words": matrix.words}), flush=True)
+            tell(matrix.tally, words=matrix.words)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import errno
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import tempfile
@@ -234,6 +235,13 @@ class Matrix:
         self.tally.bytes += sum(len(content) for disks in world.truth.values() for content in disks.values())
 
 
+def tell(tally: Tally, **more: object) -> None:
+    """Print what was tried as a line of JSON, and how much of a processor's time this process has taken so far."""
+    spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = round(sum(each.ru_utime + each.ru_stime for each in spent), 1)
+    print(json.dumps({**vars(tally), "seconds": seconds, **more}), flush=True)
+
+
 def run(cases: list[str], ways: list[str], stride: int, seed: int) -> Iterator[Tally]:
     """All the cases in all the ways."""
     chance = random.Random(seed)
@@ -265,7 +273,7 @@ def main() -> None:
     cases = [case for case in CASES if not options.case or any(word in case for word in options.case)]
     cases = options.exactly or cases
     for tally in run(cases[part::parts], options.way or list(WAYS), options.stride, options.seed):
-        print(json.dumps(vars(tally)), flush=True)
+        tell(tally)
 
 
 if __name__ == "__main__":

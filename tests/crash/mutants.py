@@ -40,8 +40,10 @@ TESTS = (
 )
 FIRST_CASES, QUICK_TESTS, QUICK_SECONDS = 3, 12, 2.0
 """So many cases come before the tests, so many tests before the other cases, if they take no longer than so long."""
-POINTS_SECONDS, ONE_SECONDS = 90.0, 60.0
-"""So long the points of a mutant may take, and any one thing, which otherwise does not end."""
+FIRST_POINTS, MOST_POINTS = 40, 400
+"""So many kills come before the other tests, and so many are tried at most."""
+ONE_SECONDS = 60.0
+"""So long any one thing may take, which otherwise does not end."""
 _WORDS = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "tests.kit.reached", "-m", "not slow")
 
 
@@ -159,12 +161,14 @@ class Trials:
             (seconds * len(numbers), test) for test, (seconds, numbers) in self.tests.items() if number in numbers
         )
         quick = [test for _, test in tests if self.tests[test][0] < QUICK_SECONDS][:QUICK_TESTS]
+        points = self._places(number)
         return (
             self._wrong(cases[:FIRST_CASES], number)
             or self._failing(quick, number)
             or self._wrong(cases[FIRST_CASES:], number)
-            or self._killed(number)
+            or self._killed(points[:FIRST_POINTS], number)
             or self._failing([test for _, test in tests if test not in quick], number)
+            or self._killed(points[FIRST_POINTS:MOST_POINTS], number)
         )
 
     def _wrong(self, cases: list[tuple[int, str]], number: int) -> str:
@@ -197,15 +201,19 @@ class Trials:
             return ""
         return f"test: {told.read_text() if told.exists() else 'pytest ends by itself'}"
 
-    def _killed(self, number: int) -> str:
+    def _places(self, number: int) -> list[tuple[str, str]]:
+        """Where operations are killed and come by the mutant, in any order."""
         places = [
-            (case, at) for case, points in self.points.items() for at, numbers in points.items() if number in numbers
+            (case, place)
+            for case, points in self.points.items()
+            for place, numbers in points.items()
+            if number in numbers
         ]
         random.Random(number).shuffle(places)
-        until = time.monotonic() + POINTS_SECONDS
+        return places
+
+    def _killed(self, places: list[tuple[str, str]], number: int) -> str:
         for case, place in places:
-            if time.monotonic() > until:
-                break
             way, _, at = place.partition(" at call ")
             matrix = self.built(case, way)
             if not apart(lambda on=matrix, at=at: on.point(int(at)), ONE_SECONDS, chosen=number):  # type: ignore[misc]

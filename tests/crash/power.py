@@ -14,7 +14,6 @@ import argparse
 import copy
 import gc
 import hashlib
-import json
 import random
 import sqlite3
 import stat
@@ -22,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 from tests.crash.cases import CASES
-from tests.crash.matrix import LIMIT, WAYS, Matrix, Tally, Way
+from tests.crash.matrix import LIMIT, WAYS, Matrix, Tally, Way, tell
 from tests.kit import shim
 from tests.kit.disks import SMALLEST, Disk
 from tests.kit.write_log import LoggedDisk, Replay, states
@@ -182,7 +181,7 @@ def main() -> None:
             else:
                 tally = at_a_sync(case, way, kind, options.stride, options.seed)
             tally.way = name
-            print(json.dumps(vars(tally)), flush=True)
+            tell(tally)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ snaptree or of a program of QEMU's kills the process that makes it, however it m
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import subprocess
@@ -15,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from tests.crash.cases import CASES
-from tests.crash.matrix import WAYS, Matrix, Tally, Way
+from tests.crash.matrix import WAYS, Matrix, Tally, Way, tell
 
 from snaptree.planning.verbs import Request
 
@@ -80,7 +79,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     for case in options.exactly or CASES:
-        print(json.dumps(vars(sample(case, options.seed, options.stride))), flush=True)
+        tell(sample(case, options.seed, options.stride))
 
 
 if __name__ == "__main__":
