@@ -109,15 +109,20 @@ def branch_argument(name: str = "branch", **options: Any) -> Callable[[F], F]:
     return click.argument(name, shell_complete=_complete_name("branch"), **options)
 
 
-def _rate(context: click.Context, parameter: click.Parameter, text: str | None) -> float:
-    """``200MiB/s`` in bytes a second; 0 when nothing is given."""
-    if text is None:
-        return 0.0
+def bytes_a_second(text: str) -> float:
+    """``200MiB/s`` as a number.
+
+    :raise UsageError: it is not a rate.
+    """
     match = _RATE.match(text.strip())
     if match is None or not float(match.group(1)):
         raise UsageError(f"{text!r} is not a rate", "give bytes a second, such as 200MiB/s")
     power = " kmgt".index((match.group(2) or " ").lower())
     return float(match.group(1)) * float((1000 if match.group(3) == "B" and match.group(2) else 1024) ** power)
+
+
+def _rate(context: click.Context, parameter: click.Parameter, text: str | None) -> float:
+    return bytes_a_second(text) if text is not None else 0.0
 
 
 def paced(function: F) -> F:
