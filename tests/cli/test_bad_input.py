@@ -246,7 +246,7 @@ def bound(scene: Scene, *words: str, status: int) -> str:
     assert said.returncode == status, said
     if status:
         assert said.stderr.startswith("snaptree: ") and "Traceback" not in said.stderr, said
-    return said.stderr
+    return said.stdout + said.stderr
 
 
 def test_images_that_may_not_be_read(scene: Scene) -> None:
@@ -271,15 +271,28 @@ def test_images_that_may_not_be_written_to(web1: Scene) -> None:
     before = untouched(web1)
 
     # Refused before anything is begun: nothing is left to recover that could not be.
-    for line in ("snapshot web1 inner --internal", "delete web1 s2 --merge commit"):
-        assert "web1.s3.qcow2" in bound(web1, *line.split(), status=6)
+    assert "web1.s3.qcow2" in bound(web1, "snapshot", "web1", "inner", "--internal", status=6)
     assert untouched(web1) == before and {"s1", "s2", "s3", "main"} == set(web1.names())
 
-    bound(web1, "delete", "web1", "s2", "--merge", "none", status=0)
+    # Its header cannot be changed: the name goes, and what is beneath stays as it is, with a word.
+    said = bound(web1, "delete", "web1", "s2", "--merge", "commit", status=0)
+    assert "web1.s3.qcow2" in said and "read-only" in said
+    assert untouched(web1) == before
     web1.path("main").chmod(0o600)
     bound(web1, "gc", "web1", status=0)
     assert (web1.shows("s1"), web1.shows("s3"), web1.shows()) == ("b.......", "bxy.....", "bxy.....")
     web1.sound()
+
+
+def test_an_image_that_cannot_count_to_two_holds_no_internal_snapshot(scene: Scene) -> None:
+    scene.image("web1.qcow2", word="b", refcount_bits=1)
+    scene("add web1 --disk vda=web1.qcow2")
+    refused(scene, "snapshot web1 s1 --internal", 6, "web1.qcow2", "one bit")
+    scene("snapshot web1 s1")
+    scene.write(".x")
+    scene("delete web1 s1")
+    assert scene.shows() == "bx......"
+    scene.sound()
 
 
 def test_a_state_folder_that_may_not_be_looked_into_is_not_taken_for_an_empty_one(web1: Scene) -> None:

@@ -66,8 +66,13 @@ def require_disks(tree: Tree, disks: tuple[str, ...] | Mapping[str, str]) -> Non
 def require_plain(facts: LayerFacts, purpose: str) -> None:
     """Refuse internal snapshots where QEMU cannot go back to them.
 
-    :raise RefusedError: the image has persistent bitmaps.
+    :raise RefusedError: the image has persistent bitmaps, or cannot count to two.
     """
+    if facts.refcount_bits < 2:
+        raise RefusedError(
+            f"cannot {purpose}: it has reference counts of one bit, and an internal snapshot shares clusters",
+            "take an external snapshot (without --internal)",
+        )
     if facts.bitmaps:
         raise RefusedError(
             f"cannot {purpose}: it has persistent bitmaps ({', '.join(facts.bitmaps)}), with which QEMU cannot go back",

@@ -182,6 +182,9 @@ def _commit_obstacle(draft: Draft, row: Row) -> str:
     if top.id in draft.outsiders:
         who = next(each.what for each in draft.survey.outsiders if each.layer == top.id)
         return f"{who} stands on {top.path}, which would go"
+    for number in tree.children.get(top.id, ()):
+        if not draft.facts(number).writable:
+            return f"{tree.layers[number].path} stands on {top.path} and cannot be pointed elsewhere: it is read-only"
     known = {each.name for each in draft.facts(top.id).internals} | set(tree.internals.get(top.id, ()))
     if known:
         return f"{top.path} has internal snapshots, which would show the wrong data"
