@@ -105,6 +105,7 @@ class Matrix:
             shutil.copytree(each, folder / f"kept{number}")
         self.tally = Tally(case, way)
         self.told = folder / "told"
+        self.bidden = True
 
     def restore(self) -> None:
         """Everything as it was built; the files are others, so what is kept of their looks is read anew."""
@@ -200,6 +201,7 @@ class Matrix:
     def recover(self, number: int) -> None:
         """As the next command does it; killed on the way, twice, when that is wanted."""
         chance = random.Random(number)
+        self.bidden = number % 2 == 0
         for _ in range(2 if self.way.again else 0):
             child = os.fork()
             if child == 0:
@@ -212,9 +214,10 @@ class Matrix:
         self.tally.recoveries.append(round(time.monotonic() - began, 3))
 
     def put_right(self) -> None:
-        """``recover``, then ``gc``."""
+        """``recover``, then ``gc``, which does by itself what ``recover`` does."""
         connection = self.world.connection
-        connection.recover()
+        if self.bidden or self.world.name not in connection.names():
+            connection.recover()
         if self.world.name in connection.names():
             self.world.machine.run(GcRequest())
 
@@ -230,6 +233,7 @@ class Matrix:
         done = world.settle(request, before)
         assert done or interrupted, f"{request} has come to its end, and is not done"
         world.check(leaks=True)
+        assert not world.machine.view().ailments
         claimed = [each.path for each in operations.claims_left(world.connection.database)]
         assert all(map(os.path.exists, claimed)), f"claimed, and gone: {claimed}"
         self.tally.bytes += sum(len(content) for disks in world.truth.values() for content in disks.values())

@@ -109,6 +109,24 @@ def test_folders_are_synced_also_those_that_are_there(tmp_path: Path, monkeypatc
     assert synced == [*inodes, inodes[-1]]
 
 
+def test_what_is_done_already_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a process, perhaps, that was killed before it had synced it."""
+    synced = list[int]()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_text("merged")
+    target.hardlink_to(source)
+    for again in (
+        lambda: durable.put_in_place(str(source), str(target)),
+        lambda: durable.remove(str(tmp_path / "gone"), (0, 1)),
+        lambda: durable.remove_small(str(tmp_path / "gone")),
+    ):
+        again()
+        assert synced == [tmp_path.stat().st_ino]
+        synced.clear()
+    durable.remove_small(str(tmp_path / "nowhere" / "gone"))
+
+
 def test_the_old_folder_goes_when_the_new_one_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = list[int | str]()
     monkeypatch.setattr(os, "fsync", lambda descriptor: said.append(os.fstat(descriptor).st_ino))

@@ -1,4 +1,4 @@
-"""A plugin of pytest's that tells by which mutants each test comes, and which test has failed first."""
+"""A plugin of pytest's that tells by which mutants each test comes, and which one is running."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import pytest
 from tests.kit.mutation import reached, start
 
 WANTED = os.environ.get("SNAPTREE_REACHED_BY_TEST")
-FAILED = os.environ.get("SNAPTREE_FAILED_TEST")
+RUNNING = os.environ.get("SNAPTREE_RUNNING_TEST")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    if RUNNING is not None:
+        Path(RUNNING).write_text(item.nodeid, encoding="utf-8")
     if WANTED is None:
         return (yield)
     began = time.monotonic()
@@ -28,8 +30,3 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         line = [item.nodeid, round(time.monotonic() - began, 3), reached(told)]
         with open(WANTED, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if FAILED is not None and report.failed:
-        Path(FAILED).write_text(report.nodeid, encoding="utf-8")

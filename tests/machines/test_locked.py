@@ -1,0 +1,98 @@
+"""Whoever works on a machine's images, from whatever state folder, keeps another snaptree out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.crash.cases import CASES
+from tests.kit.scene import Scene
+from tests.kit.world import World
+
+from snaptree.errors import BusyError
+from snaptree.images.locks import MachineLock
+from snaptree.planning.create import SnapshotRequest
+from snaptree.planning.plan import Plan
+from snaptree.running import recovery
+from snaptree.store import operations
+
+BUSY = 5
+
+
+def test_an_image_that_is_worked_on_cannot_be_added(scene: Scene) -> None:
+    lock = MachineLock()
+    lock.acquire([str(scene.image("web1.qcow2"))])
+    scene("add web1 --disk vda=web1.qcow2", status=BUSY)
+    lock.release()
+    scene("add web1 --disk vda=web1.qcow2")
+
+
+def test_a_machine_that_is_worked_on_is_left_alone(web1: Scene) -> None:
+    web1("snapshot web1 s1")
+    for path in (web1.disks / "web1.qcow2", web1.path("main")):
+        lock = MachineLock()
+        lock.acquire([str(path)])
+        web1("snapshot web1 s2", status=BUSY)
+        lock.release()
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.fixture
+def killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    """A machine whose switch to another branch was killed when the tree had changed."""
+    world, case = World(tmp_path), CASES["switch"]
+    case.build(world)
+    with monkeypatch.context() as patched:
+        patched.setattr(operations, "end", _killed)
+        with pytest.raises(Killed):
+            world.machine.run(case.request(world))
+    return world
+
+
+def _killed(*_: object) -> None:
+    raise Killed
+
+
+def test_the_tips_of_what_was_recovered_are_locked(killed: World) -> None:
+    """They are others than those that were locked at first."""
+
+    def look(_: Plan) -> bool:
+        for disk in killed.tree.disks:
+            path, _form = killed.tip(disk)
+            with pytest.raises(BusyError):
+                MachineLock().acquire([str(path)])
+        return True
+
+    killed.machine.run(SnapshotRequest("new"), confirm=look)
+
+
+@pytest.mark.parametrize("command", ["recover", "snapshot"])
+def test_what_is_recovered_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    """Before anything of it is touched, and not only the machine's roots and tips."""
+    world, case = World(tmp_path), CASES["squash by commit"]
+    case.build(world)
+    with monkeypatch.context() as patched:
+        patched.setattr(operations, "take_step", _killed)
+        patched.setattr(operations, "end", _killed)
+        with pytest.raises(Killed):
+            world.machine.run(case.request(world))
+    paths = recovery.files_of(world.connection.database, world.name)
+    looked = list[str]()
+
+    async def recover(*_: object) -> tuple[str, ...]:
+        for path in paths:
+            with pytest.raises(BusyError):
+                MachineLock().acquire([path])
+            looked.append(path)
+        raise Killed
+
+    monkeypatch.setattr(recovery, "recover", recover)
+    with pytest.raises(Killed):
+        if command == "recover":
+            world.machine.recover()
+        else:
+            world.machine.run(SnapshotRequest("new"))
+    assert looked
