@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tests.kit import images
 from tests.kit.images import KiB
 from tests.kit.world import World
 
-from snaptree.machines.options import DiskOption
+from snaptree.machines.options import AddOptions, DiskOption
 from snaptree.planning.adopt import DetachRequest
 from snaptree.planning.create import BranchRequest, SnapshotRequest
 from snaptree.planning.delete import DeleteRequest
 from snaptree.planning.revert import RevertRequest, SwitchRequest
 from snaptree.planning.sweep import SquashRequest
-from snaptree.planning.verbs import DeleteBranchRequest, GcRequest, RemoveRequest, RenameRequest, Request
+from snaptree.planning.verbs import DeleteBranchRequest, GcRequest, RemoveRequest, RenameRequest, Request, SetRequest
 
 SIZE = 512 * KiB
 
@@ -25,13 +25,16 @@ class Case:
     """One operation on one shape of tree.
 
     ``build`` makes the tree, ``request`` what is interrupted. ``shares``: on a file system whose files
-    can share blocks. ``by_qemu``: QEMU's jobs move the data, not the mover.
+    can share blocks. ``by_qemu``: QEMU's jobs move the data, not the mover. ``perform`` carries it out where a
+    machine's ``run`` does not, ``done`` tells that it has come to pass where the tree does not.
     """
 
     build: Callable[[World], None]
     request: Callable[[World], Request]
     shares: bool = False
     by_qemu: bool = False
+    perform: Callable[[World], object] | None = None
+    done: Callable[[World], bool] | None = None
 
 
 def machine(world: World) -> None:
@@ -135,6 +138,24 @@ def attachable(world: World) -> None:
     world.extra.add(str(world.images / "vdc.qcow2"))
 
 
+def addable(world: World) -> None:
+    """A machine, and images for another one: a chain that is to be adopted, and a raw disk."""
+    line(world, 1)
+    base = images.create(world.images / "base.qcow2", SIZE)
+    images.create(world.images / "top.qcow2", SIZE, backing=(base, "qcow2"))
+    images.create(world.images / "data.img", SIZE, "raw")
+    world.extra |= {str(world.images / name) for name in ("base.qcow2", "top.qcow2", "data.img")}
+
+
+def another(world: World) -> AddOptions:
+    """The other machine."""
+    disks = (
+        DiskOption("vda", str(world.images / "top.qcow2"), "qcow2"),
+        DiskOption("vdb", str(world.images / "data.img"), "raw"),
+    )
+    return AddOptions("web2", disks, adopt=True)
+
+
 def _of(build: Callable[[World], None], request: Request, *, shares: bool = False, by_qemu: bool = False) -> Case:
     return Case(build, lambda world: request, shares, by_qemu)
 
@@ -212,6 +233,17 @@ CASES: Mapping[str, Case] = {
     "attach": Case(
         attachable,
         lambda world: world.machine.attach_request(DiskOption("vdc", str(world.images / "vdc.qcow2"), "qcow2")),
+    ),
+    "add": Case(
+        addable,
+        lambda world: GcRequest(),
+        perform=lambda world: world.connection.add(another(world)),
+        done=lambda world: "web2" in world.connection.names() and not world.connection.machine("web2").verify(),
+    ),
+    "set": Case(
+        with_firmware,
+        lambda world: SetRequest(replace(world.machine.config, start="qemu-system-x86_64")),
+        done=lambda world: world.machine.config.start == "qemu-system-x86_64",
     ),
     "detach": _of(line, DetachRequest("vdb", True)),
     "remove": _of(forked, RemoveRequest(True)),

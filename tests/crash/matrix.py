@@ -188,7 +188,10 @@ class Matrix:
     def attempt(self, number: int, request: Request) -> int:
         """The operation; how it ended."""
         try:
-            self.world.machine.run(request)
+            if self.case.perform is not None:
+                self.case.perform(self.world)
+            else:
+                self.world.machine.run(request)
         except SnaptreeError as error:
             assert error.message
             return REFUSED
@@ -230,7 +233,7 @@ class Matrix:
             assert left <= world.extra | {str(path) for path in world.foreign}, left
             return
         assert world.machine.unfinished() == ()
-        done = world.settle(request, before)
+        done = self.case.done(world) if self.case.done is not None else world.settle(request, before)
         assert done or interrupted, f"{request} has come to its end, and is not done"
         world.check(leaks=True)
         assert not world.machine.view().ailments
