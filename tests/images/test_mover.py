@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import time
@@ -119,6 +120,33 @@ def test_a_longer_layer_gives_the_lower_one_a_longer_l1_table(tmp_path: Path) ->
     assert images.info(base)["virtual-size"] == 40 * GiB
     assert images.problems(base) == {}
     images.io(base, "qcow2", "read -P 2 39G 64k", "read -P 3 512k 4k", "read -P 1 520k 504k", "read -P 0 1M 1G")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_device_that_cannot_tell_its_holes_is_all_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Block devices say EINVAL; what fails otherwise is no hole either, and stops the merge."""
+    device = tmp_path / "device"
+    device.write_bytes(b"\7" * MiB)
+    lower = images.create(tmp_path / "lower.qcow2", MiB, backing=(device, "raw"))
+    upper = images.create(tmp_path / "upper.qcow2", MiB, backing=(lower, "qcow2"), cluster_size=4096)
+    images.io(upper, "qcow2", "write -P 1 0 4k")
+    shown = images.read(upper)
+    seek = os.lseek
+
+    def like_a_device(descriptor: int, offset: int, whence: int) -> int:
+        if whence in (os.SEEK_DATA, os.SEEK_HOLE) and os.path.samestat(os.fstat(descriptor), device.stat()):
+            raise OSError(number, os.strerror(number))
+        return seek(descriptor, offset, whence)
+
+    monkeypatch.setattr(os, "lseek", like_a_device)
+    row, below = ((str(lower), "qcow2"), (str(upper), "qcow2")), ((str(device), "raw"),)
+    with contextlib.nullcontext() if number == errno.EINVAL else pytest.raises(OSError, match=os.strerror(number)):
+        merge(Merge(row, below, 0), Watch())
+    assert images.read(upper) == shown
+    if number == errno.EINVAL:
+        assert images.read(lower) == shown
 
 
 def test_what_a_stopped_pull_has_copied_is_given_back(tmp_path: Path) -> None:
