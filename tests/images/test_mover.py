@@ -22,7 +22,7 @@ from tests.kit.images import GiB, KiB, MiB
 from tests.kit.space import mounted
 
 from snaptree.errors import CancelledError, NoSpaceError
-from snaptree.images import holes
+from snaptree.images import holes, mapping, target
 from snaptree.images.copying import Limiter, Watch
 from snaptree.images.cost import foreseen
 from snaptree.images.mover import Merge, merge
@@ -120,6 +120,33 @@ def test_a_longer_layer_gives_the_lower_one_a_longer_l1_table(tmp_path: Path) ->
     assert images.info(base)["virtual-size"] == 40 * GiB
     assert images.problems(base) == {}
     images.io(base, "qcow2", "read -P 2 39G 64k", "read -P 3 512k 4k", "read -P 1 520k 504k", "read -P 0 1M 1G")
+
+
+def test_what_lies_past_the_end_of_a_layer_does_not_show_when_it_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stopped merge leaves there what it has brought, and an internal snapshot with memory its memory."""
+    monkeypatch.setattr(mapping, "WINDOW_GRANULES", 16)
+    base = images.create(tmp_path / "base.qcow2", MiB, cluster_size=4096)
+    images.create(tmp_path / "top.qcow2", 32 * MiB, backing=(base, "qcow2"), cluster_size=4096)
+    row: Row = ((str(base), "qcow2"), (str(tmp_path / "top.qcow2"), "qcow2"))
+    images.io(row[1][0], "qcow2", "write -P 1 0 64k", "write -P 2 20M 8M")
+
+    def fill(self: target.Qcow2Target, size: int) -> None:
+        self.finish_round()
+        raise NoSpaceError("the last write")
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(target.Qcow2Target, "finish", fill)
+        with pytest.raises(NoSpaceError):
+            merge(Merge(row, (), 0), Watch())
+    # The guest has gone back to nothing there.
+    images.create(tmp_path / "top.qcow2", 32 * MiB, backing=(base, "qcow2"), cluster_size=4096)
+    images.io(row[1][0], "qcow2", "write -P 3 1M 64k")
+    shown = images.read(row[1][0])
+    merge(Merge(row, (), 0), Watch())
+    assert images.read(row[0][0]) == shown
+    assert images.problems(row[0][0]) == {}
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
