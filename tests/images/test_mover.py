@@ -21,7 +21,7 @@ from tests.kit import chains, images
 from tests.kit.images import GiB, KiB, MiB
 from tests.kit.space import mounted
 
-from snaptree.errors import CancelledError, NoSpaceError
+from snaptree.errors import CancelledError, NoSpaceError, RefusedError
 from snaptree.images import holes, mapping, target
 from snaptree.images.copying import Limiter, Watch
 from snaptree.images.cost import foreseen
@@ -120,6 +120,33 @@ def test_a_longer_layer_gives_the_lower_one_a_longer_l1_table(tmp_path: Path) ->
     assert images.info(base)["virtual-size"] == 40 * GiB
     assert images.problems(base) == {}
     images.io(base, "qcow2", "read -P 2 39G 64k", "read -P 3 512k 4k", "read -P 1 520k 504k", "read -P 0 1M 1G")
+
+
+def test_a_disk_that_its_small_clusters_cannot_hold_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """QEMU opens no image with an L1 table of more than 32 MiB."""
+    base = images.create(tmp_path / "base.qcow2", MiB, cluster_size=512)
+    top = images.create(tmp_path / "top.qcow2", 200 * GiB, backing=(base, "qcow2"))
+    images.io(base, "qcow2", "write -P 1 0 1M")
+    images.io(top, "qcow2", "write -P 2 0 64k")
+    before = base.read_bytes()
+    with pytest.raises(RefusedError, match="clusters of 512 bytes"):
+        merge(Merge(((str(base), "qcow2"), (str(top), "qcow2")), (), 0), Watch())
+    assert base.read_bytes() == before
+    images.io(top, "qcow2", "read -P 2 0 64k", "read -P 1 64k 960k", "read -P 0 1M 1M")
+
+
+def test_the_table_of_reference_counts_never_becomes_too_long_for_qemu(tmp_path: Path) -> None:
+    """It has at most 8 MiB, which twice the room would exceed."""
+    row = pair(tmp_path, 4 * MiB, cluster_size=512, refcount_bits=64)
+    images.io(row[1][0], "qcow2", "write -P 2 2M 64k")
+    os.truncate(row[0][0], 17 * GiB)
+    merge(Merge(row, (), 0), Watch())
+    images.io(row[0][0], "qcow2", "read -P 2 2M 64k")
+    os.truncate(row[0][0], 32 * GiB)
+    images.io(row[1][0], "qcow2", "write -P 3 3M 64k")
+    with pytest.raises(RefusedError, match="reference counts"):
+        merge(Merge(row, (), 0), Watch())
+    images.io(row[1][0], "qcow2", "read -P 2 2M 64k", "read -P 3 3M 64k")
 
 
 def test_what_lies_past_the_end_of_a_layer_does_not_show_when_it_grows(

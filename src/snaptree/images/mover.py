@@ -68,6 +68,7 @@ def merge(work: Merge, watch: Watch) -> int:
                 durable.sync(descriptor, path)
 
         target = open_target(descriptor, row[work.into], mapping.unit, settle)
+        target.require_room(mapping.size)
         mover = Mover([each.descriptor for each in row], descriptor, path, watch, share=work.share)
         return _Merging(chain, mapping, target, mover).run()
 
