@@ -248,6 +248,33 @@ def _punch(path: str) -> None:
             durable.punch_hole(descriptor, entry["offset"], entry["length"], path)
 
 
+@pytest.mark.parametrize("used", ["data", "compressed", "internal", "table"])
+def test_no_hole_is_punched_into_what_is_used_and_counted_as_free(tmp_path: Path, used: str) -> None:
+    """A crash under an unsafe cache leaves such counts, and "qemu-img check" mends them."""
+    image = images.create(tmp_path / "image.qcow2", 4 * MiB)
+    images.io(image, "qcow2", "write -P 1 0 256k", "write -c -P 2 1M 64k")
+    first = images.map_of(image)[0]["offset"]
+    images.run("qemu-img", "snapshot", "-c", "then", image)
+    images.io(image, "qcow2", "write -P 3 0 64k", "write -P 4 2M 64k", "write -P 5 3M 64k", "discard 3M 64k")
+    places = {each["start"]: each["offset"] for each in images.map_of(image)}
+    l1 = int.from_bytes(image.read_bytes()[40:48], "big")
+    l2 = int.from_bytes(image.read_bytes()[l1 : l1 + 8], "big") & 0x00FFFFFFFFFFFE00
+    packed = int.from_bytes(image.read_bytes()[l2 + 16 * 8 :][:8], "big") & ((1 << 54) - 1)
+    place = {"data": places[2 * MiB], "compressed": packed, "internal": first, "table": l2}[used]
+    shown, then = images.read(image), images.read(image, tag="then")
+    assert holes.punch_free(str(image)) > 0, "what is free for certain is given back"
+    assert (images.read(image), images.read(image, tag="then")) == (shown, then)
+
+    with image.open("r+b") as file:
+        table = int.from_bytes(image.read_bytes()[48:56], "big")
+        file.seek(int.from_bytes(image.read_bytes()[table : table + 8], "big") + place // (64 * KiB) * 2)
+        file.write(bytes(2))
+    before = image.read_bytes()
+    assert images.problems(image)
+    assert holes.punch_free(str(image)) == 0
+    assert image.read_bytes() == before
+
+
 @pytest.mark.parametrize("kind", ["xfs", "btrfs", "ext4"])
 def test_a_full_disk_stops_a_merge_and_everything_shows_the_same(tmp_path: Path, kind: str) -> None:
     with mounted(tmp_path, kind, 512 * MiB) as folder:

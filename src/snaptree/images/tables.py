@@ -27,6 +27,11 @@ COMPRESSED_BIT = np.uint64(1 << 62)
 ZERO_BIT = np.uint64(1)
 
 
+def words_of(data: bytes) -> Places:
+    """The words of a table, as far as they are whole."""
+    return np.frombuffer(data[: len(data) // 8 * 8], ">u8").astype(np.uint64)
+
+
 def data_ranges(descriptor: int, start: int, end: int) -> Iterator[tuple[int, int]]:
     """Where an open file has data; the rest are holes. What cannot say so, as a block device cannot, is all data.
 
