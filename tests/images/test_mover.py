@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import time
@@ -20,8 +21,8 @@ from tests.kit import chains, images
 from tests.kit.images import GiB, KiB, MiB
 from tests.kit.space import mounted
 
-from snaptree.errors import CancelledError, NoSpaceError
-from snaptree.images import holes
+from snaptree.errors import CancelledError, NoSpaceError, RefusedError
+from snaptree.images import holes, mapping, target
 from snaptree.images.copying import Limiter, Watch
 from snaptree.images.cost import foreseen
 from snaptree.images.mover import Merge, merge
@@ -121,6 +122,87 @@ def test_a_longer_layer_gives_the_lower_one_a_longer_l1_table(tmp_path: Path) ->
     images.io(base, "qcow2", "read -P 2 39G 64k", "read -P 3 512k 4k", "read -P 1 520k 504k", "read -P 0 1M 1G")
 
 
+def test_a_disk_that_its_small_clusters_cannot_hold_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """QEMU opens no image with an L1 table of more than 32 MiB."""
+    base = images.create(tmp_path / "base.qcow2", MiB, cluster_size=512)
+    top = images.create(tmp_path / "top.qcow2", 200 * GiB, backing=(base, "qcow2"))
+    images.io(base, "qcow2", "write -P 1 0 1M")
+    images.io(top, "qcow2", "write -P 2 0 64k")
+    before = base.read_bytes()
+    with pytest.raises(RefusedError, match="clusters of 512 bytes"):
+        merge(Merge(((str(base), "qcow2"), (str(top), "qcow2")), (), 0), Watch())
+    assert base.read_bytes() == before
+    images.io(top, "qcow2", "read -P 2 0 64k", "read -P 1 64k 960k", "read -P 0 1M 1M")
+
+
+def test_the_table_of_reference_counts_never_becomes_too_long_for_qemu(tmp_path: Path) -> None:
+    """It has at most 8 MiB, which twice the room would exceed."""
+    row = pair(tmp_path, 4 * MiB, cluster_size=512, refcount_bits=64)
+    images.io(row[1][0], "qcow2", "write -P 2 2M 64k")
+    os.truncate(row[0][0], 17 * GiB)
+    merge(Merge(row, (), 0), Watch())
+    images.io(row[0][0], "qcow2", "read -P 2 2M 64k")
+    os.truncate(row[0][0], 32 * GiB)
+    images.io(row[1][0], "qcow2", "write -P 3 3M 64k")
+    with pytest.raises(RefusedError, match="reference counts"):
+        merge(Merge(row, (), 0), Watch())
+    images.io(row[1][0], "qcow2", "read -P 2 2M 64k", "read -P 3 3M 64k")
+
+
+def test_what_lies_past_the_end_of_a_layer_does_not_show_when_it_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stopped merge leaves there what it has brought, and an internal snapshot with memory its memory."""
+    monkeypatch.setattr(mapping, "WINDOW_GRANULES", 16)
+    base = images.create(tmp_path / "base.qcow2", MiB, cluster_size=4096)
+    images.create(tmp_path / "top.qcow2", 32 * MiB, backing=(base, "qcow2"), cluster_size=4096)
+    row: Row = ((str(base), "qcow2"), (str(tmp_path / "top.qcow2"), "qcow2"))
+    images.io(row[1][0], "qcow2", "write -P 1 0 64k", "write -P 2 20M 8M")
+
+    def fill(self: target.Qcow2Target, size: int) -> None:
+        self.finish_round()
+        raise NoSpaceError("the last write")
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(target.Qcow2Target, "finish", fill)
+        with pytest.raises(NoSpaceError):
+            merge(Merge(row, (), 0), Watch())
+    # The guest has gone back to nothing there.
+    images.create(tmp_path / "top.qcow2", 32 * MiB, backing=(base, "qcow2"), cluster_size=4096)
+    images.io(row[1][0], "qcow2", "write -P 3 1M 64k")
+    shown = images.read(row[1][0])
+    merge(Merge(row, (), 0), Watch())
+    assert images.read(row[0][0]) == shown
+    assert images.problems(row[0][0]) == {}
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_device_that_cannot_tell_its_holes_is_all_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Block devices say EINVAL; what fails otherwise is no hole either, and stops the merge."""
+    device = tmp_path / "device"
+    device.write_bytes(b"\7" * MiB)
+    lower = images.create(tmp_path / "lower.qcow2", MiB, backing=(device, "raw"))
+    upper = images.create(tmp_path / "upper.qcow2", MiB, backing=(lower, "qcow2"), cluster_size=4096)
+    images.io(upper, "qcow2", "write -P 1 0 4k")
+    shown = images.read(upper)
+    seek = os.lseek
+
+    def like_a_device(descriptor: int, offset: int, whence: int) -> int:
+        if whence in (os.SEEK_DATA, os.SEEK_HOLE) and os.path.samestat(os.fstat(descriptor), device.stat()):
+            raise OSError(number, os.strerror(number))
+        return seek(descriptor, offset, whence)
+
+    monkeypatch.setattr(os, "lseek", like_a_device)
+    row, below = ((str(lower), "qcow2"), (str(upper), "qcow2")), ((str(device), "raw"),)
+    with contextlib.nullcontext() if number == errno.EINVAL else pytest.raises(OSError, match=os.strerror(number)):
+        merge(Merge(row, below, 0), Watch())
+    assert images.read(upper) == shown
+    if number == errno.EINVAL:
+        assert images.read(lower) == shown
+
+
 def test_what_a_stopped_pull_has_copied_is_given_back(tmp_path: Path) -> None:
     row = pair(tmp_path, 64 * MiB)
     images.io(row[0][0], "qcow2", "write -P 1 0 48M")
@@ -164,6 +246,33 @@ def _punch(path: str) -> None:
     with durable.opened_for_writing(path) as descriptor:
         for entry in images.map_of(path):
             durable.punch_hole(descriptor, entry["offset"], entry["length"], path)
+
+
+@pytest.mark.parametrize("used", ["data", "compressed", "internal", "table"])
+def test_no_hole_is_punched_into_what_is_used_and_counted_as_free(tmp_path: Path, used: str) -> None:
+    """A crash under an unsafe cache leaves such counts, and "qemu-img check" mends them."""
+    image = images.create(tmp_path / "image.qcow2", 4 * MiB)
+    images.io(image, "qcow2", "write -P 1 0 256k", "write -c -P 2 1M 64k")
+    first = images.map_of(image)[0]["offset"]
+    images.run("qemu-img", "snapshot", "-c", "then", image)
+    images.io(image, "qcow2", "write -P 3 0 64k", "write -P 4 2M 64k", "write -P 5 3M 64k", "discard 3M 64k")
+    places = {each["start"]: each["offset"] for each in images.map_of(image)}
+    l1 = int.from_bytes(image.read_bytes()[40:48], "big")
+    l2 = int.from_bytes(image.read_bytes()[l1 : l1 + 8], "big") & 0x00FFFFFFFFFFFE00
+    packed = int.from_bytes(image.read_bytes()[l2 + 16 * 8 :][:8], "big") & ((1 << 54) - 1)
+    place = {"data": places[2 * MiB], "compressed": packed, "internal": first, "table": l2}[used]
+    shown, then = images.read(image), images.read(image, tag="then")
+    assert holes.punch_free(str(image)) > 0, "what is free for certain is given back"
+    assert (images.read(image), images.read(image, tag="then")) == (shown, then)
+
+    with image.open("r+b") as file:
+        table = int.from_bytes(image.read_bytes()[48:56], "big")
+        file.seek(int.from_bytes(image.read_bytes()[table : table + 8], "big") + place // (64 * KiB) * 2)
+        file.write(bytes(2))
+    before = image.read_bytes()
+    assert images.problems(image)
+    assert holes.punch_free(str(image)) == 0
+    assert image.read_bytes() == before
 
 
 @pytest.mark.parametrize("kind", ["xfs", "btrfs", "ext4"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from tests.kit import images
-from tests.kit.images import KiB, MiB
+from tests.kit.images import GiB, KiB, MiB
 from tests.kit.scene import SLOT, Scene, word_of
 
 from snaptree.errors import SnaptreeError
@@ -206,6 +206,21 @@ def test_compressed_clusters_are_counted_as_they_will_be(web1: Scene, way: str) 
     # A file in many pieces takes a block or two of the file system's for the list of them.
     assert 6 * SLOT <= grown <= plan["peak_extra_bytes"] + 16 * KiB <= 8 * SLOT
     assert web1.shows() == ("b" if way == "commit" else "u") + "cccccc."
+
+
+def test_a_disk_that_the_lower_file_cannot_hold_is_merged_into_the_upper_one(scene: Scene) -> None:
+    """QEMU opens no image with an L1 table of more than 32 MiB: with clusters of 512 bytes that is 128 GiB."""
+    base = scene.image("web1.qcow2", word="bbbb....", cluster_size=512)
+    scene("add web1 --disk vda=web1.qcow2")
+    scene("snapshot web1 s1")
+    tip = scene.path("main")
+    tip.unlink()
+    images.create(tip, 200 * GiB, backing=(base, "qcow2"))
+    scene.write(".x")
+    assert "too small for" in scene("delete web1 s1 --merge commit --plan").out
+    scene("delete web1 s1")
+    images.io(scene.path("main"), "qcow2", f"read -P 0x62 0 {SLOT}", f"read -P 0x78 {SLOT} {SLOT}")
+    assert len(scene.files()) == 1
 
 
 @WAYS

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from snaptree.errors import CancelledError, IoError
 from snaptree.images import durable, sharing
+from snaptree.images.tables import data_ranges
 
 PIECE = 8 << 20
 """So much is copied by one call, and so often it is looked whether to stop, in bytes."""
@@ -146,21 +147,13 @@ class Mover:
 
     def _data(self, source: int, start: int, end: int, to: int, *, fresh: bool) -> Iterator[tuple[int, int]]:
         """The ranges of the source that have data; what it has not is zeroed in the target, unless it is so."""
-        descriptor, size, at = self.sources[source], self._sizes[source], start
-        while at < end:
-            try:
-                begin = os.lseek(descriptor, at, os.SEEK_DATA) if at < size else end
-            except OSError as error:
-                if error.errno != errno.ENXIO:
-                    raise
-                begin = end
-            begin = min(max(begin, at), end)
+        at = start
+        for begin, stop in (*data_ranges(self.sources[source], start, min(end, self._sizes[source])), (end, end)):
             if begin > at and not fresh:
                 durable.write_zeroes(self.target, to + at - start, begin - at, self.path)
-            at = begin
-            if begin < end:
-                at = min(os.lseek(descriptor, begin, os.SEEK_HOLE), end)
-                yield begin, at
+            if begin < stop:
+                yield begin, stop
+            at = stop
 
     def _copy_range(self, source: int, at: int, to: int, length: int) -> None:
         while length:

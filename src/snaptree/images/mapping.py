@@ -110,7 +110,9 @@ class Mapping:
         if self._hidden:
             busy.update(range(self._hidden.start // self._span, -(-self._hidden.stop // self._span)))
         if self.into == 0 and self.size > self.target.virtual_size:
-            busy.add(self.target.virtual_size // self._span)
+            # What lies past its end shows when it grows: the memory of a machine, or what a stopped merge has left.
+            last = self.target.virtual_size // self._span
+            busy.update({last} | {each for each in self.target.busy(self._span) if each > last})
         for number in sorted(busy):
             start = number * self._span
             end = min(start + self._span, -(-self.size // self._largest) * self._largest)

@@ -52,8 +52,10 @@ def merge(work: Merge, watch: Watch) -> int:
     :raise UnhealthyError: a table is damaged, or an image is not as it was when it was planned.
     """
     path = work.copy or work.row[work.into][0]
-    layers = [*reversed(work.below), *work.row]
-    with opened(layers) as chain, durable.opened_for_writing(path) as descriptor:
+    row_of_files = list(work.row)
+    # A copy whose counts were mended has tables of its own.
+    row_of_files[work.into] = (path, work.row[work.into][1])
+    with opened([*reversed(work.below), *row_of_files]) as chain, durable.opened_for_writing(path) as descriptor:
         row = chain[len(work.below) :]
         if work.tag is not None:
             look_at_point(row[0], work.tag)
@@ -66,7 +68,7 @@ def merge(work: Merge, watch: Watch) -> int:
                 durable.sync(descriptor, path)
 
         target = open_target(descriptor, row[work.into], mapping.unit, settle)
-        target.path = path
+        target.require_room(mapping.size)
         mover = Mover([each.descriptor for each in row], descriptor, path, watch, share=work.share)
         return _Merging(chain, mapping, target, mover).run()
 

@@ -13,8 +13,9 @@ import struct
 import numpy as np
 import numpy.typing as npt
 
+from snaptree.errors import RefusedError
 from snaptree.images import durable
-from snaptree.images.header import Header
+from snaptree.images.header import MAX_REFCOUNT_TABLE_BYTES, Header
 from snaptree.images.tables import OFFSET
 
 Numbers = npt.NDArray[np.uint64]
@@ -87,8 +88,11 @@ class RefCounts:
         while clusters.begin < clusters.end:
             last = (clusters.end - 1) // self.per_block
             if last >= len(self._table):
-                # Room for twice as much, so that it seldom moves.
-                entries = -(-(last + 1) * 2 * 8 // unit) * unit // 8
+                # Room for twice as much, so that it seldom moves; but QEMU opens no image with a longer one.
+                most = MAX_REFCOUNT_TABLE_BYTES // unit * unit // 8
+                if last >= most:
+                    raise RefusedError(f"{self.path} would be longer than its reference counts can be")
+                entries = min(-(-(last + 1) * 2 * 8 // unit) * unit // 8, most)
                 if self._left is None:
                     self._left = (self._table_at, len(self._table) * 8)
                 self._table = np.concatenate([self._table, np.zeros(entries - len(self._table), dtype=np.uint64)])

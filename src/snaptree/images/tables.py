@@ -5,7 +5,9 @@ Source: the qcow2 specification, ``docs/interop/qcow2.txt`` of QEMU.
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
 from typing import TypeAlias
 
 import numpy as np
@@ -23,6 +25,33 @@ COPIED_BIT = np.uint64(1 << 63)
 """The reference count is exactly one: the cluster, or table, can be written in place."""
 COMPRESSED_BIT = np.uint64(1 << 62)
 ZERO_BIT = np.uint64(1)
+
+
+def words_of(data: bytes) -> Places:
+    """The words of a table, as far as they are whole."""
+    return np.frombuffer(data[: len(data) // 8 * 8], ">u8").astype(np.uint64)
+
+
+def data_ranges(descriptor: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Where an open file has data; the rest are holes. What cannot say so, as a block device cannot, is all data.
+
+    :param end: not past the end of the file.
+    :raise OSError: it cannot be found out. What may be data is never taken for a hole.
+    """
+    at = start
+    while at < end:
+        try:
+            begin = os.lseek(descriptor, at, os.SEEK_DATA)
+            stop = os.lseek(descriptor, begin, os.SEEK_HOLE) if begin < end else end
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            begin, stop = at, end
+        if begin < end:
+            yield begin, min(stop, end)
+        at = stop
 
 
 class Allocation:
@@ -64,18 +93,7 @@ class RawAllocation(Allocation):
         self.virtual_size = os.lseek(descriptor, 0, os.SEEK_END)
 
     def _data(self, start: int, end: int) -> list[tuple[int, int]]:
-        found: list[tuple[int, int]] = []
-        at = start
-        while at < end:
-            try:
-                begin = os.lseek(self.descriptor, at, os.SEEK_DATA)
-            except OSError:
-                break
-            if begin >= end:
-                break
-            at = os.lseek(self.descriptor, begin, os.SEEK_HOLE)
-            found.append((begin, min(at, end)))
-        return found
+        return list(data_ranges(self.descriptor, start, end))
 
     def classes(self, start: int, end: int, granule: int) -> Classes:
         found = np.full((end - start) // granule, ZERO, dtype=np.uint8)

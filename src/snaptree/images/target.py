@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 
+from snaptree.errors import RefusedError
 from snaptree.images import durable
+from snaptree.images.header import MAX_L1_BYTES
 from snaptree.images.refcounts import Clusters, Numbers, RefCounts
 from snaptree.images.tables import COPIED_BIT, OFFSET, ZERO_BIT, Allocation, Places, Qcow2Allocation
 
@@ -45,6 +47,12 @@ class Target:
     def weight(self) -> int:
         """How much memory this round takes by now, in bytes."""
         return 0
+
+    def require_room(self, size: int) -> None:
+        """See that a disk of that many bytes can be in the file, before anything is written.
+
+        :raise RefusedError: it cannot.
+        """
 
     def writable(self, entries: Places) -> Mask:
         """Which units, by their L2 entries, can be written where they are."""
@@ -133,6 +141,13 @@ class Qcow2Target(Target):
     @property
     def weight(self) -> int:
         return len(self._tables) * self.unit + sum(len(each) * 8 for each in self._given_up)
+
+    def require_room(self, size: int) -> None:
+        if -(-size // (self._per_table * self.unit)) * 8 > MAX_L1_BYTES:
+            raise RefusedError(
+                f"{self.path} has clusters of {self.unit} bytes, too small for a disk of {size} bytes",
+                "merge with --merge pull",
+            )
 
     def writable(self, entries: Places) -> Mask:
         return np.asarray(((entries & OFFSET) != 0) & ((entries & COPIED_BIT) != 0), dtype=bool)

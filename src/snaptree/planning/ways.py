@@ -20,6 +20,10 @@ METADATA_BYTES = 1 << 20
 """Room kept for tables that grow, when asking whether a merge fits."""
 
 
+MOST_TABLES = (32 << 20) // 8
+"""QEMU opens no qcow2 image with an L1 table of more entries (``block/qcow2.h``: QCOW_MAX_L1_SIZE)."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """One merge with the way that was chosen for it, and which file takes the data: the lowest, or the highest."""
@@ -196,6 +200,9 @@ def _commit_obstacle(draft: Draft, row: Row) -> str:
         )
     if facts.internals and facts.version < 3 and top.virtual_size > lowest.virtual_size:
         return f"{lowest.path} is qcow2 version 2 with internal snapshots and cannot be grown"
+    covered = facts.cluster_size**2 // (16 if facts.extended_l2 else 8)
+    if lowest.format == "qcow2" and top.virtual_size > covered * MOST_TABLES:
+        return f"{lowest.path} has clusters of {facts.cluster_size} bytes, too small for {top.virtual_size} bytes"
     below = tree.layers[lowest.parent].virtual_size if lowest.parent is not None else 0
     if lowest.virtual_size < min(top.virtual_size, below) and lowest.format == "qcow2" and facts.version < 3:
         return f"{lowest.path} is qcow2 version 2 and shorter than what is above and below it"

@@ -45,8 +45,7 @@ def mend(path: str) -> bool:
     facts = read_facts(path, "qcow2")
     if facts.internals and (facts.bitmaps or facts.autoclear):
         return False
-    qemu_img.check(_node(path), repair="all")
-    return True
+    return qemu_img.check(_node(path), repair="all").errors == 0
 
 
 def require(done: bool, what: str, path: str) -> None:

@@ -58,7 +58,7 @@ def shrink(step: Shrink, context: Context) -> None:
 async def move(step: Move, context: Context) -> None:
     """Move the data of all jobs at once: by the mover, and what it cannot do by a storage daemon that dies with us."""
     for job in step.jobs:
-        _require_counted(*target_of(job))
+        require_counted(*target_of(job))
     tally = Tally(context, sum(job.bytes for job in step.jobs))
     own = [job for job in step.jobs if not job.by_qemu]
     theirs = [job for job in step.jobs if job.by_qemu]
@@ -150,7 +150,7 @@ async def _by_qemu(jobs: Sequence[MoveJob], context: Context, tally: Tally) -> i
     return sum(counted[job.name] if job.way == "commit" else job.bytes for job in jobs)
 
 
-def _require_counted(path: str, image_format: str) -> None:
+def require_counted(path: str, image_format: str) -> None:
     """Put reference counts right that are late (lazy refcounts, and the writer was killed), or refuse to write.
 
     QEMU does so itself where it opens an image for writing, but not where it goes over from reading to writing, as for

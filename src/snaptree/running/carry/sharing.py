@@ -7,14 +7,13 @@ import os
 
 from snaptree.errors import BusyError, IoError, RefusedError
 from snaptree.images import durable, gate, sharing
-from snaptree.images.facts import open_to_read, read_facts
+from snaptree.images.facts import open_to_read
 from snaptree.images.inode import inode_of, is_still
 from snaptree.images.locks import who_has_open
 from snaptree.images.mover import Merge, merge
 from snaptree.planning.steps import BuildMerged, PutInPlace
 from snaptree.running.carry.headers import repoint_file
-from snaptree.running.carry.internals import mend
-from snaptree.running.carry.moving import Tally, note_sources
+from snaptree.running.carry.moving import Tally, note_sources, require_counted
 from snaptree.running.context import Context
 from snaptree.running.journal import Journal
 
@@ -27,9 +26,8 @@ async def build(step: BuildMerged, context: Context) -> None:
     context.journal.claim(step.path, *inode_of(temporary))
     _copy(step.path, temporary)
     image_format = step.row[step.into][1]
-    if image_format == "qcow2" and read_facts(temporary, image_format).dirty:
-        # A copy of late reference counts; the copy is ours alone.
-        mend(temporary)
+    # It may be a copy of late reference counts; the copy is ours alone.
+    require_counted(temporary, image_format)
     work = Merge(step.row, step.below, step.into, copy=temporary, share=True)
     tally = Tally(context, step.shared + step.bytes)
     context.journal.moved += await asyncio.to_thread(merge, work, tally.watch(step.path))
