@@ -1,0 +1,27 @@
+"""Fixtures for tests with a guest that runs."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.kit import guest
+from tests.kit.guest import Boot
+
+
+@pytest.fixture(scope="session")
+def boot(tmp_path_factory: pytest.TempPathFactory) -> Boot:
+    """The guest, built and booted once."""
+    guest.kernel()
+    return guest.boot(tmp_path_factory.mktemp("boot"))
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A folder with a short name, as sockets need it."""
+    folder = Path(tempfile.mkdtemp(prefix="live"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
