@@ -183,14 +183,17 @@ class Guest:
         """The I/O errors that it has seen, and what the kernel complained of."""
         return [line for line in self.lines() if line.startswith("E ") or "error" in line.lower()]
 
-    def go(self) -> None:
-        """Let it write."""
+    def go(self, at: int = 0) -> None:
+        """Let it write.
+
+        :param at: the last record that is on its disks, where it has been started anew.
+        """
         before = self.flushed()
         # What it is told while it is loaded is lost.
         until = time.monotonic() + SECONDS
         while self.flushed() <= before:
             assert time.monotonic() < until, f"it does not begin: {self.lines()[-5:]}"
-            self.tell("go")
+            self.tell(*([f"at {at}"] if at else []), "go")
         self.writes_on()
 
     def writes_on(self, more: int = 40) -> int:

@@ -3,7 +3,8 @@
  * Record n goes to the first disk, then to the second, each time with O_DIRECT, so that at any one moment the disks hold
  * the records up to n, the last one perhaps only on the first of them. Every EACH records both disks are flushed. It says
  *
- *   R                  ready; "go" makes it begin, "hold" makes it wait (it says H NUMBER), "end" ends it
+ *   R                  ready; "go" makes it begin, "hold" makes it wait (it says H NUMBER), "end" ends it; "at NUMBER"
+ *                      says which record was the last, when its disks have some from before
  *   F NUMBER MICROS    all records up to the number are flushed; the longest that a record took since the last F
  *   E ERRNO NUMBER     an I/O error
  *   D NUMBER           done: told to end, or the power button was pressed; all records are flushed
@@ -37,6 +38,7 @@ struct record {
 } __attribute__((packed));
 
 static int disks[DISKS], count, button = -1, going;
+static uint64_t number;
 static uint32_t table[256];
 
 static void say(const char *form, ...) {
@@ -65,7 +67,7 @@ static uint64_t slot(uint64_t number) {
     return (number / RUN * 13 % (SLOTS / RUN)) * RUN + number % RUN;
 }
 
-static void put(struct record *record, uint64_t number, int disk) {
+static void put(struct record *record, int disk) {
     record->number = number;
     record->disk = disk;
     uint64_t x = number * 2654435761u + disk + 1;
@@ -78,7 +80,7 @@ static void put(struct record *record, uint64_t number, int disk) {
 }
 
 /* Whether to go on: takes orders from the console and looks at the power button. */
-static int listen_for(int milliseconds, uint64_t number) {
+static int listen_for(int milliseconds) {
     static char order[64];
     static size_t length;
     struct pollfd wanted[2] = {{0, POLLIN, 0}, {button, POLLIN, 0}};
@@ -97,13 +99,14 @@ static int listen_for(int milliseconds, uint64_t number) {
             order[length] = 0, length = 0;
             if (!strcmp(order, "go")) going = 1;
             if (!strcmp(order, "hold")) going = 0, say("H %llu\n", (long long)number);
+            if (!strncmp(order, "at ", 3)) number = strtoull(order + 3, NULL, 10);
             if (!strcmp(order, "end")) return 0;
         }
     }
     return 1;
 }
 
-static void flush(uint64_t number, int64_t *longest) {
+static void flush(int64_t *longest) {
     static int64_t said;
     for (int disk = 0; disk < count; disk++)
         if (fdatasync(disks[disk])) say("E %d %llu\n", errno, (long long)number);
@@ -132,14 +135,13 @@ int main(void) {
     struct record *record = aligned_alloc(SIZE, SIZE);
     memcpy(record->magic, "SNAPREC1", 8);
     say("R %d%s\n", count, button < 0 ? " no button" : "");
-    uint64_t number = 0;
     int64_t longest = 0;
-    while (listen_for(going ? 1 : 50, number)) {
+    while (listen_for(going ? 1 : 50)) {
         if (!going) continue;
         int64_t before = micros();
         number++;
-        for (int disk = 0; disk < count; disk++) put(record, number, disk);
-        if (number % EACH == 0) flush(number, &longest);
+        for (int disk = 0; disk < count; disk++) put(record, disk);
+        if (number % EACH == 0) flush(&longest);
         int64_t took = micros() - before;
         if (took > longest) longest = took;
     }

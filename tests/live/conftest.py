@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tests.kit import guest
 from tests.kit.guest import Boot
+from tests.kit.stage import Stage, kill_all
 
 
 @pytest.fixture(scope="session")
@@ -24,4 +25,11 @@ def place() -> Iterator[Path]:
     """A folder with a short name, as sockets need it."""
     folder = Path(tempfile.mkdtemp(prefix="live"))
     yield folder
+    kill_all(folder)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def stage(boot: Boot, place: Path) -> Stage:
+    """Two disks and a guest for them; no machine yet."""
+    return Stage(place, boot)

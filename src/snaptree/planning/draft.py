@@ -60,6 +60,7 @@ class Draft:
         self.made: set[str] = set()
         self.spared: set[LayerId] = set()
         self.extra = 0
+        self.pause = 0.0
         self.needs: dict[int, int] = {}
         self.bytes = 0
         self.chosen = dict(chosen or {})
@@ -86,7 +87,9 @@ class Draft:
         return tuple((each.path, each.format) for each in list(self.tree.chain(layer))[1:])
 
     def unwritten(self, layer: LayerId) -> bool:
-        """Whether nothing has been written to the overlay since it was made."""
+        """Whether nothing has been written to the overlay since it was made. A guest's tip counts as written."""
+        if self.survey.live is not None and is_tip(self.before, layer) and layer in self.survey.live.open:
+            return False
         facts, known = self.survey.layers.get(layer), self.tree.layers[layer]
         if facts is None or facts.written or known.parent is None or known.half_merged:
             return False
@@ -328,6 +331,8 @@ class Draft:
             paths_after=paths_of(after),
             notes=tuple(self.notes),
             touches=tuple(sorted(self.touches)),
+            guest_pause=self.pause,
+            estimate=self.survey.live is not None,
         )
 
     def _require_room(self, summary: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 from snaptree.errors import BusyError
@@ -87,12 +87,15 @@ class Holding:
 
     While snaptree works on images no other QEMU can open them for writing.
 
+    :param spared: the files (device and inode) that the machine's own QEMU has open. They are not locked; what is
+        written there it writes itself.
     :param patience: for how many seconds to wait for somebody else to give a file up: one who only looks, or one of
         QEMU's programs that is just being killed because its snaptree was.
     """
 
-    def __init__(self, patience: float = 0.2) -> None:
+    def __init__(self, patience: float = 0.2, spared: Collection[tuple[int, int]] = ()) -> None:
         self._patience = patience
+        self._spared = frozenset(spared)
         self._locks: dict[tuple[int, int], ImageLock] = {}
 
     def take(self, plan: Plan, still: Iterable[str] = ()) -> None:
@@ -108,6 +111,10 @@ class Holding:
         written: dict[str, None] = {}
         read: dict[str, None] = {}
         for step in steps:
+            for path in written_by(step):
+                # What nothing needs any more may still be open there: it is let go before it is removed.
+                if not isinstance(step, Unlink) and _inode(path) in self._spared:
+                    raise self._busy(path)
             written.update(dict.fromkeys(written_by(step)))
             read.update(dict.fromkeys(read_by(step)))
         read.update(dict.fromkeys(still))
@@ -121,7 +128,7 @@ class Holding:
     def _lock(self, path: str, mode: str) -> None:
         # A file may have two names for a while (TakeName), and is locked once.
         inode = _inode(path)
-        if inode is None or inode in self._locks:
+        if inode is None or inode in self._locks or inode in self._spared:
             return
         deadline = time.monotonic() + self._patience
         while True:
@@ -159,6 +166,18 @@ class Holding:
         finally:
             for lock in locks:
                 lock.let_inherit(inherit=False)
+
+    def require_closed(self, paths: Iterable[str]) -> None:
+        """See that nobody writes to these files.
+
+        :raise BusyError: somebody does.
+        """
+        looking = Holding(self._patience)
+        try:
+            for path in paths:
+                looking._lock(path, "read")
+        finally:
+            looking.release()
 
     def release(self) -> None:
         """Give everything up."""
