@@ -71,9 +71,14 @@ class Stage(Scene):
         A branch that the guest writes to cannot be read.
         """
         points: dict[str, Any] = self.names()[name].get("points") or self.names()[name]["tips"]
+        layers = {each["path"]: each for each in self.show()["layers"]}
         found = []
         for disk, point in sorted(points.items()):
-            content = images.read(point["path"], self.format_of(point["path"]), point["internal"])
+            chain, at = [], point["path"]
+            while at is not None:
+                chain.append((at, layers[at]["format"]))
+                at = layers[at]["parent"]
+            content = images.read_unlocked(chain)
             found.append(read_records(content, DISKS.index(disk)).prefix)
         if len(found) == 2:
             # Record n goes to vda first.
@@ -90,7 +95,7 @@ class Stage(Scene):
         assert self.guest.errors() == []
         flushed = self.guest.flushed()
         assert any(line == f"D {flushed}" for line in self.guest.lines())
-        assert self.holds("main") == (flushed, flushed)
+        assert self.holds(self.show()["active_branch"]) == (flushed, flushed)
         self.sound()
         return flushed
 

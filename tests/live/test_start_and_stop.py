@@ -128,6 +128,9 @@ WAYS = {
     "-device virtio-blk-pci,drive=t-{disk}",
 }
 
+QUICK = ("drive, relative", "throttled")
+"""Those that are run by default."""
+
 
 def launch(stage: Stage, way: str, monitor: str = "qmp") -> guest.Guest:
     """Start QEMU as a user might, on the machine's disks, without snaptree."""
@@ -140,7 +143,7 @@ def launch(stage: Stage, way: str, monitor: str = "qmp") -> guest.Guest:
     return guest.launch([*words, "-qmp", f"unix:{stage.folder}/{monitor},server=on,wait=off"], stage.folder)
 
 
-@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("way", [way if way in QUICK else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
 def test_a_machine_that_somebody_started_is_taken_and_its_disks_are_frozen(
     stage: Stage, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -222,7 +222,10 @@ def list_command(as_json: bool) -> None:
 @json_option
 def path_command(machine: str, disk: str | None, as_json: bool) -> None:
     """Print where the active tip of a disk is: the file to start the machine with."""
-    tree = Connection().machine(machine).tree()
+    found = Connection().machine(machine)
+    for line in found.unfinished():
+        say(f"note: {line}; before that the path may be another", err=True)
+    tree = found.tree()
     paths = {target: tree.layers[point.layer].path for target, point in sorted(tree.active_branch.tips.items())}
     if disk is not None and disk not in paths:
         raise NotFoundError(f"machine {machine} has no disk {disk!r}", f"its disks: {', '.join(paths)}")

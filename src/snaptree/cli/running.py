@@ -8,6 +8,17 @@ from snaptree.cli.output import print_json, print_plan, say
 from snaptree.cli.parsing import changing, machine_argument
 from snaptree.machines import switching
 from snaptree.machines.connection import Connection
+from snaptree.planning.plan import Plan
+
+
+def _print_plan(plan: Plan, *, as_json: bool) -> None:
+    """Print a plan of one thing that is neither undone nor finished: it has no steps."""
+    if as_json:
+        print_plan(plan, as_json=True)
+        return
+    say(f"{plan.summary}:")
+    for note in plan.notes:
+        say(f"  {note}")
 
 
 @click.command("start")
@@ -17,7 +28,7 @@ def start_command(machine: str, only_plan: bool, as_json: bool, wait: float) -> 
     """Start a machine from its stored command (add --start), on its active tips."""
     found = Connection().machine(machine)
     if only_plan:
-        print_plan(switching.start_plan(found), as_json=as_json)
+        _print_plan(switching.start_plan(found), as_json=as_json)
         return
     state = switching.start(found, wait=wait)
     if as_json:
@@ -42,7 +53,7 @@ def stop_command(machine: str, force: bool, within: float, only_plan: bool, as_j
     """Ask a machine to shut down, and turn it off when it has not done so in time."""
     found = Connection().machine(machine)
     if only_plan:
-        print_plan(switching.stop_plan(found, force=force), as_json=as_json)
+        _print_plan(switching.stop_plan(found, force=force), as_json=as_json)
         return
     how = switching.stop(found, seconds=within, force=force, wait=wait)
     if as_json:

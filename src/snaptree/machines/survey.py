@@ -171,6 +171,10 @@ def measure(tree: Tree, survey: Survey, wanted: Unmeasured) -> Survey:
             with durable.explained(layers[-1][0], "read the tables of"):
                 figures[row] = foreseen(layers, below)
         except UnhealthyError as error:
+            if survey.live is not None and row[-1] in survey.live.open:
+                # A guest writes to it: its tables do not stand still while they are read.
+                figures[row] = _roughly(survey, row)
+                continue
             # The row cannot be merged; the rest of the plan can go on without it.
             figures[row] = RowFacts(0, 0, 0, 0, 0)
             worst = replace(survey.layers[row[0]], problem="damaged", detail=error.message)
@@ -181,3 +185,10 @@ def measure(tree: Tree, survey: Survey, wanted: Unmeasured) -> Survey:
         with durable.explained(path, "read the tables of"):
             points[point] = foreseen_point(path, point.internal)
     return replace(survey, rows=figures, points=points)
+
+
+def _roughly(survey: Survey, row: tuple[LayerId, ...]) -> RowFacts:
+    """What a merge may move at the most, by what the files occupy; an estimate."""
+    room = [survey.layers[each].allocated for each in row]
+    down, up = sum(room[1:]), sum(room[:-1])
+    return RowFacts(down, 0, down, up, up)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from snaptree.errors import RefusedError
 from snaptree.planning.create import SnapshotRequest
+from snaptree.planning.delete import DeleteRequest
+from snaptree.planning.sweep import SquashRequest
+from snaptree.planning.verbs import DeleteBranchRequest, GcRequest
 
 
 def require_possible(name: str, request: object) -> None:
@@ -12,7 +15,9 @@ def require_possible(name: str, request: object) -> None:
     :raise RefusedError: says so.
     """
     match request:
-        case SnapshotRequest(internal=False):
+        case SnapshotRequest(internal=False) | DeleteRequest(memory_only=False) | DeleteBranchRequest():
+            return
+        case SquashRequest() | GcRequest():
             return
         case SnapshotRequest():
             what = "internal snapshots are not taken while it runs"

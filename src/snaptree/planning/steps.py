@@ -13,7 +13,7 @@ from snaptree.model.delta import Delta
 from snaptree.model.layer import LayerId
 from snaptree.model.machine import MachineConfig
 from snaptree.model.sizes import readable
-from snaptree.planning.live_steps import LiveSnapshot
+from snaptree.planning.live_steps import LiveMerge, LiveSnapshot
 
 File: TypeAlias = tuple[str, str]
 """One image in a chain: ``(path, format)``."""
@@ -377,6 +377,7 @@ Step: TypeAlias = (
     | Repoint
     | TakeName
     | LiveSnapshot
+    | LiveMerge
     | Record
     | Unlink
     | RemoveFirmware
@@ -399,6 +400,7 @@ STEPS: tuple[type[Step], ...] = (
     Repoint,
     TakeName,
     LiveSnapshot,
+    LiveMerge,
     Record,
     Unlink,
     RemoveFirmware,

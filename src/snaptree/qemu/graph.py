@@ -81,6 +81,13 @@ class BlockGraph:
             found.append(below)
         return tuple(found)
 
+    def root_of(self, node: Node) -> Node:
+        """The uppermost node of the disk that the image is of: it itself, an image on it, or a filter."""
+        at = node
+        while at.above:
+            at = self.nodes[at.above[0]]
+        return at
+
     def used(self, node: Node) -> tuple[tuple[str, str], ...]:
         """Who uses the image, or a node that a job or a filter has put above it."""
         found = list(node.users)

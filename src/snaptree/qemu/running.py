@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 from types import TracebackType
 from typing import Any
 
@@ -21,8 +22,9 @@ class RunningQemu:
     Made by :meth:`attach`.
     """
 
-    def __init__(self, qmp: QmpSession, pid: int, path: str) -> None:
+    def __init__(self, qmp: QmpSession, connection: socket.socket, pid: int, path: str) -> None:
         self.qmp = qmp
+        self._connection = connection
         self.pid = pid
         self.path = path
         self._folder: str | None = None
@@ -45,7 +47,12 @@ class RunningQemu:
         except BaseException:
             found.close()
             raise
-        return cls(qmp, pid, path)
+        return cls(qmp, found, pid, path)
+
+    @property
+    def descriptor(self) -> int:
+        """The monitor's socket, for a process that shares it."""
+        return self._connection.fileno()
 
     async def __aenter__(self) -> RunningQemu:
         return self

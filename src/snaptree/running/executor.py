@@ -11,6 +11,7 @@ from snaptree.errors import CancelledError, IoError, NotFoundError, RefusedError
 from snaptree.images import durable
 from snaptree.images.copying import Limiter
 from snaptree.images.locks import MachineLock
+from snaptree.planning.live_steps import LiveMerge
 from snaptree.planning.plan import Plan
 from snaptree.planning.steps import BuildFromPoint, BuildMerged, CopyFirmware, MakeOverlay, Move, Record, Step, Unlink
 from snaptree.qemu.running import RunningQemu
@@ -168,7 +169,7 @@ async def undo_all(steps: tuple[Step, ...], context: Context, why: str) -> str:
             # What it has written stays, mended or not, be it by a process that was killed before it had synced it.
             durable.sync_file(path)
         refresh(written_by(step), context)
-    moved = any(isinstance(step, Move) for step in steps)
+    moved = any(isinstance(step, Move | LiveMerge) for step in steps)
     state = operations.PAUSED if moved and any(isinstance(step, Record) for step in steps) else operations.UNDONE
     context.journal.end(state, why)
     return state

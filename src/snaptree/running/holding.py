@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from snaptree.errors import BusyError
 from snaptree.images.locks import ImageLock, who_has_open
+from snaptree.planning.live_steps import LiveMerge
 from snaptree.planning.plan import Plan
 from snaptree.planning.steps import (
     ApplyInternal,
@@ -35,6 +36,10 @@ def written_by(step: Step) -> tuple[str, ...]:
             return (step.path,)
         case Cover():
             return (step.row[-1][0],)
+        case LiveMerge():
+            return tuple(
+                path for job in step.jobs for path, _ in (job.target, *([job.child] if job.child is not None else []))
+            )
         case TakeName():
             return (step.source, step.target)
         case Move():
@@ -61,7 +66,7 @@ def read_by(step: Step) -> tuple[str, ...]:
             return tuple(path for path, _ in (*step.row, *step.below))
         case ApplyInternal() | Shrink():
             return tuple(path for path, _ in step.below)
-        case Move():
+        case Move() | LiveMerge():
             return tuple(path for job in step.jobs for path, _ in (*job.row, *job.below))
         case _:
             return ()
@@ -113,7 +118,7 @@ class Holding:
         for step in steps:
             for path in written_by(step):
                 # What nothing needs any more may still be open there: it is let go before it is removed.
-                if not isinstance(step, Unlink) and _inode(path) in self._spared:
+                if not isinstance(step, Unlink | LiveMerge) and _inode(path) in self._spared:
                     raise self._busy(path)
             written.update(dict.fromkeys(written_by(step)))
             read.update(dict.fromkeys(read_by(step)))

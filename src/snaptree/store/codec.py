@@ -14,7 +14,7 @@ from snaptree.model.layer import Identity, Layer, Point
 from snaptree.model.machine import MachineConfig
 from snaptree.model.memory import Memory
 from snaptree.model.snapshot import FirmwareFile, Snapshot
-from snaptree.planning.live_steps import Cut
+from snaptree.planning.live_steps import Cut, LiveJob
 from snaptree.planning.steps import STEPS, MoveJob, Step
 
 _CLASSES: dict[str, type[Any]] = {
@@ -26,6 +26,7 @@ _CLASSES: dict[str, type[Any]] = {
         FirmwareFile,
         Identity,
         Layer,
+        LiveJob,
         MachineConfig,
         Memory,
         MoveJob,

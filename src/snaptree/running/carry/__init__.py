@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from snaptree.planning.live_steps import LiveSnapshot
+from snaptree.planning.live_steps import LiveMerge, LiveSnapshot
 from snaptree.planning.steps import (
     ApplyInternal,
     BuildFromPoint,
@@ -27,7 +27,7 @@ from snaptree.planning.steps import (
     TakeName,
     Unlink,
 )
-from snaptree.running.carry import firmware, headers, internals, live, making, sharing, tree
+from snaptree.running.carry import firmware, headers, internals, live, live_merge, making, sharing, tree
 from snaptree.running.carry import moving as moving
 from snaptree.running.context import Context
 
@@ -65,6 +65,8 @@ async def do(step: Step, context: Context) -> None:
             making.take_name(step)
         case LiveSnapshot():
             await live.snapshot(step, context)
+        case LiveMerge():
+            await live_merge.merge(step, context)
         case Unlink():
             making.unlink(step, context)
         case Record():
@@ -94,6 +96,8 @@ async def undo(step: Step, context: Context) -> None:
             sharing.unbuild(step, context)
         case LiveSnapshot():
             await live.unsnapshot(step, context)
+        case LiveMerge():
+            await live_merge.unmerge(step, context)
         case _:
             pass
 
@@ -108,5 +112,7 @@ async def happened(steps: tuple[Step, ...], context: Context) -> bool:
     match step:
         case LiveSnapshot():
             return await live.was_cut(step, context)
+        case LiveMerge():
+            return await live_merge.went_on(step, context)
         case _:
             return False
