@@ -53,7 +53,7 @@ LONG = pytest.mark.slow
     ("cycle", "also", "every"),
     [
         ("into the tip", "", 31),
-        ("up in the middle", "qemu", 31),
+        ("up in the middle", "qemu", 61),
         *(
             pytest.param(cycle, also, 3, marks=[LONG, pytest.mark.timeout(3600)])
             for cycle in CYCLES
