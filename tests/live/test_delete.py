@@ -6,6 +6,8 @@ import signal
 import time
 
 import pytest
+from tests.kit.by_hand import WAYS, by_hand
+from tests.kit.qmp import Qmp
 from tests.kit.stage import Stage
 
 
@@ -180,6 +182,28 @@ def test_a_job_of_somebody_elses_is_not_disturbed(stage: Stage) -> None:
     guest.writes_on()
     stage("gc web1")
     kept(stage, wanted, "s2")
+    stage.finish()
+
+
+@pytest.mark.parametrize("way", [each if each == "drive" else pytest.param(each, marks=LONG) for each in WAYS])
+def test_layers_of_a_machine_that_somebody_started_are_merged(
+    stage: Stage, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.make()
+    monkeypatch.chdir(stage.disks)
+    stage.guest = by_hand(stage, way)
+    stage.guest.go()
+    stage(f"add web1 --disk vda.qcow2 --disk vdb.raw,format=raw --qmp {stage.folder}/qmp")
+    wanted = snapshots(stage, 3, 30)
+    stage("delete web1 s2 --merge commit")
+    kept(stage, wanted, "s2")
+    stage("delete web1 s3 --merge pull")
+    kept(stage, wanted, "s2", "s3")
+    stage("delete web1 s1")
+    kept(stage, wanted, "s1", "s2", "s3")
+    with Qmp(stage.folder / "qmp") as qmp:
+        files = {each["file"] for each in qmp("query-named-block-nodes", flat=True) if each["drv"] == "file"}
+    assert len(files) == 2
     stage.finish()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
 import threading
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from tests.kit import guest, images
+from tests.kit.by_hand import QUICK, WAYS, by_hand
 from tests.kit.qmp import Qmp
 from tests.kit.records import DISK_BYTES
 from tests.kit.space import held
@@ -116,32 +116,6 @@ def test_a_disk_that_somebody_has_open_is_not_started_on(stage: Stage) -> None:
 
 # ---- a QEMU that somebody else started ----------------------------------------------------------------------------
 
-WAYS = {
-    "drive": "-drive file={path},format={format},if=none,id=d-{disk} -device virtio-blk-pci,drive=d-{disk}",
-    "drive, relative": "-drive file={name},format={format},if=none,id=d-{disk} -device virtio-blk-pci,drive=d-{disk}",
-    "blockdev": "-blockdev driver={format},node-name=n-{disk},file.driver=file,file.filename={path} "
-    "-device virtio-blk-pci,drive=n-{disk}",
-    "blockdev, two nodes": "-blockdev driver=file,node-name=f-{disk},filename={path},discard=unmap "
-    "-blockdev driver={format},node-name=n-{disk},file=f-{disk} -device virtio-blk-pci,drive=n-{disk}",
-    "throttled": "-object throttle-group,id=t-{disk} -blockdev driver={format},node-name=n-{disk},file.driver=file,"
-    "file.filename={path} -blockdev driver=throttle,node-name=t-{disk},throttle-group=t-{disk},file=n-{disk} "
-    "-device virtio-blk-pci,drive=t-{disk}",
-}
-
-QUICK = ("drive, relative", "throttled")
-"""Those that are run by default."""
-
-
-def launch(stage: Stage, way: str, monitor: str = "qmp") -> guest.Guest:
-    """Start QEMU as a user might, on the machine's disks, without snaptree."""
-    words = stage.boot.words(stage.folder)
-    for disk, name, form in (("vda", "vda.qcow2", "qcow2"), ("vdb", "vdb.raw", "raw")):
-        text = WAYS[way].format(disk=disk, name=name, path=stage.disks / name, format=form)
-        address = guest.device(disk, "").partition(",addr=")[2]
-        words += [*text.split()[:-1], f"{text.split()[-1]},addr={address}"]
-    os.chdir(stage.disks)
-    return guest.launch([*words, "-qmp", f"unix:{stage.folder}/{monitor},server=on,wait=off"], stage.folder)
-
 
 @pytest.mark.parametrize("way", [way if way in QUICK else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
 def test_a_machine_that_somebody_started_is_taken_and_its_disks_are_frozen(
@@ -149,7 +123,7 @@ def test_a_machine_that_somebody_started_is_taken_and_its_disks_are_frozen(
 ) -> None:
     stage.make()
     monkeypatch.chdir(stage.disks)
-    stage.guest = launch(stage, way)
+    stage.guest = by_hand(stage, way)
     assert stage.guest.process is not None
     stage.guest.go()
     assert "open for writing" in stage("add web1 --disk vda.qcow2", status=5).err
