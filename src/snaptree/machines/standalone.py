@@ -16,6 +16,7 @@ from snaptree.images.locks import MachineLock
 from snaptree.machines.finding import find_disk
 from snaptree.machines.findings import Finding
 from snaptree.machines.free import require_free, without_others
+from snaptree.machines.going import going
 from snaptree.machines.options import DiskOption
 from snaptree.machines.power import Power, silent
 from snaptree.machines.survey import measure, read_survey
@@ -149,7 +150,10 @@ class Standalone:
     def plan(self, request: Request) -> Plan:
         """The plan for a request; takes no lock and touches nothing."""
         tree = self.tree()
-        return self._plan(tree, self.power(tree), request)
+        power = self.power(tree)
+        gone = going(self, request, power, tree)
+        plan = self._plan(tree, Power(OFF) if gone else power, request)
+        return gone.told(plan) if gone else plan
 
     def _plan(self, tree: Tree, power: Power, request: Request) -> Plan:
         if not isinstance(request, RenameRequest | SetRequest):
@@ -214,25 +218,38 @@ class Standalone:
             lock.extend(_anchors(tree))
             async with self.asked(tree, WORK_SECONDS) as (power, qemu):
                 seen = _seen(tree, request)
-                plan = self._plan(tree, power, request)
+                gone = going(self, request, power, tree)
+                plan = self._plan(tree, Power(OFF) if gone else power, request)
                 if confirm is not None and not confirm(plan):
                     raise CancelledError("nothing was done", "")
+                if gone is not None and qemu is not None:
+                    await gone.turn_off(qemu, tree)
+                    # What was planned rested on disks that the guest wrote to.
+                    power, qemu = Power(OFF), None
+                    plan = gone.told(self._plan(tree, power, request))
                 lock.extend(files_of(plan))
                 moved = sorted(path for path, inode in _seen(tree, request).items() if inode != seen[path])
                 if moved:
                     hint = "see what did it, and try again"
                     raise BusyError(f"{moved[0]} has been replaced since it was planned", hint)
-                await executor.run(
-                    self.database,
-                    self.name,
-                    plan,
-                    lock=lock,
-                    pace=pace,
-                    still=_still(tree, request) if power.live is None else (),
-                    qemu=qemu,
-                    report=progress or unheard,
-                    cancelled=cancelled,
-                )
+                try:
+                    await executor.run(
+                        self.database,
+                        self.name,
+                        plan,
+                        lock=lock,
+                        pace=pace,
+                        still=_still(tree, request) if power.live is None else (),
+                        qemu=qemu,
+                        report=progress or unheard,
+                        cancelled=cancelled,
+                    )
+                except BaseException:
+                    if gone is not None and not operations.unfinished(self.database, self.name):
+                        await gone.start(self, gone.before)
+                    raise
+                if gone is not None:
+                    await gone.start(self, gone.after)
                 return plan
 
     async def settle(self, lock: MachineLock) -> tuple[str, ...]:

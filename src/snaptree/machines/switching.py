@@ -72,32 +72,54 @@ def start(machine: Standalone, *, wait: float = 0.0) -> str:
 async def _start(machine: Standalone, wait: float) -> str:
     with durable.explained(f"a file of machine {machine.name}", "use"), machine.locked(wait) as lock:
         await machine.settle(lock)
-        config, tree = trees.load_config(machine.database, machine.name), machine.tree()
+        config = machine.config = trees.load_config(machine.database, machine.name)
+        tree = machine.tree()
         async with machine.asked(tree) as (power, _):
             if power.state != OFF:
                 why = power.why or "it answers on its monitor"
                 raise BusyError(f"machine {config.name} is {power.state} already: {why}", power.hint)
-        words = command_line(config, tree)
-        if config.qmp is not None:
-            hint = f"start it as you do, or forget the socket: 'snaptree set {config.name} --qmp \"\"'"
-            raise RefusedError(f"machine {config.name} is one that you start: its monitor is {config.qmp}", hint)
-        folder = config.folder or "/"
-        if not os.path.isdir(folder):
-            hint = f"store the command again: 'snaptree set {config.name} --start …'"
-            raise RefusedError(f"there is no folder {folder} any more, in which the start command was stored", hint)
-        found = ailments(tree, machine.survey(tree, power, beside=False))
-        for point in tree.active_branch.tips.values():
-            require_whole(tree, found, point.layer, f"start machine {config.name}")
-        monitor = own_monitor(machine.database, config.name)
-        qemu = await launching.launch(words, monitor, folder, monitor.removesuffix(".sock") + ".log")
-        try:
-            match(await qemu.graph(), tree, monitor)
-            return await qemu.state()
-        except BaseException:
-            await _quit(qemu)
-            raise
-        finally:
-            await qemu.close()
+        require_startable(machine, tree)
+        return await launch(machine, tree)
+
+
+def require_startable(machine: Standalone, tree: Tree) -> None:
+    """See that the machine could be started, before anything is touched.
+
+    :raise RefusedError: its monitor is one that somebody else's QEMU has, or its folder is gone.
+    :raise UsageError: it has no start command, or one that cannot be used.
+    """
+    config = machine.config
+    if config.qmp is not None:
+        hint = f"start it as you do, or forget the socket: 'snaptree set {config.name} --qmp \"\"'"
+        raise RefusedError(f"machine {config.name} is one that you start: its monitor is {config.qmp}", hint)
+    folder = config.folder or "/"
+    if not os.path.isdir(folder):
+        hint = f"store the command again: 'snaptree set {config.name} --start …'"
+        raise RefusedError(f"there is no folder {folder} any more, in which the start command was stored", hint)
+    command_line(config, tree)
+
+
+async def launch(machine: Standalone, tree: Tree, *, paused: bool = False) -> str:
+    """Start the machine, under its lock; what it does then.
+
+    :raise ToolError: QEMU does not start.
+    :raise UnhealthyError: something is wrong with a layer that it needs.
+    """
+    config = machine.config
+    words = command_line(config, tree) + (["-S"] if paused else [])
+    found = ailments(tree, machine.survey(tree, Power(OFF), beside=False))
+    for point in tree.active_branch.tips.values():
+        require_whole(tree, found, point.layer, f"start machine {config.name}")
+    monitor = own_monitor(machine.database, config.name)
+    qemu = await launching.launch(words, monitor, config.folder or "/", monitor.removesuffix(".sock") + ".log")
+    try:
+        match(await qemu.graph(), tree, monitor)
+        return await qemu.state()
+    except BaseException:
+        await _quit(qemu)
+        raise
+    finally:
+        await qemu.close()
 
 
 def stop_plan(machine: Standalone, *, force: bool) -> Plan:
@@ -138,6 +160,12 @@ async def _stop(machine: Standalone, seconds: float, wait: float, *, force: bool
         if config.qmp is None:
             durable.remove_small(own_monitor(machine.database, config.name))
         return "it was turned off" if forced else "it has shut down"
+
+
+async def turn_off(qemu: RunningQemu, tree: Tree) -> None:
+    """End the machine's QEMU, as by pulling the plug, and wait until its images are free."""
+    await _quit(qemu)
+    await _wait_until_free(tree)
 
 
 async def _shut_down(qemu: RunningQemu, config: MachineConfig, power: Power, ended: int, seconds: float) -> bool:

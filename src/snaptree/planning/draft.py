@@ -196,6 +196,11 @@ class Draft:
         """A new layer made out of an internal snapshot, on the same backing file, added to the tree."""
         assert point.internal is not None
         source = self.tree.layers[point.layer]
+        if self.survey.live is not None and source.id in self.survey.live.open:
+            raise RefusedError(
+                f"machine {self.before.machine} is running, and has {source.path} open with its internal snapshots",
+                f"stop it first: 'snaptree stop {self.before.machine}'",
+            )
         self.require_whole(source.id, purpose)
         self.require_readable(source.id, purpose)
         facts = self.facts(source.id)
@@ -276,6 +281,11 @@ class Draft:
 
         :param label: names the new file to go on with, ``other`` the one to park.
         """
+        if self.survey.live is not None:
+            raise RefusedError(
+                f"machine {self.before.machine} is running, and {disk} does not fork where it stands while it does",
+                "take a snapshot first, and grow the branch from that",
+            )
         tip = self.before.active_branch.tips[disk].layer
         parent = self.tree.layers[tip].parent
         if self.unwritten(tip) and parent is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from snaptree.errors import RefusedError
-from snaptree.planning.create import SnapshotRequest
+from snaptree.planning.create import BranchRequest, SnapshotRequest
 from snaptree.planning.delete import DeleteRequest
 from snaptree.planning.sweep import SquashRequest
 from snaptree.planning.verbs import DeleteBranchRequest, GcRequest
@@ -17,7 +17,7 @@ def require_possible(name: str, request: object) -> None:
     match request:
         case SnapshotRequest(internal=False) | DeleteRequest(memory_only=False) | DeleteBranchRequest():
             return
-        case SquashRequest() | GcRequest():
+        case SquashRequest() | GcRequest() | BranchRequest():
             return
         case SnapshotRequest():
             what = "internal snapshots are not taken while it runs"
