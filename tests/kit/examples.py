@@ -10,6 +10,7 @@ from tests.kit.simulated import CELL, Disk, Runner, measured, measured_point, su
 
 from snaptree.model.branch import Branch
 from snaptree.model.layer import Layer, Point
+from snaptree.model.live import Live
 from snaptree.model.tree import Tree
 from snaptree.planning.create import BranchRequest, SnapshotRequest
 from snaptree.planning.delete import DeleteRequest
@@ -34,11 +35,15 @@ class Machine:
         tree = Tree("web1", "main", branches={"main": main}, roots={"vda": (root.path, root.format)}).with_layers(root)
         self.runner = Runner(disk, tree, random.Random(0), lambda: None)
         self.number = 1
+        self.runs = False
 
     def plan(self, request: Request) -> Plan:
         """The plan for the request, on the files as they are."""
         disk, tree = self.runner.disk, self.runner.tree
         found = survey(disk, tree, self.number)
+        if self.runs:
+            opened = frozenset(each.id for tip in tree.active_branch.tips.values() for each in tree.chain(tip.layer))
+            found = replace(found, running=True, live=Live("running", 1, opened))
         while True:
             try:
                 return plan(tree, found, request)
@@ -72,10 +77,20 @@ def _fork(*, shares: bool = False) -> Machine:
     return _line(shares=shares).run(BranchRequest("other", "s1"))
 
 
+def _live(machine: Machine) -> Machine:
+    """The same machine, running."""
+    machine.runs = True
+    return machine
+
+
 def examples() -> Iterator[tuple[str, Plan]]:
     """What it is about, and the plan."""
     yield "snapshot", Machine().plan(SnapshotRequest("s1"))
     yield "snapshot, internal", Machine().plan(SnapshotRequest("s1", True))
+    yield "snapshot of a running machine", _live(Machine()).plan(SnapshotRequest("s1"))
+    yield "delete the middle of a line while it runs", _live(_line()).plan(DeleteRequest(("s2",)))
+    yield "delete the last of a line while it runs", _live(_line()).plan(DeleteRequest(("s3",)))
+    yield "delete all of a line while it runs", _live(_line()).plan(DeleteRequest(("s1", "s2", "s3")))
     yield "delete the first of a line, by commit", _line().plan(DeleteRequest(("s1",), "commit"))
     yield "delete the first of a line, by pull", _line().plan(DeleteRequest(("s1",), "pull"))
     yield "delete the middle of a line, by commit", _line().plan(DeleteRequest(("s2",), "commit"))

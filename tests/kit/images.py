@@ -76,6 +76,19 @@ def read(path: str | Path, image_format: str = "qcow2", tag: str | None = None) 
         return Path(raw).read_bytes()
 
 
+def read_unlocked(chain: Sequence[tuple[str, str]]) -> bytes:
+    """All that a chain of ``(path, format)``, top first, shows while a QEMU works on it without changing that."""
+    graph: dict[str, Any] | None = None
+    for path, image_format in reversed(chain):
+        file = {"driver": "file", "filename": path, "locking": "off"}
+        below = {"backing": graph} if image_format == "qcow2" else {}
+        graph = {"driver": image_format, "file": file, **below}
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
+        raw = os.path.join(folder, "raw")
+        run("qemu-img", "convert", "-O", "raw", "json:" + json.dumps(graph), raw)
+        return Path(raw).read_bytes()
+
+
 def info(path: str | Path, image_format: str = "qcow2") -> dict[str, Any]:
     """What ``qemu-img info`` says of the one file."""
     found: dict[str, Any] = json.loads(run("qemu-img", "info", "-f", image_format, "--output=json", path))

@@ -75,6 +75,8 @@ class Scene:
         self.disks.mkdir()
         self.left: set[Path] = set()
         """Files that are there by right although no tree knows them."""
+        self.forgiven: set[str] = set()
+        """What ``qemu-img check`` may find: ``leaks``, where QEMU was killed."""
 
     def __call__(self, line: str, *, status: int = 0) -> Said:
         """Run ``snaptree LINE``; it must end with the status."""
@@ -143,6 +145,10 @@ class Scene:
             at = os.path.realpath(at) if at is not None else None
         return found
 
+    def written(self, machine: str) -> set[str]:
+        """The images that a guest writes to just now, which cannot be checked."""
+        return set()
+
     def sound(self, *machines: str) -> None:
         """Nothing is over, nothing missing, every image and every tree is whole."""
         known = set(self.left)
@@ -151,8 +157,9 @@ class Scene:
             assert violations(tree) == ()
             known |= {Path(layer.path) for layer in tree.layers.values()}
             for layer in tree.layers.values():
-                if layer.format == "qcow2":
-                    assert images.problems(layer.path) == {}, layer.path
+                if layer.format == "qcow2" and layer.path not in self.written(machine):
+                    wrong = images.problems(layer.path)
+                    assert not {key for key in wrong if key not in self.forgiven}, (layer.path, wrong)
             found = self(f"verify {machine} --json").json["findings"]
             assert [each for each in found if each["severity"] == "error"] == []
             assert Connection(str(self.state)).machine(machine).unfinished() == ()

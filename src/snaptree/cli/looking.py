@@ -73,6 +73,8 @@ def show_command(machine: str, snapshot: str | None, xml: str | None, as_json: b
         print_json(everything)
         return
     say(f"machine {machine} ({everything['provider']}, {everything['state']}), on branch {view.tree.active!r}")
+    if view.why:
+        say(f"  {view.why}")
     for layer in everything["layers"]:
         room = f"{readable(layer['allocated']):>10} of {readable(layer['virtual_size']):>10}"
         health = f"  [{layer['health']}]" if layer["health"] != "ok" else ""

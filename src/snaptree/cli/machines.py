@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from typing import Any
 
@@ -15,6 +16,7 @@ from snaptree.machines.connection import Connection
 from snaptree.machines.options import AddOptions
 from snaptree.machines.standalone import existing
 from snaptree.planning.adopt import DetachRequest
+from snaptree.planning.launch import checked_command
 from snaptree.planning.verbs import RemoveRequest, SetRequest
 
 _base = click.option(
@@ -22,6 +24,14 @@ _base = click.option(
 )
 _nvram = click.option("--nvram", metavar="PATH", help="The file with the machine's UEFI variables.")
 _tpm = click.option("--tpm", metavar="DIR", help="The folder with the machine's TPM state.")
+_qmp = click.option("--qmp", metavar="SOCKET", help="The QMP socket of a QEMU that you start yourself.")
+_start = click.option(
+    "--start",
+    metavar="COMMAND",
+    help="QEMU's command line, without disks and monitor: 'snaptree start' fills them in. It is run in this folder. "
+    "Where it has drive={vda} in a -device, there goes disk vda; without any such place each disk gets a device "
+    "(virtio-blk-pci).",
+)
 
 
 @click.command("add")
@@ -32,6 +42,8 @@ _tpm = click.option("--tpm", metavar="DIR", help="The folder with the machine's 
 @_base
 @_nvram
 @_tpm
+@_qmp
+@_start
 @click.option("--adopt", is_flag=True, help="Own the chain beneath the disks too, and overlays found beside it.")
 @click.option("--from-xml", metavar="DIR", help="A folder of libvirt's snapshot XML to take the snapshots from.")
 @changing
@@ -41,6 +53,8 @@ def add_command(
     bases: tuple[str, ...],
     nvram: str | None,
     tpm: str | None,
+    qmp: str | None,
+    start: str | None,
     adopt: bool,
     from_xml: str | None,
     only_plan: bool,
@@ -56,6 +70,9 @@ def add_command(
         bases=tuple(absolute(base) or "" for base in bases),
         nvram=absolute(nvram),
         tpm=absolute(tpm),
+        qmp=absolute(qmp),
+        start=start,
+        folder=os.getcwd() if start is not None else None,
         adopt=adopt or from_xml is not None,
         from_xml=absolute(from_xml),
     )
@@ -71,12 +88,16 @@ def add_command(
 @_base
 @_nvram
 @_tpm
+@_qmp
+@_start
 @changing
 def set_command(
     machine: str,
     bases: tuple[str, ...],
     nvram: str | None,
     tpm: str | None,
+    qmp: str | None,
+    start: str | None,
     only_plan: bool,
     as_json: bool,
     wait: float,
@@ -89,8 +110,14 @@ def set_command(
     for key, value in (("nvram", nvram), ("tpm", tpm)):
         if value is not None:
             changes[key] = existing(absolute(value)) if value else None
+    if qmp is not None:
+        changes["qmp"] = absolute(qmp) if qmp else None
+    if start is not None:
+        changes |= (
+            {"start": checked_command(start), "folder": os.getcwd()} if start else {"start": None, "folder": None}
+        )
     if not changes:
-        raise UsageError("nothing to set", "give --base, --nvram or --tpm")
+        raise UsageError("nothing to set", "give --base, --nvram, --tpm, --qmp or --start")
     request = SetRequest(dataclasses.replace(found.config, **changes))
     carry_out(found, request, only_plan=only_plan, as_json=as_json, wait=wait)
 
@@ -195,7 +222,10 @@ def list_command(as_json: bool) -> None:
 @json_option
 def path_command(machine: str, disk: str | None, as_json: bool) -> None:
     """Print where the active tip of a disk is: the file to start the machine with."""
-    tree = Connection().machine(machine).tree()
+    found = Connection().machine(machine)
+    for line in found.unfinished():
+        say(f"note: {line}; before that the path may be another", err=True)
+    tree = found.tree()
     paths = {target: tree.layers[point.layer].path for target, point in sorted(tree.active_branch.tips.items())}
     if disk is not None and disk not in paths:
         raise NotFoundError(f"machine {machine} has no disk {disk!r}", f"its disks: {', '.join(paths)}")

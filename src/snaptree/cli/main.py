@@ -33,6 +33,8 @@ COMMANDS = {
     "verify": "upkeep",
     "recover": "upkeep",
     "gc": "upkeep",
+    "start": "running",
+    "stop": "running",
 }
 """Each command and the module that has it; a module is imported only when one of its commands is used."""
 

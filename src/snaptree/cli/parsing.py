@@ -135,6 +135,14 @@ def paced(function: F) -> F:
     return function
 
 
+def powered(function: F) -> F:
+    """The options of commands that go to other disks: what the machine does afterwards."""
+    for word, state in (("stopped", "off"), ("paused", "paused"), ("running", "running")):
+        option = click.option(f"--{word}", "power", flag_value=state, help=f"Afterwards the machine is {state}.")
+        function = option(function)
+    return function
+
+
 def changing(function: F) -> F:
     """The options that every command has which changes something."""
     for option in (

@@ -12,6 +12,7 @@ from snaptree.cli.parsing import (
     machine_argument,
     merge_option,
     paced,
+    powered,
     snapshot_argument,
 )
 from snaptree.errors import UsageError
@@ -93,6 +94,7 @@ def delete_command(
 @click.option("--keep-as", metavar="BRANCH", help="The name for the parked work of now.")
 @click.option("--delete", is_flag=True, help="Delete the snapshot as well.")
 @click.option("--children", is_flag=True, help="With --discard: delete the snapshots that grew from it.")
+@powered
 @file_option
 @paced
 @changing
@@ -104,6 +106,7 @@ def revert_command(
     delete: bool,
     children: bool,
     files: tuple[str, ...],
+    power: str | None,
     only_plan: bool,
     as_json: bool,
     wait: float,
@@ -111,7 +114,7 @@ def revert_command(
     idle: bool,
 ) -> None:
     """Go back to a snapshot. The work of now is parked as a branch unless --discard."""
-    request = RevertRequest(snapshot, discard, keep_as, delete, children, file_options(files))
+    request = RevertRequest(snapshot, discard, keep_as, delete, children, file_options(files), power)
     carry_out(
         Connection().machine(machine), request, only_plan=only_plan, as_json=as_json, wait=wait, pace=Pace(limit, idle)
     )

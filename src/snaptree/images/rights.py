@@ -59,3 +59,8 @@ def _set_acl(descriptor: int, acl: bytes | None) -> bool:
     except OSError as error:
         return acl is None and error.errno in (errno.ENODATA, errno.EOPNOTSUPP)
     return True
+
+
+def keep_private(descriptor: int) -> None:
+    """Keep an open file, or the name that a socket will have, for us only."""
+    os.fchmod(descriptor, 0o600)

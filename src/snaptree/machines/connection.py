@@ -14,6 +14,7 @@ from snaptree.machines.standalone import Standalone, existing
 from snaptree.machines.survey import read_survey
 from snaptree.model.machine import MachineConfig
 from snaptree.planning.adopt import AddRequest, FoundSnapshot, add, empty
+from snaptree.planning.launch import checked_command
 from snaptree.planning.plan import Plan
 from snaptree.store import operations, trees
 from snaptree.store.database import Database, default_state
@@ -71,7 +72,7 @@ class Connection:
         found = (find_disk(option, options.bases, adopt=options.adopt) for option in options.disks)
         disks = tuple(without_others(self.database, disk) for disk in found)
         for disk in disks:
-            require_free(self.database, disk, adopt=options.adopt)
+            require_free(self.database, disk, adopt=options.adopt, monitor=options.qmp)
         records: tuple[FoundSnapshot, ...] = ()
         if options.from_xml is not None:
             from snaptree.machines.libvirt_xml import read_folder
@@ -83,7 +84,8 @@ class Connection:
             nvram=existing(options.nvram),
             tpm=existing(options.tpm),
             qmp=options.qmp,
-            start=options.start,
+            start=checked_command(options.start) if options.start is not None else None,
+            folder=options.folder,
             created=time.time(),
         )
         survey = read_survey(self.database, config, empty(options.name), beside=False)

@@ -7,14 +7,16 @@ from dataclasses import replace
 
 from snaptree.errors import BusyError, ExistsError, RefusedError
 from snaptree.images.locks import probe, who_has_open
+from snaptree.model.survey import LayerFacts
 from snaptree.planning.adopt import FoundDisk
 from snaptree.store import trees
 from snaptree.store.database import Database
 
 
-def require_free(database: Database, disk: FoundDisk, *, adopt: bool) -> None:
+def require_free(database: Database, disk: FoundDisk, *, adopt: bool, monitor: str | None = None) -> None:
     """Refuse a disk whose files belong to a machine, under whatever name, or that a program has open for writing.
 
+    :param monitor: the monitor of the QEMU that has the disk already, and may.
     :raise ExistsError: a machine owns one of the files.
     :raise RefusedError: a machine stands on one of them.
     :raise BusyError: a program has one open for writing.
@@ -36,9 +38,21 @@ def require_free(database: Database, disk: FoundDisk, *, adopt: bool) -> None:
             raise RefusedError(f"machine {machine!r} stands on {mine}, and would see every change of it", hint)
     for facts in owned:
         conflict = probe(facts.path)
-        if conflict is not None and conflict.writing:
+        if conflict is not None and conflict.writing and not (monitor and _has_as_disk(monitor, facts, disk)):
             who = ", ".join(who_has_open((facts.path,)).get(facts.path, ())) or "another process"
             raise BusyError(f"{facts.path} is open for writing by {who}", "stop it, then try again")
+
+
+def _has_as_disk(monitor: str, facts: LayerFacts, disk: FoundDisk) -> bool:
+    """Whether the QEMU at the monitor has the image as a disk, on just the chain that was found.
+
+    :raise UnhealthyError: it has it on another chain.
+    """
+    import asyncio
+
+    from snaptree.machines.asking import stands_on
+
+    return facts is disk.chain[0] and asyncio.run(stands_on(monitor, [each.path for each in disk.chain]))
 
 
 def without_others(database: Database, disk: FoundDisk) -> FoundDisk:

@@ -16,7 +16,10 @@ class DiskOption:
 
 @dataclass(frozen=True, slots=True)
 class AddOptions:
-    """The options of ``snaptree add``; paths are absolute. ``from_xml`` is a folder of libvirt's domainsnapshot XML."""
+    """The options of ``snaptree add``; paths are absolute. ``from_xml`` is a folder of libvirt's domainsnapshot XML.
+
+    ``start`` is run in ``folder``.
+    """
 
     name: str
     disks: tuple[DiskOption, ...]
@@ -25,5 +28,6 @@ class AddOptions:
     tpm: str | None = None
     qmp: str | None = None
     start: str | None = None
+    folder: str | None = None
     adopt: bool = False
     from_xml: str | None = None

@@ -36,6 +36,7 @@ def show(view: View) -> dict[str, Any]:
         "machine": tree.machine,
         "provider": view.config.provider,
         "state": view.state,
+        "state_detail": view.why,
         "active_branch": tree.active,
         "disks": [
             {
@@ -225,6 +226,7 @@ def draw(view: View) -> list[str]:
         for each in view.ailments.values()
         if each.blocks
     ]
+    lines += [click.style(visible(f"! {view.why}"), fg="yellow")] if view.why else []
     lines += [click.style(visible(f"… {line}"), fg="yellow") for line in view.pending]
     return lines
 

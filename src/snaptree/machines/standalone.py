@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from snaptree.errors import BusyError, NotFoundError, RefusedError
 from snaptree.images import durable
@@ -15,9 +16,12 @@ from snaptree.images.locks import MachineLock
 from snaptree.machines.finding import find_disk
 from snaptree.machines.findings import Finding
 from snaptree.machines.free import require_free, without_others
+from snaptree.machines.going import going
 from snaptree.machines.options import DiskOption
+from snaptree.machines.power import Power, silent
 from snaptree.machines.survey import measure, read_survey
 from snaptree.model.layer import LayerId
+from snaptree.model.live import OFF
 from snaptree.model.machine import MachineConfig
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
@@ -25,20 +29,27 @@ from snaptree.planning import verbs
 from snaptree.planning.accept import AcceptRequest
 from snaptree.planning.adopt import AttachRequest
 from snaptree.planning.health import Ailment, ailments
+from snaptree.planning.live import require_possible
 from snaptree.planning.plan import Plan
 from snaptree.planning.settle import loose_layers
 from snaptree.planning.unmeasured import Unmeasured
 from snaptree.planning.verbs import RenameRequest, Request, SetRequest
 from snaptree.running.journal import LogEntry, log
 from snaptree.running.pace import FREELY, Pace
-from snaptree.running.progress import Report, silent
+from snaptree.running.progress import Report
+from snaptree.running.progress import silent as unheard
 from snaptree.store import operations, trees
 from snaptree.store.database import Database
+
+if TYPE_CHECKING:
+    from snaptree.qemu.running import RunningQemu
 
 
 @dataclass(frozen=True)
 class View:
-    """A machine as it is now: what is remembered and what was read. ``state`` is ``off``, ``running`` or ``unknown``.
+    """A machine as it is now: what is remembered and what was read.
+
+    ``state`` is ``off``, ``running``, ``paused`` or ``unknown``.
 
     ``pending`` says in sentences what an interrupted operation or a waiting merge has left to do.
     """
@@ -49,6 +60,8 @@ class View:
     ailments: Mapping[LayerId, Ailment]
     pending: tuple[str, ...]
     state: str
+    why: str = ""
+    """What keeps snaptree from knowing more of its state, if anything."""
 
 
 class Standalone:
@@ -67,9 +80,36 @@ class Standalone:
         """The tree as it is remembered; no image is read."""
         return trees.load_tree(self.database, self.name)
 
-    def survey(self, tree: Tree, folders: Iterable[str] = (), *, beside: bool = True) -> Survey:
+    def survey(self, tree: Tree, power: Power, folders: Iterable[str] = (), *, beside: bool = True) -> Survey:
         """Read the machine's files and what surrounds them."""
-        return read_survey(self.database, self.config, tree, folders, beside=beside)
+        return read_survey(self.database, self.config, tree, folders, beside=beside, power=power)
+
+    def power(self, tree: Tree) -> Power:
+        """What the machine does now."""
+        if silent(self.database, self.config, tree):
+            return Power(OFF)
+        import asyncio
+
+        async def ask() -> Power:
+            async with self.asked(tree) as (power, _):
+                return power
+
+        return asyncio.run(ask())
+
+    @asynccontextmanager
+    async def asked(self, tree: Tree, seconds: float | None = None) -> AsyncIterator[tuple[Power, RunningQemu | None]]:
+        """What the machine does, and its monitor if it runs and tells us."""
+        if silent(self.database, self.config, tree):
+            yield Power(OFF), None
+            return
+        from snaptree.machines.asking import LOOK_SECONDS, look
+
+        power, qemu = await look(self.database, self.config, tree, seconds or LOOK_SECONDS)
+        try:
+            yield power, qemu
+        finally:
+            if qemu is not None:
+                await qemu.close()
 
     def view(self, *, deep: bool = False) -> View:
         """The machine as it is now; takes no lock.
@@ -77,7 +117,8 @@ class Standalone:
         :param deep: also look for overlays beside the layers.
         """
         tree = self.tree()
-        survey = self.survey(tree, beside=deep)
+        power = self.power(tree)
+        survey = self.survey(tree, power, beside=deep)
         found = ailments(tree, survey)
         return View(
             config=self.config,
@@ -85,7 +126,8 @@ class Standalone:
             survey=survey,
             ailments=found,
             pending=self._pending(tree, survey),
-            state="running" if survey.running else "off",
+            state=power.state,
+            why=power.why,
         )
 
     def _pending(self, tree: Tree, survey: Survey) -> tuple[str, ...]:
@@ -108,14 +150,17 @@ class Standalone:
     def plan(self, request: Request) -> Plan:
         """The plan for a request; takes no lock and touches nothing."""
         tree = self.tree()
-        return self._plan(tree, self.survey(tree, _folders(request)), request)
+        power = self.power(tree)
+        gone = going(self, request, power, tree)
+        plan = self._plan(tree, Power(OFF) if gone else power, request)
+        return gone.told(plan) if gone else plan
 
-    def _plan(self, tree: Tree, survey: Survey, request: Request) -> Plan:
-        if survey.running and not isinstance(request, verbs.RenameRequest | verbs.SetRequest):
-            raise RefusedError(
-                f"machine {self.name} is running: another process has its disk open",
-                "stop the machine first; running machines are not handled yet",
-            )
+    def _plan(self, tree: Tree, power: Power, request: Request) -> Plan:
+        if not isinstance(request, RenameRequest | SetRequest):
+            power.require_known(self.name)
+            if power.live is not None:
+                require_possible(self.name, request)
+        survey = self.survey(tree, power, _folders(request))
         for folder in map(os.path.abspath, _folders(request)):
             if os.path.realpath(folder) != folder:
                 hint = f"name the folder itself, {os.path.realpath(folder)}"
@@ -162,37 +207,72 @@ class Standalone:
     ) -> Plan:
         """As :meth:`run`, in an event loop that runs already."""
         from snaptree.errors import CancelledError
-        from snaptree.running import executor, recovery
+        from snaptree.machines.asking import WORK_SECONDS
+        from snaptree.running import executor
         from snaptree.running.holding import files_of
 
-        with durable.explained(f"a file of machine {self.name}", "use"), self._locked(wait, cancelled) as lock:
-            lock.extend(recovery.files_of(self.database, self.name))
-            await recovery.recover(self.database, self.name, lock)
+        with durable.explained(f"a file of machine {self.name}", "use"), self.locked(wait, cancelled) as lock:
+            await self.settle(lock)
             self.config = trees.load_config(self.database, self.name)
             tree = self.tree()
             lock.extend(_anchors(tree))
-            seen = _seen(tree, request)
-            plan = self._plan(tree, self.survey(tree, _folders(request)), request)
-            if confirm is not None and not confirm(plan):
-                raise CancelledError("nothing was done", "")
-            lock.extend(files_of(plan))
-            moved = sorted(path for path, inode in _seen(tree, request).items() if inode != seen[path])
-            if moved:
-                raise BusyError(f"{moved[0]} has been replaced since it was planned", "see what did it, and try again")
-            await executor.run(
-                self.database,
-                self.name,
-                plan,
-                lock=lock,
-                pace=pace,
-                still=_still(tree, request),
-                report=progress or silent,
-                cancelled=cancelled,
-            )
-            return plan
+            async with self.asked(tree, WORK_SECONDS) as (power, qemu):
+                seen = _seen(tree, request)
+                gone = going(self, request, power, tree)
+                plan = self._plan(tree, Power(OFF) if gone else power, request)
+                if confirm is not None and not confirm(plan):
+                    raise CancelledError("nothing was done", "")
+                if gone is not None and qemu is not None:
+                    await gone.turn_off(qemu, tree)
+                    # What was planned rested on disks that the guest wrote to.
+                    power, qemu = Power(OFF), None
+                    plan = gone.told(self._plan(tree, power, request))
+                lock.extend(files_of(plan))
+                moved = sorted(path for path, inode in _seen(tree, request).items() if inode != seen[path])
+                if moved:
+                    hint = "see what did it, and try again"
+                    raise BusyError(f"{moved[0]} has been replaced since it was planned", hint)
+                try:
+                    await executor.run(
+                        self.database,
+                        self.name,
+                        plan,
+                        lock=lock,
+                        pace=pace,
+                        still=_still(tree, request) if power.live is None else (),
+                        qemu=qemu,
+                        report=progress or unheard,
+                        cancelled=cancelled,
+                    )
+                except BaseException:
+                    if gone is not None and not operations.unfinished(self.database, self.name):
+                        await gone.start(self, gone.before)
+                    raise
+                if gone is not None:
+                    await gone.start(self, gone.after)
+                return plan
+
+    async def settle(self, lock: MachineLock) -> tuple[str, ...]:
+        """Finish or undo what was killed, under the machine's lock."""
+        from snaptree.running import recovery
+
+        if not operations.unfinished(self.database, self.name):
+            return ()
+        lock.extend(recovery.files_of(self.database, self.name))
+        if silent(self.database, self.config, self.tree()):
+            return await recovery.recover(self.database, self.name, lock)
+        from snaptree.machines.asking import for_recovery
+
+        qemu = await for_recovery(self.database, self.config, self.tree())
+        try:
+            return await recovery.recover(self.database, self.name, lock, qemu)
+        finally:
+            if qemu is not None:
+                await qemu.close()
 
     @contextmanager
-    def _locked(self, wait: float, cancelled: threading.Event | None = None) -> Iterator[MachineLock]:
+    def locked(self, wait: float, cancelled: threading.Event | None = None) -> Iterator[MachineLock]:
+        """Have the machine to ourselves: no other snaptree works on it meanwhile."""
         lock = MachineLock()
         try:
             deadline = time.monotonic() + wait
@@ -211,13 +291,10 @@ class Standalone:
         """Finish or undo what was killed; a sentence for each operation."""
         import asyncio
 
-        from snaptree.running import recovery
-
         if not operations.unfinished(self.database, self.name):
             return ()
-        with self._locked(wait) as lock:
-            lock.extend(recovery.files_of(self.database, self.name))
-            return asyncio.run(recovery.recover(self.database, self.name, lock))
+        with self.locked(wait) as lock:
+            return asyncio.run(self.settle(lock))
 
     # ---- looking --------------------------------------------------------------------------------------------------
 
@@ -236,7 +313,7 @@ class Standalone:
         from snaptree.machines.verify import verify
 
         tree = self.tree()
-        return verify(tree, self.survey(tree), self.unfinished())
+        return verify(tree, self.survey(tree, self.power(tree)), self.unfinished())
 
     def log(self) -> tuple[LogEntry, ...]:
         """The machine's operations, oldest first."""

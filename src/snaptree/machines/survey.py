@@ -12,8 +12,9 @@ from snaptree.errors import SnaptreeError, UnhealthyError
 from snaptree.images import durable, gate
 from snaptree.images.facts import read_facts
 from snaptree.images.inode import is_still
-from snaptree.images.locks import probe
+from snaptree.machines.power import Power
 from snaptree.model.layer import LayerId, Point
+from snaptree.model.live import OFF
 from snaptree.model.machine import MachineConfig
 from snaptree.model.survey import FileSystemFacts, LayerFacts, Outsider, PointFacts, RowFacts, Stray, Survey
 from snaptree.model.tree import Tree
@@ -23,12 +24,19 @@ from snaptree.store.database import Database
 
 
 def read_survey(
-    database: Database, config: MachineConfig, tree: Tree, folders: Iterable[str] = (), *, beside: bool = True
+    database: Database,
+    config: MachineConfig,
+    tree: Tree,
+    folders: Iterable[str] = (),
+    *,
+    beside: bool = True,
+    power: Power | None = None,
 ) -> Survey:
     """Read the machine's layers and what surrounds them.
 
     :param folders: folders besides the layers' own that new files may go to.
     :param beside: also look for overlays in the layers' folders that the tree does not know.
+    :param power: what the machine does; off without it.
     """
     facts = {layer.id: _facts_of(tree, layer.id) for layer in tree.layers.values()}
     places = sorted({os.path.dirname(layer.path) for layer in tree.layers.values()} | set(folders))
@@ -38,7 +46,8 @@ def read_survey(
         outsiders=_outsiders(database, tree, facts, beside=beside),
         strays=_strays(database, tree) if beside else (),
         names=_names(places),
-        running=_running(tree),
+        running=power is not None and power.state != OFF,
+        live=power.live if power is not None else None,
         now=time.time(),
         firmware=dict(config.firmware),
         keep=os.path.join(database.folder, "firmware"),
@@ -138,19 +147,6 @@ def _names(folders: Iterable[str]) -> dict[str, frozenset[str]]:
     return found
 
 
-def _running(tree: Tree) -> bool:
-    """Whether another process has a tip of the active branch open for writing."""
-    for point in tree.active_branch.tips.values():
-        path = tree.layers[point.layer].path
-        try:
-            conflict = probe(path)
-        except (OSError, SnaptreeError):
-            continue
-        if conflict is not None and conflict.writing:
-            return True
-    return False
-
-
 def _speed(database: Database, machine: str) -> float:
     """Bytes a second over the machine's latest merges of more than 64 MiB; 0 when there was none."""
     merges = [
@@ -175,6 +171,10 @@ def measure(tree: Tree, survey: Survey, wanted: Unmeasured) -> Survey:
             with durable.explained(layers[-1][0], "read the tables of"):
                 figures[row] = foreseen(layers, below)
         except UnhealthyError as error:
+            if survey.live is not None and row[-1] in survey.live.open:
+                # A guest writes to it: its tables do not stand still while they are read.
+                figures[row] = _roughly(survey, row)
+                continue
             # The row cannot be merged; the rest of the plan can go on without it.
             figures[row] = RowFacts(0, 0, 0, 0, 0)
             worst = replace(survey.layers[row[0]], problem="damaged", detail=error.message)
@@ -185,3 +185,10 @@ def measure(tree: Tree, survey: Survey, wanted: Unmeasured) -> Survey:
         with durable.explained(path, "read the tables of"):
             points[point] = foreseen_point(path, point.internal)
     return replace(survey, rows=figures, points=points)
+
+
+def _roughly(survey: Survey, row: tuple[LayerId, ...]) -> RowFacts:
+    """What a merge may move at the most, by what the files occupy; an estimate."""
+    room = [survey.layers[each].allocated for each in row]
+    down, up = sum(room[1:]), sum(room[:-1])
+    return RowFacts(down, 0, down, up, up)

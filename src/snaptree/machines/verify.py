@@ -12,6 +12,7 @@ from snaptree.model.layer import LayerId
 from snaptree.model.sizes import readable
 from snaptree.model.survey import LayerFacts, Survey
 from snaptree.model.tree import Tree
+from snaptree.planning.draft import is_tip
 from snaptree.planning.health import ailments
 
 _HINTS = {
@@ -47,6 +48,11 @@ def verify(tree: Tree, survey: Survey, unfinished: Iterable[str] = ()) -> tuple[
         if facts.encrypted:
             detail = f"{layer.path} is encrypted, and was not checked"
             found.append(Finding("encrypted", layer.path, detail, (), "", "warning"))
+        elif survey.live is not None and layer.id in survey.live.open and is_tip(tree, layer.id):
+            detail = f"the guest writes to {layer.path}, which was not checked"
+            found.append(
+                Finding("unchecked", layer.path, detail, (), "verify again when the machine is off", "warning")
+            )
         elif layer.format == "qcow2" and facts.exists and not blocked and _needs_too_much(facts):
             detail = f"{layer.path} has so many holes for its size that checking it takes too much, and was not checked"
             found.append(Finding("unchecked", layer.path, detail, (), "run 'qemu-img check' on it yourself", "warning"))

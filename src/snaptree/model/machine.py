@@ -11,7 +11,7 @@ class MachineConfig:
 
     ``bases`` are foreign files outside the disks' folders that the user allowed with ``--base``. ``nvram`` and ``tpm``
     are the machine's firmware state, ``qmp`` the monitor socket of a machine that somebody else starts, ``start`` the
-    command that starts it.
+    command that starts it, and ``folder`` the folder that it is run in.
     """
 
     name: str
@@ -21,6 +21,7 @@ class MachineConfig:
     tpm: str | None = None
     qmp: str | None = None
     start: str | None = None
+    folder: str | None = None
     created: float = 0.0
 
     @property

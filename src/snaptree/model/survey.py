@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from snaptree.model.layer import Identity, LayerId, Point
+from snaptree.model.live import Live
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +156,8 @@ class Survey:
 
     ``rows`` and ``points`` have the merges and the internal snapshots that were measured, ``outsiders`` what stands on
     layers from outside the tree,
-    ``strays`` files beside the layers that the tree does not know, ``running`` whether the machine runs. ``names``
+    ``strays`` files beside the layers that the tree does not know, ``running`` whether the machine runs, and ``live``
+    what its monitor says: without that it is not known what runs there. ``names``
     lists what is in each folder that new files may go to (a folder that is not there is absent).
     ``firmware`` has the live firmware state by role, ``keep`` the folder for copies of it, ``token`` a word that is new
     to every operation, for names of files that nobody chose.
@@ -172,6 +174,7 @@ class Survey:
     keep: str = ""
     token: str = "0"
     running: bool = False
+    live: Live | None = None
     now: float = 0.0
     bytes_per_second: float = 0.0
     """How fast merges went lately on this machine, from the journal; 0 when nothing is known."""

@@ -13,8 +13,12 @@ from snaptree.model.snapshot import Snapshot
 from snaptree.model.survey import LayerFacts, Survey
 from snaptree.model.tree import Tree
 from snaptree.planning.draft import Draft
+from snaptree.planning.live_steps import Cut, LiveSnapshot
 from snaptree.planning.plan import Plan
 from snaptree.planning.steps import MakeInternal
+
+CUT_SECONDS = 0.01
+"""So long a guest's disks wait while it goes on in new overlays; measured with QEMU 10.0.2 and two disks."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,8 @@ def snapshot(tree: Tree, survey: Survey, request: SnapshotRequest) -> Plan:
             continue
         points[disk] = Point(tip)
         tips[disk] = Point(draft.stack(tip, request.name, f"take a snapshot of {disk}").id)
+    if survey.live is not None and points:
+        _cut(draft, points, tips)
     if not points:
         raise UsageError("every disk is excluded: there is nothing to take a snapshot of", "exclude fewer disks")
     taken = Snapshot(
@@ -131,10 +137,19 @@ def snapshot(tree: Tree, survey: Survey, request: SnapshotRequest) -> Plan:
         points=points,
         created=survey.now,
         description=request.description,
+        consistency="off" if survey.live is None else "crash",
         firmware=draft.keep_firmware(request.name),
     )
     draft.tree = draft.tree.with_snapshots(taken).with_branches(replace(branch, parent=request.name, tips=tips))
     return draft.conclude("snapshot", f"take snapshot {request.name!r}", f"snapshot {request.name!r} is there")
+
+
+def _cut(draft: Draft, points: Mapping[str, Point], tips: Mapping[str, Point]) -> None:
+    """Let the running guest go on in its new tips, on all disks at one instant."""
+    layers = draft.tree.layers
+    cuts = [Cut(disk, layers[points[disk].layer].path, layers[tips[disk].layer].path) for disk in sorted(points)]
+    draft.prepare.append(LiveSnapshot(tuple(cuts)))
+    draft.pause = CUT_SECONDS
 
 
 def branch(tree: Tree, survey: Survey, request: BranchRequest) -> Plan:

@@ -60,6 +60,7 @@ class Draft:
         self.made: set[str] = set()
         self.spared: set[LayerId] = set()
         self.extra = 0
+        self.pause = 0.0
         self.needs: dict[int, int] = {}
         self.bytes = 0
         self.chosen = dict(chosen or {})
@@ -86,7 +87,9 @@ class Draft:
         return tuple((each.path, each.format) for each in list(self.tree.chain(layer))[1:])
 
     def unwritten(self, layer: LayerId) -> bool:
-        """Whether nothing has been written to the overlay since it was made."""
+        """Whether nothing has been written to the overlay since it was made. A guest's tip counts as written."""
+        if self.survey.live is not None and is_tip(self.before, layer) and layer in self.survey.live.open:
+            return False
         facts, known = self.survey.layers.get(layer), self.tree.layers[layer]
         if facts is None or facts.written or known.parent is None or known.half_merged:
             return False
@@ -193,6 +196,11 @@ class Draft:
         """A new layer made out of an internal snapshot, on the same backing file, added to the tree."""
         assert point.internal is not None
         source = self.tree.layers[point.layer]
+        if self.survey.live is not None and source.id in self.survey.live.open:
+            raise RefusedError(
+                f"machine {self.before.machine} is running, and has {source.path} open with its internal snapshots",
+                f"stop it first: 'snaptree stop {self.before.machine}'",
+            )
         self.require_whole(source.id, purpose)
         self.require_readable(source.id, purpose)
         facts = self.facts(source.id)
@@ -273,6 +281,11 @@ class Draft:
 
         :param label: names the new file to go on with, ``other`` the one to park.
         """
+        if self.survey.live is not None:
+            raise RefusedError(
+                f"machine {self.before.machine} is running, and {disk} does not fork where it stands while it does",
+                "take a snapshot first, and grow the branch from that",
+            )
         tip = self.before.active_branch.tips[disk].layer
         parent = self.tree.layers[tip].parent
         if self.unwritten(tip) and parent is not None:
@@ -328,6 +341,8 @@ class Draft:
             paths_after=paths_of(after),
             notes=tuple(self.notes),
             touches=tuple(sorted(self.touches)),
+            guest_pause=self.pause,
+            estimate=self.survey.live is not None,
         )
 
     def _require_room(self, summary: str) -> None:

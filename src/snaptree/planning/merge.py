@@ -6,15 +6,14 @@ import posixpath
 from collections.abc import Sequence
 from dataclasses import replace
 
-from snaptree.errors import NoSpaceError
 from snaptree.model.delta import diff
 from snaptree.model.layer import Layer, LayerId, Point
-from snaptree.model.sizes import readable
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
 from snaptree.planning.draft import Draft, is_tip, paths_of
 from snaptree.planning.external import bound, make_external
 from snaptree.planning.health import ailments
+from snaptree.planning.live_merge import is_live, merge_live
 from snaptree.planning.plan import Plan
 from snaptree.planning.settle import settle
 from snaptree.planning.steps import (
@@ -30,7 +29,7 @@ from snaptree.planning.steps import (
     TakeName,
 )
 from snaptree.planning.unmeasured import Unmeasured
-from snaptree.planning.ways import Choice, Row, choose, is_owned_root, room
+from snaptree.planning.ways import Choice, Row, choose, is_owned_root, require_room
 
 USUAL_SPEED = 300e6
 """Bytes a second, for an estimate on a machine on which nothing has been merged yet."""
@@ -63,11 +62,13 @@ def plan_merges(
         tree = plan.after
     while waiting:
         batch: list[Row] = []
+        live = is_live(survey, waiting[0])
         for row in list(waiting):
-            if tree.layers[row[0]].disk not in {tree.layers[each[0]].disk for each in batch}:
+            taken = {tree.layers[each[0]].disk for each in batch}
+            if is_live(survey, row) == live and tree.layers[row[0]].disk not in taken:
                 batch.append(row)
                 waiting.remove(row)
-        plan = _merge(Draft(tree, survey, sick=sick), batch, way)
+        plan = (merge_live if live else _merge)(Draft(tree, survey, sick=sick), batch, way)
         plans.append(plan)
         tree = plan.after
         renamed = {gone: stays for row in batch for gone, stays in _merged_into(row, tree)}
@@ -95,13 +96,7 @@ def _merge(draft: Draft, rows: Sequence[Row], way: str) -> Plan:
             draft.notes.append(choice)
         else:
             choices.append(choice)
-    for need, free in room(draft, choices).values():
-        if need > free:
-            files = ", ".join(tree.layers[each.row[0]].path for each in choices)
-            raise NoSpaceError(
-                f"merging {files} needs {readable(need)} of room, and the file system has {readable(free)}",
-                "free some room, or use --merge none and run gc later",
-            )
+    require_room(draft, choices)
     if not choices:
         return Plan("merge", "merge nothing", (), 0, tree, notes=tuple(draft.notes), paths_after=paths_of(tree))
     return _steps(draft, choices)

@@ -19,7 +19,8 @@ class Plan:
 
     ``after`` is the tree that stands when the steps are done, ``end`` the one after ``then`` as well. All sizes are in
     bytes, ``seconds`` is an estimate. ``way`` is ``commit``, ``pull``, ``reflink``, several joined with ``+``, or
-    ``None`` when no data moves. ``cancel`` is what Ctrl-C does: ``undoes`` or ``pauses``.
+    ``None`` when no data moves. ``cancel`` is what Ctrl-C does: ``undoes`` or ``pauses``. ``guest_pause`` is how many
+    seconds a guest stands still. ``estimate`` says that the machine runs, and its figures change while it does.
     """
 
     operation: str
@@ -38,6 +39,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     touches: tuple[str, ...] = ()
     then: tuple[Plan, ...] = ()
+    estimate: bool = False
 
     @property
     def end(self) -> Tree:
@@ -86,5 +88,5 @@ class Plan:
             "paths_after": dict(plans[-1].paths_after),
             "point_of_no_return": self.point_of_no_return,
             "notes": [note for plan in plans for note in plan.notes],
-            "estimate": False,
+            "estimate": any(plan.estimate for plan in plans),
         }

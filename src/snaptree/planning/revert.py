@@ -29,14 +29,17 @@ class RevertRequest:
     delete: bool = False
     children: bool = False
     files: Mapping[str, str] = field(default_factory=dict)
+    power: str | None = None
+    """What the machine does afterwards: ``running``, ``paused`` or ``off``; without it, what it does now."""
 
 
 @dataclass(frozen=True)
 class SwitchRequest:
-    """``snaptree switch NAME BRANCH``."""
+    """``snaptree switch NAME BRANCH``; ``power`` is as for going back."""
 
     name: str
     files: Mapping[str, str] = field(default_factory=dict)
+    power: str | None = None
 
 
 def _whole(base: Tree, layer: LayerId, outsiders: frozenset[LayerId]) -> bool:

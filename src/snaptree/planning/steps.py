@@ -13,6 +13,7 @@ from snaptree.model.delta import Delta
 from snaptree.model.layer import LayerId
 from snaptree.model.machine import MachineConfig
 from snaptree.model.sizes import readable
+from snaptree.planning.live_steps import LiveMerge, LiveSnapshot
 
 File: TypeAlias = tuple[str, str]
 """One image in a chain: ``(path, format)``."""
@@ -375,6 +376,8 @@ Step: TypeAlias = (
     | PutInPlace
     | Repoint
     | TakeName
+    | LiveSnapshot
+    | LiveMerge
     | Record
     | Unlink
     | RemoveFirmware
@@ -396,6 +399,8 @@ STEPS: tuple[type[Step], ...] = (
     PutInPlace,
     Repoint,
     TakeName,
+    LiveSnapshot,
+    LiveMerge,
     Record,
     Unlink,
     RemoveFirmware,

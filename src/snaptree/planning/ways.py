@@ -6,7 +6,9 @@ import posixpath
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from snaptree.errors import NoSpaceError
 from snaptree.model.layer import Layer, LayerId
+from snaptree.model.sizes import readable
 from snaptree.model.survey import LayerFacts, RowFacts
 from snaptree.model.tree import Tree
 from snaptree.planning.draft import Draft
@@ -247,7 +249,7 @@ def choose(draft: Draft, row: Row, way: str) -> Choice | str:
     asked = {"auto": ("commit", "pull", "reflink", "reflink up"), "reflink": ("reflink", "reflink up")}.get(way, (way,))
     if way != "auto":
         for each in asked:
-            _open_as_asked(draft, row, each, closed)
+            open_as_asked(draft, row, each, closed)
     choices = [
         Choice(row, each.partition(" ")[0], facts, down=each in ("commit", "reflink"))
         for each in asked
@@ -262,7 +264,7 @@ def choose(draft: Draft, row: Row, way: str) -> Choice | str:
     return min(fitting, key=lambda choice: _dearness(choice, rooted=rooted))
 
 
-def _open_as_asked(draft: Draft, row: Row, way: str, closed: dict[str, str]) -> None:
+def open_as_asked(draft: Draft, row: Row, way: str, closed: dict[str, str]) -> None:
     """Open a way that is closed only unless it is asked for, and say what follows from it."""
     reason = closed.get(way, "")
     if "stays so unless" in reason and way == "pull":
@@ -283,6 +285,20 @@ def _dearness(choice: Choice, *, rooted: bool) -> tuple[int, bool, int, bool]:
 
 def _fits(draft: Draft, choices: Sequence[Choice]) -> bool:
     return all(need <= free for need, free in room(draft, choices).values())
+
+
+def require_room(draft: Draft, choices: Sequence[Choice]) -> None:
+    """Refuse merges that would not fit.
+
+    :raise NoSpaceError: has the figures.
+    """
+    for need, free in room(draft, choices).values():
+        if need > free:
+            files = ", ".join(draft.tree.layers[each.row[0]].path for each in choices)
+            raise NoSpaceError(
+                f"merging {files} needs {readable(need)} of room, and the file system has {readable(free)}",
+                "free some room, or use --merge none and run gc later",
+            )
 
 
 def room(draft: Draft, choices: Sequence[Choice]) -> dict[int, tuple[int, int]]:

@@ -91,7 +91,7 @@ async def run_jobs(
         return await _follow(qmp, {job.id: job for job in jobs}, progress, cancelled)
     except BaseException:
         # Also one whose start was not answered: it may run all the same.
-        await _abandon(qmp, [job.id for job in jobs])
+        await abandon(qmp, [job.id for job in jobs])
         raise
 
 
@@ -106,7 +106,7 @@ async def _start(qmp: QmpSession, job: Commit | Pull, speed: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class Job:
     """A job as QEMU tells of it; ``error`` is what it failed with."""
 
     id: str
@@ -114,7 +114,7 @@ class _Job:
     error: str | None
 
 
-async def _query(qmp: QmpSession, names: Collection[str], *, seconds: float | None = None) -> dict[str, _Job]:
+async def query(qmp: QmpSession, names: Collection[str], *, seconds: float | None = None) -> dict[str, Job]:
     """Those of our jobs that there are.
 
     :raise ToolError: the answer is not one.
@@ -127,14 +127,14 @@ async def _query(qmp: QmpSession, names: Collection[str], *, seconds: float | No
     return {each.id: each for each in found}
 
 
-def _job_of(info: dict[str, Any]) -> _Job:
+def _job_of(info: dict[str, Any]) -> Job:
     status, current, total = info["status"], info["current-progress"], info["total-progress"]
     if status not in _STATUSES or not all(isinstance(each, int) for each in (current, total)):
         raise ValueError
     if not (0 <= current < 1 << 64 and 0 <= total < 1 << 64):
         raise ValueError
     error = str(info["error"]) if "error" in info else None
-    return _Job(info["id"], JobProgress(current, total, status), error)
+    return Job(info["id"], JobProgress(current, total, status), error)
 
 
 async def _follow(
@@ -151,7 +151,7 @@ async def _follow(
     while len(ended) < len(jobs):
         if cancelled():
             raise CancelledError("stopped while data was being moved")
-        found = await _query(qmp, jobs.keys() - ended.keys())
+        found = await query(qmp, jobs.keys() - ended.keys())
         gone = jobs.keys() - ended.keys() - found.keys()
         if gone:
             raise ToolError(f"{qmp.name} does not know the {min(gone)} job any more, which had not come to its end")
@@ -183,12 +183,12 @@ async def _follow(
     return ended
 
 
-async def _abandon(qmp: QmpSession, names: Sequence[str]) -> None:
+async def abandon(qmp: QmpSession, names: Sequence[str]) -> None:
     """Cancel what still runs and wait until it has stopped writing; a peer that went away has stopped too."""
     deadline = time.monotonic() + ABANDON_SECONDS
     try:
         while (left := deadline - time.monotonic()) > 0:
-            found = await _query(qmp, names, seconds=left)
+            found = await query(qmp, names, seconds=left)
             if not found:
                 return
             for name, each in found.items():

@@ -26,7 +26,7 @@ class QmpSession:
         # Nobody reads what it would gather of the events that come.
         self._client.events.event_filter = lambda event: False
 
-    async def connect(self, address: str | socket.socket) -> None:
+    async def connect(self, address: str | socket.socket, seconds: float = GREETING_SECONDS) -> None:
         """Connect, and wait for the greeting.
 
         A monitor serves one client: a second one is connected and hears nothing, hence the deadline.
@@ -34,7 +34,7 @@ class QmpSession:
         :raise ToolError: nothing greets us.
         """
         try:
-            await asyncio.wait_for(self._client.connect(address), GREETING_SECONDS)
+            await asyncio.wait_for(self._client.connect(address), seconds)
         except (TimeoutError, ConnectError, QMPError, OSError) as error:
             raise ToolError(
                 f"{self.name} does not answer on its monitor: {error or 'no greeting'}", "is another client connected?"

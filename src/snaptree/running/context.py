@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from snaptree.images.copying import Limiter
 from snaptree.images.locks import MachineLock
+from snaptree.qemu.running import RunningQemu
 from snaptree.running.holding import Holding
 from snaptree.running.journal import Journal
 
@@ -18,7 +19,7 @@ class Context:
 
     ``lock`` is snaptree's own lock on the machine, ``moved`` is told how many bytes of the step's total have moved,
     ``limiter`` says how fast they may. ``recovering`` says that the step may have been begun before, by a process that
-    was killed.
+    was killed. ``qemu`` is the monitor of a machine that runs.
     """
 
     journal: Journal
@@ -28,6 +29,7 @@ class Context:
     cancelled: threading.Event = field(default_factory=threading.Event)
     moved: Callable[[int, int], None] = lambda done, total: None
     recovering: bool = False
+    qemu: RunningQemu | None = None
 
     @property
     def token(self) -> str:

@@ -11,8 +11,10 @@ from snaptree.errors import CancelledError, IoError, NotFoundError, RefusedError
 from snaptree.images import durable
 from snaptree.images.copying import Limiter
 from snaptree.images.locks import MachineLock
+from snaptree.planning.live_steps import LiveMerge
 from snaptree.planning.plan import Plan
 from snaptree.planning.steps import BuildFromPoint, BuildMerged, CopyFirmware, MakeOverlay, Move, Record, Step, Unlink
+from snaptree.qemu.running import RunningQemu
 from snaptree.running import carry
 from snaptree.running.carry import firmware
 from snaptree.running.carry.tree import refresh
@@ -32,6 +34,7 @@ async def run(
     *,
     lock: MachineLock,
     still: Collection[str] = (),
+    qemu: RunningQemu | None = None,
     report: Report = silent,
     cancelled: threading.Event | None = None,
     pace: Pace = FREELY,
@@ -41,13 +44,14 @@ async def run(
     :param lock: the machine's lock; files that take the place of others are added to it.
     :param pace: how fast data may move.
     :param still: the active tips of a machine that is off: until the tree has changed no QEMU may start on them.
+    :param qemu: the monitor of a machine that runs.
     :param cancelled: set it to stop: before the point of no return the operation is undone, after it it is finished;
         merges that have not begun wait for ``gc``.
     :raise CancelledError: it was stopped; all that is kept is whole.
     :raise SnaptreeError: a step failed; what was before the point of no return has been undone.
     """
     stop = cancelled or threading.Event()
-    require_free(plan)
+    require_free(plan, await qemu.open_files() if qemu is not None else ())
     limiter = Limiter(pace.limit)
     for number, each in enumerate(plan.every()):
         if not each.steps:
@@ -57,17 +61,17 @@ async def run(
                 f"stopped before the merge: {plan.summary} is done, and what is loose waits",
                 f"'snaptree gc {machine}' merges it",
             )
-        holding = Holding()
+        holding = Holding(spared=await qemu.open_files() if qemu is not None else ())
         holding.take(each, () if number else still)
         try:
-            context = Context(Journal.begin(database, machine, each), holding, lock, limiter, stop)
+            context = Context(Journal.begin(database, machine, each), holding, lock, limiter, stop, qemu=qemu)
             with kept(pace):
                 await _carry_out(machine, each, context, report)
         finally:
             holding.release()
 
 
-def require_free(plan: Plan) -> None:
+def require_free(plan: Plan, spared: Collection[tuple[int, int]] = ()) -> None:
     """See that what the plan and the merges that follow it use is there, and open nowhere, before anything is touched.
 
     :raise NotFoundError: a piece of firmware state is not there.
@@ -94,7 +98,7 @@ def require_free(plan: Plan) -> None:
     # Every file that is worked on is held open; a machine may have more than a process usually may.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    holding = Holding()
+    holding = Holding(spared=spared)
     holding.take_steps(steps)
     holding.release()
 
@@ -112,13 +116,21 @@ async def _carry_out(machine: str, plan: Plan, context: Context, report: Report)
             await take(step, context)
         journal.end(operations.DONE)
     except BaseException as error:
-        if journal.step < plan.point_of_no_return:
+        if journal.step < plan.point_of_no_return and not await _happened(plan, context):
             await undo_all(plan.steps[: journal.step + 1], context, str(error))
             if plan.way is not None:
                 _add_hint(error, f"everything kept is whole; 'snaptree gc {machine}' goes on with the merge")
         else:
             _add_hint(error, f"'snaptree recover {machine}' finishes what was begun")
         raise
+
+
+async def _happened(plan: Plan, context: Context) -> bool:
+    """Whether the step that failed has happened all the same, or may have: recovery finds out."""
+    try:
+        return await carry.happened(plan.steps, context)
+    except SnaptreeError:
+        return True
 
 
 def _add_hint(error: BaseException, hint: str) -> None:
@@ -157,7 +169,7 @@ async def undo_all(steps: tuple[Step, ...], context: Context, why: str) -> str:
             # What it has written stays, mended or not, be it by a process that was killed before it had synced it.
             durable.sync_file(path)
         refresh(written_by(step), context)
-    moved = any(isinstance(step, Move) for step in steps)
+    moved = any(isinstance(step, Move | LiveMerge) for step in steps)
     state = operations.PAUSED if moved and any(isinstance(step, Record) for step in steps) else operations.UNDONE
     context.journal.end(state, why)
     return state

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 from snaptree.errors import BusyError
 from snaptree.images.locks import ImageLock, who_has_open
+from snaptree.planning.live_steps import LiveMerge
 from snaptree.planning.plan import Plan
 from snaptree.planning.steps import (
     ApplyInternal,
@@ -35,6 +36,10 @@ def written_by(step: Step) -> tuple[str, ...]:
             return (step.path,)
         case Cover():
             return (step.row[-1][0],)
+        case LiveMerge():
+            return tuple(
+                path for job in step.jobs for path, _ in (job.target, *([job.child] if job.child is not None else []))
+            )
         case TakeName():
             return (step.source, step.target)
         case Move():
@@ -61,7 +66,7 @@ def read_by(step: Step) -> tuple[str, ...]:
             return tuple(path for path, _ in (*step.row, *step.below))
         case ApplyInternal() | Shrink():
             return tuple(path for path, _ in step.below)
-        case Move():
+        case Move() | LiveMerge():
             return tuple(path for job in step.jobs for path, _ in (*job.row, *job.below))
         case _:
             return ()
@@ -87,12 +92,15 @@ class Holding:
 
     While snaptree works on images no other QEMU can open them for writing.
 
+    :param spared: the files (device and inode) that the machine's own QEMU has open. They are not locked; what is
+        written there it writes itself.
     :param patience: for how many seconds to wait for somebody else to give a file up: one who only looks, or one of
         QEMU's programs that is just being killed because its snaptree was.
     """
 
-    def __init__(self, patience: float = 0.2) -> None:
+    def __init__(self, patience: float = 0.2, spared: Collection[tuple[int, int]] = ()) -> None:
         self._patience = patience
+        self._spared = frozenset(spared)
         self._locks: dict[tuple[int, int], ImageLock] = {}
 
     def take(self, plan: Plan, still: Iterable[str] = ()) -> None:
@@ -108,6 +116,10 @@ class Holding:
         written: dict[str, None] = {}
         read: dict[str, None] = {}
         for step in steps:
+            for path in written_by(step):
+                # What nothing needs any more may still be open there: it is let go before it is removed.
+                if not isinstance(step, Unlink | LiveMerge) and _inode(path) in self._spared:
+                    raise self._busy(path)
             written.update(dict.fromkeys(written_by(step)))
             read.update(dict.fromkeys(read_by(step)))
         read.update(dict.fromkeys(still))
@@ -121,7 +133,7 @@ class Holding:
     def _lock(self, path: str, mode: str) -> None:
         # A file may have two names for a while (TakeName), and is locked once.
         inode = _inode(path)
-        if inode is None or inode in self._locks:
+        if inode is None or inode in self._locks or inode in self._spared:
             return
         deadline = time.monotonic() + self._patience
         while True:
@@ -159,6 +171,18 @@ class Holding:
         finally:
             for lock in locks:
                 lock.let_inherit(inherit=False)
+
+    def require_closed(self, paths: Iterable[str]) -> None:
+        """See that nobody writes to these files.
+
+        :raise BusyError: somebody does.
+        """
+        looking = Holding(self._patience)
+        try:
+            for path in paths:
+                looking._lock(path, "read")
+        finally:
+            looking.release()
 
     def release(self) -> None:
         """Give everything up."""

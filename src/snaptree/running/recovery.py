@@ -6,6 +6,8 @@ import os
 
 from snaptree.images.locks import MachineLock
 from snaptree.planning.steps import BuildMerged, Move, PutInPlace, Record, Step, Unlink
+from snaptree.qemu.running import RunningQemu
+from snaptree.running import carry
 from snaptree.running.carry import moving, sharing
 from snaptree.running.context import Context
 from snaptree.running.executor import take, undo_all
@@ -18,12 +20,15 @@ DYING_SECONDS = 10.0
 """So long QEMU's programs may take to go after the snaptree that started them was killed."""
 
 
-async def recover(database: Database, machine: str, lock: MachineLock) -> tuple[str, ...]:
+async def recover(
+    database: Database, machine: str, lock: MachineLock, qemu: RunningQemu | None = None
+) -> tuple[str, ...]:
     """Bring every operation of the machine that was killed to an end, under the machine's lock.
 
     Before its point of no return an operation is undone, after it it is finished. A merge that merely waits is left to
     ``gc``.
 
+    :param qemu: the monitor of the machine, if it runs.
     :return: a sentence for each operation.
     :raise SnaptreeError: a step failed again; the operation stays in the journal and can be tried again.
     """
@@ -31,16 +36,19 @@ async def recover(database: Database, machine: str, lock: MachineLock) -> tuple[
     if waiting:
         # Its last word may have been written, but not synced: a power cut must not leave what is done now without it.
         database.sync()
-    return tuple([await _settle(database, each, lock) for each in waiting])
+    return tuple([await _settle(database, each, lock, qemu) for each in waiting])
 
 
-async def _settle(database: Database, operation: operations.Operation, lock: MachineLock) -> str:
+async def _settle(
+    database: Database, operation: operations.Operation, lock: MachineLock, qemu: RunningQemu | None
+) -> str:
     steps = operations.steps_of(database, operation.id)
     journal = Journal.resume(database, operation)
-    holding = Holding(patience=DYING_SECONDS)
-    context = Context(journal, holding, lock, recovering=True)
+    holding = Holding(patience=DYING_SECONDS, spared=await qemu.open_files() if qemu is not None else ())
+    context = Context(journal, holding, lock, recovering=True, qemu=qemu)
     try:
-        if operation.step < operation.no_return or operation.step < 0:
+        back = operation.step < operation.no_return or operation.step < 0
+        if back and not await carry.happened(steps, context):
             begun = steps[: operation.step + 1]
             holding.take_steps(begun)
             state = await undo_all(begun, context, "it was killed and has been recovered")

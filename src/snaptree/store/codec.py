@@ -14,11 +14,26 @@ from snaptree.model.layer import Identity, Layer, Point
 from snaptree.model.machine import MachineConfig
 from snaptree.model.memory import Memory
 from snaptree.model.snapshot import FirmwareFile, Snapshot
+from snaptree.planning.live_steps import Cut, LiveJob
 from snaptree.planning.steps import STEPS, MoveJob, Step
 
 _CLASSES: dict[str, type[Any]] = {
     cls.__name__: cls
-    for cls in (Branch, Delta, FirmwareFile, Identity, Layer, MachineConfig, Memory, MoveJob, Point, Snapshot, *STEPS)
+    for cls in (
+        Branch,
+        Cut,
+        Delta,
+        FirmwareFile,
+        Identity,
+        Layer,
+        LiveJob,
+        MachineConfig,
+        Memory,
+        MoveJob,
+        Point,
+        Snapshot,
+        *STEPS,
+    )
 }
 
 

@@ -142,7 +142,7 @@ class Database:
         for folder in reversed(missing):
             os.makedirs(folder, mode=0o700, exist_ok=True)
             _sync_folder(os.path.dirname(folder))
-        own = all(name == "firmware" or name.startswith("state.sqlite") for name in os.listdir(self.folder))
+        own = all(name in ("firmware", "qemu") or name.startswith("state.sqlite") for name in os.listdir(self.folder))
         for path, mode in (
             *([(self.folder, 0o700)] if own else []),
             *((self.path + each, 0o600) for each in ("", "-wal", "-shm")),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from snaptree.planning.live_steps import LiveMerge, LiveSnapshot
 from snaptree.planning.steps import (
     ApplyInternal,
     BuildFromPoint,
@@ -26,7 +27,7 @@ from snaptree.planning.steps import (
     TakeName,
     Unlink,
 )
-from snaptree.running.carry import firmware, headers, internals, making, sharing, tree
+from snaptree.running.carry import firmware, headers, internals, live, live_merge, making, sharing, tree
 from snaptree.running.carry import moving as moving
 from snaptree.running.context import Context
 
@@ -62,6 +63,10 @@ async def do(step: Step, context: Context) -> None:
             headers.repoint(step, context)
         case TakeName():
             making.take_name(step)
+        case LiveSnapshot():
+            await live.snapshot(step, context)
+        case LiveMerge():
+            await live_merge.merge(step, context)
         case Unlink():
             making.unlink(step, context)
         case Record():
@@ -89,5 +94,25 @@ async def undo(step: Step, context: Context) -> None:
             moving.unmove(step, context)
         case BuildMerged():
             sharing.unbuild(step, context)
+        case LiveSnapshot():
+            await live.unsnapshot(step, context)
+        case LiveMerge():
+            await live_merge.unmerge(step, context)
         case _:
             pass
+
+
+async def happened(steps: tuple[Step, ...], context: Context) -> bool:
+    """Whether the step that was being taken, just before the point of no return, has happened all the same.
+
+    What QEMU does is done at one instant that we may not have lived to see. Then the operation goes forward from there:
+    the step is taken once more, and finds that it is done.
+    """
+    step = steps[context.journal.step] if context.journal.step >= 0 else None
+    match step:
+        case LiveSnapshot():
+            return await live.was_cut(step, context)
+        case LiveMerge():
+            return await live_merge.went_on(step, context)
+        case _:
+            return False

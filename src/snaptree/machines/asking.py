@@ -1,0 +1,152 @@
+"""Asking a machine's monitor what it does, and whether what it has open is what the tree says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from snaptree.errors import SnaptreeError, UnhealthyError
+from snaptree.machines.power import Power, monitor_of, written_by
+from snaptree.model.layer import Layer, LayerId
+from snaptree.model.live import OFF, RUNNING, UNKNOWN, Live
+from snaptree.model.machine import MachineConfig
+from snaptree.model.tree import Tree
+from snaptree.qemu.graph import PROTOCOLS, BlockGraph, Inode, Node
+from snaptree.qemu.running import RunningQemu
+from snaptree.store.database import Database
+
+LOOK_SECONDS, WORK_SECONDS = 1.0, 5.0
+"""So long a monitor may take to greet a command that only looks, and one that changes something."""
+NEEDED = frozenset({"x-debug-query-block-graph", "query-named-block-nodes", "blockdev-snapshot", "transaction"})
+"""What a monitor must be able to do for a machine to be handled while it runs."""
+
+
+async def look(
+    database: Database, config: MachineConfig, tree: Tree, seconds: float = LOOK_SECONDS
+) -> tuple[Power, RunningQemu | None]:
+    """What the machine does, and its monitor if it told us; whoever asks closes it.
+
+    :param seconds: how long the monitor may take to greet us.
+    """
+    monitor = monitor_of(database, config)
+    writer = written_by(tree)
+    try:
+        qemu = await RunningQemu.attach(monitor, seconds)
+    except SnaptreeError as error:
+        # Of our own socket nobody but another snaptree knows.
+        state = RUNNING if writer and config.qmp is None else UNKNOWN if writer or error.code == "tool" else OFF
+        return Power(state, None, error.message, error.hint), None
+    if qemu is None:
+        if not writer:
+            return Power(OFF), None
+        why = f"{writer} has its disk open, and no monitor is known"
+        hint = f"stop it, or name its monitor: 'snaptree set {config.name} --qmp SOCKET'"
+        return Power(UNKNOWN, None, why, hint), None
+    try:
+        return await _asked(qemu, tree, writer, config.name)
+    except BaseException:
+        await qemu.close()
+        raise
+
+
+async def _asked(qemu: RunningQemu, tree: Tree, writer: str, name: str) -> tuple[Power, RunningQemu | None]:
+    try:
+        commands = await qemu.commands()
+        if missing := sorted(NEEDED - commands):
+            why = f"its QEMU does not know {missing[0]}"
+            await qemu.close()
+            return Power(UNKNOWN, None, why, "stop it, or run it with QEMU 7.2 or newer"), None
+        graph = await qemu.graph()
+        if not writer and not _any_open(graph, tree):
+            await qemu.close()
+            return Power(OFF, None, f"the QEMU at {qemu.path} runs another machine"), None
+        nodes = match(graph, tree, qemu.path)
+        state = await qemu.state()
+        return Power(state, Live(state, qemu.pid, frozenset(nodes), commands)), qemu
+    except SnaptreeError as error:
+        await qemu.close()
+        return Power(UNKNOWN, None, error.message, error.hint), None
+
+
+async def for_recovery(database: Database, config: MachineConfig, tree: Tree) -> RunningQemu | None:
+    """The monitor of a machine that an interrupted operation has left, whatever its graph.
+
+    ``None`` when nobody listens there. Somebody may have its images open all the same: a step that this matters to
+    finds out by locking them.
+
+    :raise ToolError: somebody listens who tells us nothing.
+    """
+    monitor = monitor_of(database, config)
+    qemu = await RunningQemu.attach(monitor, WORK_SECONDS)
+    if qemu is not None:
+        try:
+            if _any_open(await qemu.graph(), tree):
+                return qemu
+        except BaseException:
+            await qemu.close()
+            raise
+        await qemu.close()
+    return None
+
+
+def _inode(path: str) -> Inode | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _any_open(graph: BlockGraph, tree: Tree) -> bool:
+    opened = {node.inode for node in graph.nodes.values() if node.inode is not None}
+    return any(layer.owned and _inode(layer.path) in opened for layer in tree.layers.values())
+
+
+async def stands_on(monitor: str, paths: Sequence[str]) -> bool:
+    """Whether the QEMU at the monitor has the first of the files as a disk, standing on the others.
+
+    :raise UnhealthyError: it stands on others there.
+    :raise ToolError: the monitor does not answer.
+    """
+    qemu = await RunningQemu.attach(monitor)
+    if qemu is None:
+        return False
+    async with qemu:
+        graph = await qemu.graph()
+    inodes = [_inode(path) for path in paths]
+    top = graph.top(inodes[0]) if inodes[0] is not None else None
+    if top is None:
+        return False
+    has = [graph.file_of(node) for node in graph.chain(top)]
+    if [node.inode for node in has] != inodes:
+        there = " on ".join(node.path or node.name for node in has)
+        hint = "see to the headers with 'qemu-img info --backing-chain'"
+        raise UnhealthyError(f"the QEMU at {monitor} has {there}, the headers say {' on '.join(paths)}", hint)
+    return True
+
+
+def match(graph: BlockGraph, tree: Tree, monitor: str) -> dict[LayerId, Node]:
+    """The node of each layer that the active tips stand on.
+
+    :raise UnhealthyError: QEMU has other images open, or stacked otherwise, than the tree says.
+    """
+    found: dict[LayerId, Node] = {}
+    for disk, point in sorted(tree.active_branch.tips.items()):
+        layers = list(tree.chain(point.layer))
+        inode = _inode(layers[0].path)
+        top = graph.top(inode) if inode is not None else None
+        hint = f"see what it has with 'info block', and what the tree has with 'snaptree show {tree.machine}'"
+        if top is None:
+            raise UnhealthyError(f"the QEMU at {monitor} has not {layers[0].path} as a disk, the tip of {disk}", hint)
+        nodes = graph.chain(top)
+        if len(nodes) != len(layers) or not all(map(_same, [graph] * len(nodes), nodes, layers)):
+            has = " on ".join(graph.file_of(node).path or node.name for node in nodes)
+            knows = " on ".join(layer.path for layer in layers)
+            raise UnhealthyError(f"the QEMU at {monitor} has {has} as {disk}, the tree knows {knows}", hint)
+        found.update({layer.id: node for layer, node in zip(layers, nodes, strict=True)})
+    return found
+
+
+def _same(graph: BlockGraph, node: Node, layer: Layer) -> bool:
+    driver = "raw" if node.driver in PROTOCOLS else node.driver
+    return driver == layer.format and graph.file_of(node).inode == _inode(layer.path)

@@ -1,0 +1,64 @@
+"""Going to other tips with a machine that runs: it is turned off for it, and started again on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from snaptree.machines.power import Power
+from snaptree.model.live import OFF, PAUSED
+from snaptree.model.tree import Tree
+from snaptree.planning.plan import Plan
+from snaptree.planning.revert import RevertRequest, SwitchRequest
+
+if TYPE_CHECKING:
+    from snaptree.machines.standalone import Standalone
+    from snaptree.qemu.running import RunningQemu
+
+
+@dataclass(frozen=True, slots=True)
+class Going:
+    """What the machine does before and after; one of them is not ``off``."""
+
+    before: str
+    after: str
+
+    def told(self, plan: Plan) -> Plan:
+        """The plan that also says what happens to the machine."""
+        notes = [] if self.before == OFF else ["the machine is turned off, as by pulling the plug"]
+        notes += [] if self.after == OFF else [f"the machine is started on its new disks, and is {self.after} then"]
+        return replace(plan, notes=(*plan.notes, *notes), estimate=self.before != OFF)
+
+    async def turn_off(self, qemu: RunningQemu | None, tree: Tree) -> None:
+        """Turn the machine off."""
+        if qemu is not None:
+            from snaptree.machines import switching
+
+            await switching.turn_off(qemu, tree)
+
+    async def start(self, machine: Standalone, state: str) -> None:
+        """Start the machine on the tips that it has now, if it is to run then."""
+        if state != OFF:
+            from snaptree.machines import switching
+
+            await switching.launch(machine, machine.tree(), paused=state == PAUSED)
+
+
+def going(machine: Standalone, request: object, power: Power, tree: Tree) -> Going | None:
+    """What a request to go elsewhere does to the machine; ``None`` when it is off and stays so.
+
+    Whether it could be started again is seen to before anything is touched.
+
+    :raise SnaptreeError: it could not.
+    """
+    if not isinstance(request, RevertRequest | SwitchRequest):
+        return None
+    power.require_known(machine.name)
+    after = request.power or power.state
+    if power.state == after == OFF:
+        return None
+    if after != OFF:
+        from snaptree.machines import switching
+
+        switching.require_startable(machine, tree)
+    return Going(power.state, after)

@@ -1,0 +1,227 @@
+"""Starting a machine from its stored command, and stopping it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import select
+import shlex
+import signal
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from snaptree.errors import BusyError, RefusedError, SnaptreeError, ToolError, UsageError
+from snaptree.images import durable
+from snaptree.machines.asking import WORK_SECONDS, match
+from snaptree.machines.power import Power, own_monitor, written_by
+from snaptree.model.live import OFF, PAUSED
+from snaptree.model.machine import MachineConfig
+from snaptree.model.tree import Tree
+from snaptree.planning.health import ailments, require_whole
+from snaptree.planning.plan import Plan
+from snaptree.qemu import launching
+from snaptree.qemu.launching import Chain
+from snaptree.qemu.running import RunningQemu
+from snaptree.store import trees
+
+if TYPE_CHECKING:
+    from snaptree.machines.standalone import Standalone
+
+QUIT_SECONDS = 20.0
+"""So long a QEMU may take to end that was told to quit, before it is killed."""
+GONE_SECONDS = 30.0
+"""So long its images may stay locked after its end."""
+
+
+def command_line(config: MachineConfig, tree: Tree) -> list[str]:
+    """What starts the machine: its stored command with the active tips filled in.
+
+    :raise UsageError: no command is stored, or it cannot be used.
+    """
+    if config.start is None:
+        hint = f"store one: snaptree set {config.name} --start 'qemu-system-x86_64 -m 2048 …'"
+        raise UsageError(f"machine {config.name} has no start command", hint)
+    disks: Mapping[str, Chain] = {
+        disk: [(each.id, each.path, each.format) for each in tree.chain(point.layer)]
+        for disk, point in sorted(tree.active_branch.tips.items())
+    }
+    return launching.command_line(config.start, disks, secrets.token_hex(6))
+
+
+def start_plan(machine: Standalone) -> Plan:
+    """What :func:`start` would do, as a plan without steps: nothing of it is ever undone or finished."""
+    tree = machine.tree()
+    words = command_line(machine.config, tree)
+    return Plan("start", f"start machine {machine.name!r}", (), 0, tree, notes=(shlex.join(words),))
+
+
+def start(machine: Standalone, *, wait: float = 0.0) -> str:
+    """Start the machine on its active tips; what it does then, ``running`` or ``paused``.
+
+    :raise BusyError: it runs already, or another operation has it.
+    :raise RefusedError: its monitor is one that somebody else's QEMU has.
+    :raise ToolError: QEMU does not start.
+    :raise UnhealthyError: something is wrong with a layer that it needs.
+    """
+    return asyncio.run(_start(machine, wait))
+
+
+async def _start(machine: Standalone, wait: float) -> str:
+    with durable.explained(f"a file of machine {machine.name}", "use"), machine.locked(wait) as lock:
+        await machine.settle(lock)
+        config = machine.config = trees.load_config(machine.database, machine.name)
+        tree = machine.tree()
+        async with machine.asked(tree) as (power, _):
+            if power.state != OFF:
+                why = power.why or "it answers on its monitor"
+                raise BusyError(f"machine {config.name} is {power.state} already: {why}", power.hint)
+        require_startable(machine, tree)
+        return await launch(machine, tree)
+
+
+def require_startable(machine: Standalone, tree: Tree) -> None:
+    """See that the machine could be started, before anything is touched.
+
+    :raise RefusedError: its monitor is one that somebody else's QEMU has, or its folder is gone.
+    :raise UsageError: it has no start command, or one that cannot be used.
+    """
+    config = machine.config
+    if config.qmp is not None:
+        hint = f"start it as you do, or forget the socket: 'snaptree set {config.name} --qmp \"\"'"
+        raise RefusedError(f"machine {config.name} is one that you start: its monitor is {config.qmp}", hint)
+    folder = config.folder or "/"
+    if not os.path.isdir(folder):
+        hint = f"store the command again: 'snaptree set {config.name} --start …'"
+        raise RefusedError(f"there is no folder {folder} any more, in which the start command was stored", hint)
+    command_line(config, tree)
+
+
+async def launch(machine: Standalone, tree: Tree, *, paused: bool = False) -> str:
+    """Start the machine, under its lock; what it does then.
+
+    :raise ToolError: QEMU does not start.
+    :raise UnhealthyError: something is wrong with a layer that it needs.
+    """
+    config = machine.config
+    words = command_line(config, tree) + (["-S"] if paused else [])
+    found = ailments(tree, machine.survey(tree, Power(OFF), beside=False))
+    for point in tree.active_branch.tips.values():
+        require_whole(tree, found, point.layer, f"start machine {config.name}")
+    monitor = own_monitor(machine.database, config.name)
+    qemu = await launching.launch(words, monitor, config.folder or "/", monitor.removesuffix(".sock") + ".log")
+    try:
+        match(await qemu.graph(), tree, monitor)
+        return await qemu.state()
+    except BaseException:
+        await _quit(qemu)
+        raise
+    finally:
+        await qemu.close()
+
+
+def stop_plan(machine: Standalone, *, force: bool) -> Plan:
+    """What :func:`stop` would do, as a plan without steps."""
+    tree = machine.tree()
+    state = machine.power(tree).state
+    how = "nothing to do" if state == OFF else "turn it off at once" if force else "ask the guest to shut down"
+    return Plan("stop", f"stop machine {machine.name!r}", (), 0, tree, notes=(f"it is {state}: {how}",))
+
+
+def stop(machine: Standalone, *, seconds: float, force: bool = False, wait: float = 0.0) -> str:
+    """Ask the guest to shut down, and turn it off by force when it has not done so in time; how it ended.
+
+    :param force: turn it off at once.
+    :raise RefusedError: it is paused, so that it cannot hear us.
+    :raise BusyError: its monitor tells us nothing, or another operation has the machine.
+    """
+    return asyncio.run(_stop(machine, seconds, wait, force=force))
+
+
+async def _stop(machine: Standalone, seconds: float, wait: float, *, force: bool) -> str:
+    with durable.explained(f"a file of machine {machine.name}", "use"), machine.locked(wait) as lock:
+        await machine.settle(lock)
+        config, tree = trees.load_config(machine.database, machine.name), machine.tree()
+        async with machine.asked(tree, WORK_SECONDS) as (power, qemu):
+            if qemu is None:
+                if power.state == OFF:
+                    return "it was off"
+                raise BusyError(f"machine {config.name} cannot be stopped: {power.why}", power.hint)
+            ended = os.pidfd_open(qemu.pid)
+            try:
+                forced = force or not await _shut_down(qemu, config, power, ended, seconds)
+                if forced:
+                    await _quit(qemu, ended)
+            finally:
+                os.close(ended)
+        await _wait_until_free(tree)
+        if config.qmp is None:
+            durable.remove_small(own_monitor(machine.database, config.name))
+        return "it was turned off" if forced else "it has shut down"
+
+
+async def turn_off(qemu: RunningQemu, tree: Tree) -> None:
+    """End the machine's QEMU, as by pulling the plug, and wait until its images are free."""
+    await _quit(qemu)
+    await _wait_until_free(tree)
+
+
+async def _shut_down(qemu: RunningQemu, config: MachineConfig, power: Power, ended: int, seconds: float) -> bool:
+    """Whether the guest has shut down in time."""
+    if await qemu.run_state() == "shutdown":
+        return False
+    if power.state == PAUSED:
+        hint = "let it run first, or turn it off with --force"
+        raise RefusedError(f"machine {config.name} is paused, and cannot be asked to shut down", hint)
+    await qemu.qmp.execute("system_powerdown")
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if await _has_ended(ended, 0.1):
+            return True
+        try:
+            if await qemu.run_state() == "shutdown":
+                # The guest has; QEMU was told to stay (-no-shutdown).
+                await _quit(qemu, ended)
+                return True
+        except SnaptreeError:
+            return await _has_ended(ended, QUIT_SECONDS)
+    return False
+
+
+async def _has_ended(ended: int, seconds: float) -> bool:
+    """Whether a process ends within so many seconds."""
+    ready, _, _ = await asyncio.to_thread(select.select, [ended], [], [], seconds)
+    return bool(ready)
+
+
+async def _quit(qemu: RunningQemu, ended: int | None = None) -> None:
+    """End QEMU, by force if need be.
+
+    :raise ToolError: the system holds it.
+    """
+    descriptor = ended if ended is not None else os.pidfd_open(qemu.pid)
+    try:
+        with suppress(SnaptreeError):
+            await qemu.qmp.execute("quit", seconds=QUIT_SECONDS)
+        if await _has_ended(descriptor, QUIT_SECONDS):
+            return
+        with suppress(ProcessLookupError):
+            # By the descriptor: its number may be another process's by now.
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        if not await _has_ended(descriptor, QUIT_SECONDS):
+            hint = "look at the kernel's log for the device"
+            raise ToolError(f"QEMU (process {qemu.pid}) cannot be killed: the system does not let go of it", hint)
+    finally:
+        if ended is None:
+            os.close(descriptor)
+
+
+async def _wait_until_free(tree: Tree) -> None:
+    """Wait until nobody has the tips open any more: QEMU gives its locks up when it has ended."""
+    deadline = time.monotonic() + GONE_SECONDS
+    while writer := written_by(tree):
+        if time.monotonic() > deadline:
+            raise BusyError(f"QEMU has ended, but {writer} has a disk open", "see what has started since")
+        await asyncio.sleep(0.01)

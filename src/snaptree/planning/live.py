@@ -1,0 +1,26 @@
+"""What can be planned for a machine that runs."""
+
+from __future__ import annotations
+
+from snaptree.errors import RefusedError
+from snaptree.planning.create import BranchRequest, SnapshotRequest
+from snaptree.planning.delete import DeleteRequest
+from snaptree.planning.sweep import SquashRequest
+from snaptree.planning.verbs import DeleteBranchRequest, GcRequest
+
+
+def require_possible(name: str, request: object) -> None:
+    """Refuse what is not done yet while a machine runs.
+
+    :raise RefusedError: says so.
+    """
+    match request:
+        case SnapshotRequest(internal=False) | DeleteRequest(memory_only=False) | DeleteBranchRequest():
+            return
+        case SquashRequest() | GcRequest() | BranchRequest():
+            return
+        case SnapshotRequest():
+            what = "internal snapshots are not taken while it runs"
+        case _:
+            what = "this is not done while it runs"
+    raise RefusedError(f"machine {name} is running, and {what} yet", f"stop it first: 'snaptree stop {name}'")

@@ -1,0 +1,193 @@
+"""Merging layers that a running machine has open: its QEMU does it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from snaptree.model.delta import diff
+from snaptree.model.layer import LayerId, Point
+from snaptree.model.survey import Survey
+from snaptree.model.tree import Tree
+from snaptree.planning.draft import Draft, is_tip, paths_of
+from snaptree.planning.live_steps import LiveJob, LiveMerge
+from snaptree.planning.plan import Plan
+from snaptree.planning.settle import settle
+from snaptree.planning.steps import Record, Step
+from snaptree.planning.ways import Choice, Row, is_owned_root, obstacles, open_as_asked, require_room
+
+USUAL_SPEED = 200e6
+"""Bytes a second, for an estimate while a guest runs."""
+PIVOT_SECONDS = 0.03
+"""So long a guest's disk waits while it goes over to the layer that its tip was committed into."""
+
+
+def is_live(survey: Survey, row: Row) -> bool:
+    """Whether the machine's QEMU has what the merge would write to or take away.
+
+    It has all that its tips stand on; what only lies beneath the row is read by everybody.
+    """
+    return survey.live is not None and row[-1] in survey.live.open
+
+
+def merge_live(draft: Draft, rows: Sequence[Row], way: str) -> Plan:
+    """The plan that merges these rows, one of each disk at the most.
+
+    :raise NoSpaceError: there is no room for the data.
+    """
+    choices: list[Choice] = []
+    for row in rows:
+        if row not in draft.survey.rows:
+            draft.notes.append(f"{draft.tree.layers[row[0]].path} is not merged yet: a layer on it is new; gc does it")
+            continue
+        choice = _choose(draft, row, way)
+        if isinstance(choice, str):
+            draft.notes.append(choice)
+        else:
+            choices.append(choice)
+    require_room(draft, choices)
+    if not choices:
+        return Plan(
+            "merge", "merge nothing", (), 0, draft.tree, notes=tuple(draft.notes), paths_after=paths_of(draft.tree)
+        )
+    return _steps(draft, choices)
+
+
+def _choose(draft: Draft, row: Row, way: str) -> Choice | str:
+    """The way to merge the row, or the sentence that says why it stays as it is.
+
+    Into the running tip a pull is preferred, which always comes to its end; where the root would lose its name by it,
+    a commit.
+    """
+    tree = draft.tree
+    closed = dict(obstacles(draft, row))
+    # QEMU's own jobs move all data; what can be shared is not shared while the machine runs.
+    reason = _uneven(draft, row)
+    if reason:
+        closed |= {"commit": closed.get("commit") or reason, "pull": closed.get("pull") or reason}
+    rooted = is_owned_root(tree, row[0])
+    if rooted and "pull" not in closed and len(tree.children.get(row[0], ())) == 1:
+        closed["pull"] = (
+            f"{tree.layers[row[0]].path} is the root, and its name stays unless --merge pull says otherwise: "
+            "nothing is renamed while the machine runs"
+        )
+    if way == "reflink":
+        draft.notes.append("blocks are not shared while the machine runs: its data is copied")
+    asked = ("commit", "pull") if way in ("auto", "reflink") else (way,)
+    if way != "auto":
+        for each in asked:
+            open_as_asked(draft, row, each, closed)
+    facts = draft.survey.rows[row]
+    choices = [Choice(row, each, facts, down=each == "commit") for each in asked if each not in closed]
+    if not choices:
+        reasons = dict.fromkeys(closed[each] for each in asked)
+        return f"{tree.layers[row[0]].path} stays as it is: {'; '.join(reasons)}"
+    into_tip = is_tip(tree, row[-1])
+    return min(choices, key=lambda choice: (into_tip and choice.down, choice.bytes, choice.down != rooted))
+
+
+def _uneven(draft: Draft, row: Row) -> str:
+    """Why QEMU's jobs would show other data afterwards, if they would.
+
+    They forget what a shorter layer in the middle hides (QEMU 10.0.2), and such a layer cannot be mended while it is
+    open.
+    """
+    tree = draft.tree
+    lowest = tree.layers[row[0]]
+    near = [*row, *tree.children.get(row[-1], ()), *([lowest.parent] if lowest.parent is not None else [])]
+    if len({tree.layers[each].virtual_size for each in near}) > 1:
+        return f"the layers around {lowest.path} are of different sizes, which only a merge with the machine off minds"
+    return ""
+
+
+def _job(draft: Draft, choice: Choice) -> LiveJob:
+    tree = draft.tree
+    layers = [tree.layers[each] for each in choice.row]
+    opened = draft.survey.live.open if draft.survey.live is not None else frozenset()
+    above = [tree.layers[each] for each in tree.children.get(choice.row[-1], ()) if each in opened]
+    facts = choice.facts
+    return LiveJob(
+        way=choice.way,
+        disk=layers[0].disk,
+        row=tuple((layer.path, layer.format) for layer in layers),
+        below=draft.files_below(choice.row[0]),
+        child=(above[0].path, above[0].format) if above else None,
+        bytes=choice.bytes,
+        zeroes=facts.commit_zeroes if choice.down else 0,
+        profile=facts.profile_commit if choice.down else facts.profile_pull,
+    )
+
+
+def _steps(draft: Draft, choices: Sequence[Choice]) -> Plan:
+    tree = draft.tree
+    jobs = tuple(_job(draft, choice) for choice in choices)
+    written = [replace(tree.layers[choice.row[0]], half_merged=True) for choice in choices if choice.down]
+    marked = draft.tree = tree.with_layers(*written)
+    steps: list[Step] = []
+    if written:
+        steps.append(Record(diff(tree, marked), (), "note that the lower layers are being written"))
+    steps.append(LiveMerge(jobs))
+    no_return = len(steps)
+    for choice in choices:
+        draft.tree = _down(draft.tree, choice) if choice.down else _up(draft, choice)
+    after = settle(draft.tree, draft.outsiders)
+    cleanup, freed = draft.cleanup(after)
+    baseline = tuple(
+        layer.id
+        for layer in after.layers.values()
+        if layer.owned and layer.identity is None and not layer.half_merged and not is_tip(after, layer.id)
+    )
+    steps += [Record(diff(marked, after), baseline, "the merged layers are one"), *cleanup]
+    copied = sum(choice.bytes for choice in choices)
+    grown = sum(choice.grows for choice in choices)
+    ways = sorted({choice.way for choice in choices})
+    return Plan(
+        operation="merge",
+        summary="merge " + ", ".join(tree.layers[choice.row[0]].path for choice in choices) + " in the running machine",
+        steps=tuple(steps),
+        point_of_no_return=no_return,
+        after=after,
+        bytes_to_copy=copied,
+        peak_extra_bytes=grown,
+        frees_bytes=freed - grown,
+        seconds=0.1 + copied / (draft.survey.bytes_per_second or USUAL_SPEED),
+        guest_pause=max((PIVOT_SECONDS for job in jobs if job.active), default=0.0),
+        way="+".join(ways),
+        cancel="pauses" if "commit" in ways else "undoes",
+        paths_after=paths_of(after),
+        notes=tuple(draft.notes),
+        touches=tuple(sorted({tree.layers[each].path for choice in choices for each in choice.row})),
+        estimate=True,
+    )
+
+
+def _down(tree: Tree, choice: Choice) -> Tree:
+    """The tree when the lowest layer has it all: what stood on the highest stands on it, and has its name."""
+    lowest, top = tree.layers[choice.row[0]], tree.layers[choice.row[-1]]
+    merged = replace(lowest, half_merged=top.half_merged, identity=None)
+    was, now = Point(top.id), Point(lowest.id)
+    snapshots = [
+        replace(each, points={disk: now if point == was else point for disk, point in each.points.items()})
+        for each in tree.snapshots.values()
+        if was in each.points.values()
+    ]
+    branches = [
+        replace(each, tips={disk: now if point == was else point for disk, point in each.tips.items()})
+        for each in tree.branches.values()
+        if was in each.tips.values()
+    ]
+    children = [replace(tree.layers[each], parent=lowest.id, identity=None) for each in tree.children.get(top.id, ())]
+    left = tree.without_layers(frozenset(choice.row[1:])).with_layers(merged, *children)
+    return left.with_snapshots(*snapshots).with_branches(*branches)
+
+
+def _up(draft: Draft, choice: Choice) -> Tree:
+    """The tree when the highest layer has it all: it stands on what the lowest stood on, and keeps its path."""
+    tree = draft.tree
+    lowest, top = tree.layers[choice.row[0]], tree.layers[choice.row[-1]]
+    pulled = tree.with_layers(replace(top, parent=lowest.parent, identity=None))
+    left: LayerId | None = lowest.id if lowest.id in settle(pulled, draft.outsiders).layers else None
+    if not is_owned_root(tree, lowest.id) or left is not None:
+        return pulled
+    draft.notes.append(f"the root of {top.disk} is now {top.path}")
+    return replace(pulled, roots={**pulled.roots, top.disk: (top.path, top.format)})

@@ -1,0 +1,104 @@
+"""The steps that a running machine's QEMU takes, as data; ``planning/steps.py`` has the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
+
+from snaptree.model.sizes import readable
+
+File: TypeAlias = tuple[str, str]
+"""One image in a chain: ``(path, format)``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One disk of a live snapshot: from now on the guest writes to ``overlay``, on ``tip``."""
+
+    disk: str
+    tip: str
+    overlay: str
+
+
+@dataclass(frozen=True, slots=True)
+class LiveSnapshot:
+    """Let a running machine's disks go on in their new overlays, all at one instant.
+
+    Whether it has happened QEMU says; when QEMU has died the overlays are taken as the tips, which is right either way.
+    """
+
+    kind: ClassVar[str] = "live-snapshot"
+    crash: ClassVar[str] = (
+        "the guest writes to the tips or to the overlays, on all disks alike; an overlay that QEMU has in its graph is "
+        "kept, and so are all when QEMU is gone"
+    )
+
+    cuts: tuple[Cut, ...]
+
+    @property
+    def summary(self) -> str:
+        return "freeze " + ", ".join(each.tip for each in self.cuts) + " at one instant; the guest runs on"
+
+
+@dataclass(frozen=True, slots=True)
+class LiveJob:
+    """One merge of layers that a running machine has open, done by its QEMU.
+
+    ``row`` is the chain to merge, lowest first; ``below`` what the lowest stands on, nearest first. ``child`` is what
+    stands on the row in QEMU, ``None`` when the row's highest layer is the tip that the guest writes to. A commit into
+    which the guest's tip goes is *active*: afterwards the guest writes to ``row[0]``. ``bytes`` is what will be copied,
+    ``zeroes`` what is written as zeroes without copying, ``profile`` the cumulative bytes at equal steps over the
+    guest's address range.
+    """
+
+    way: str
+    disk: str
+    row: tuple[File, ...]
+    below: tuple[File, ...]
+    child: File | None
+    bytes: int
+    zeroes: int = 0
+    profile: tuple[int, ...] = ()
+
+    @property
+    def active(self) -> bool:
+        """Whether the guest goes over to another file."""
+        return self.way == "commit" and self.child is None
+
+    @property
+    def target(self) -> File:
+        """The file that takes the data."""
+        return self.row[0] if self.way == "commit" else self.row[-1]
+
+    @property
+    def gone(self) -> tuple[File, ...]:
+        """The files that QEMU has no use for afterwards."""
+        return self.row[1:] if self.way == "commit" else self.row[:-1]
+
+
+@dataclass(frozen=True, slots=True)
+class LiveMerge:
+    """Let a running machine's QEMU merge layers, all disks at once.
+
+    Every job comes so far that nothing is left to be copied; then what it has copied is flushed, and it is finalized,
+    which takes the merged layers out of QEMU's graph and writes the header that no longer names them.
+    """
+
+    kind: ClassVar[str] = "live-merge"
+    crash: ClassVar[str] = (
+        "pull: the upper layer holds more clusters and shows the same; commit: the lower layer is half-merged and is "
+        "read only through the one above; the job runs on in QEMU, is found by its name and finished, and when QEMU is "
+        "gone the headers and the journal say how far it had come"
+    )
+
+    jobs: tuple[LiveJob, ...]
+
+    @property
+    def summary(self) -> str:
+        parts = [
+            f"{job.way} {readable(job.bytes)} of {job.disk} "
+            + (f"down into {job.target[0]}" if job.way == "commit" else f"up into {job.target[0]}")
+            + " in the running machine"
+            for job in self.jobs
+        ]
+        return "; ".join(parts)

@@ -1,0 +1,169 @@
+"""The block graph of a QEMU that runs: which file is open in which node, and what stands on what.
+
+Nodes are found by the files that they have open. Names are the user's, or generated, and format nodes tell of another
+file than they have open once header and graph differ.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from snaptree.errors import ToolError, UnhealthyError
+
+Inode = tuple[int, int]
+FORMATS = ("qcow2", "raw")
+PROTOCOLS = ("file", "host_device")
+FILTERS = ("commit_top", "mirror_top", "stream", "copy-on-read", "throttle", "preallocate", "snapshot-access")
+"""Drivers of nodes that show what is in their only child."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One node. ``file`` and ``backing`` are the nodes beneath it, ``above`` those that stand on it.
+
+    ``path`` and ``inode`` are of the file that a protocol node has open. ``users`` are the devices, jobs and exports
+    that use the node directly, as QEMU names them (``block-backend``, ``block-job``) with their own names.
+    ``cache`` has ``direct`` and ``no-flush``.
+    """
+
+    name: str
+    driver: str
+    read_only: bool
+    file: str | None = None
+    backing: str | None = None
+    path: str | None = None
+    inode: Inode | None = None
+    above: tuple[str, ...] = ()
+    users: tuple[tuple[str, str], ...] = ()
+    cache: Mapping[str, bool] = field(default_factory=dict)
+    detect_zeroes: str = "off"
+
+
+@dataclass(frozen=True)
+class BlockGraph:
+    """All nodes by name."""
+
+    nodes: Mapping[str, Node]
+
+    def opened(self, inode: Inode) -> tuple[Node, ...]:
+        """The nodes that show the image in a file: its format's, or the file's own where there is none above it."""
+        found: dict[str, Node] = {}
+        for node in self.nodes.values():
+            if node.inode != inode:
+                continue
+            formats = [self.nodes[each] for each in node.above if self.nodes[each].file == node.name]
+            formats = [each for each in formats if each.driver in FORMATS]
+            for each in formats or [node]:
+                found[each.name] = each
+        return tuple(found.values())
+
+    def file_of(self, node: Node) -> Node:
+        """The node that has the file open in which an image is."""
+        while node.file is not None:
+            node = self.nodes[node.file]
+        return node
+
+    def below(self, node: Node) -> Node | None:
+        """The image that an image stands on; nodes that jobs have put between are passed over."""
+        at = self.nodes[node.backing] if node.backing is not None else None
+        while at is not None and at.driver in FILTERS:
+            beneath = at.backing or at.file
+            at = self.nodes[beneath] if beneath is not None else None
+        return at
+
+    def chain(self, node: Node) -> tuple[Node, ...]:
+        """An image and all that it stands on, top first."""
+        found = [node]
+        while (below := self.below(found[-1])) is not None:
+            found.append(below)
+        return tuple(found)
+
+    def root_of(self, node: Node) -> Node:
+        """The uppermost node of the disk that the image is of: it itself, an image on it, or a filter."""
+        at = node
+        while at.above:
+            at = self.nodes[at.above[0]]
+        return at
+
+    def used(self, node: Node) -> tuple[tuple[str, str], ...]:
+        """Who uses the image, or a node that a job or a filter has put above it."""
+        found = list(node.users)
+        for name in node.above:
+            above = self.nodes[name]
+            if above.driver in FILTERS:
+                found += self.used(above)
+        return tuple(found)
+
+    def top(self, inode: Inode) -> Node | None:
+        """The image in the file, where a device uses it; ``None`` when no device has it as its disk.
+
+        :raise UnhealthyError: it is open more than once.
+        """
+        found = [node for node in self.opened(inode) if any(kind == "block-backend" for kind, _ in self.used(node))]
+        if len(found) > 1:
+            names = ", ".join(node.name for node in found)
+            raise UnhealthyError(f"QEMU has one image open {len(found)} times ({names})", "give each disk its own")
+        return found[0] if found else None
+
+
+def read_graph(told: Sequence[Mapping[str, Any]], edges: Mapping[str, Any], folder: str) -> BlockGraph:
+    """The graph from what QEMU says.
+
+    :param told: the answer to ``query-named-block-nodes``.
+    :param edges: the answer to ``x-debug-query-block-graph``: the only one that says which node stands on which.
+    :param folder: QEMU's working folder, which relative names start from.
+    :raise ToolError: the answers make no sense.
+    """
+    try:
+        return _read(told, edges, folder)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ToolError(f"QEMU gave no block graph that makes sense: {type(error).__name__} {error}") from error
+
+
+def _read(told: Sequence[Mapping[str, Any]], edges: Mapping[str, Any], folder: str) -> BlockGraph:
+    known = {each["node-name"] for each in told}
+    names = {each["id"]: each["name"] for each in edges["nodes"] if each["type"] == "block-driver"}
+    names = {number: name for number, name in names.items() if name in known}
+    others = {each["id"]: (each["type"], each["name"]) for each in edges["nodes"] if each["id"] not in names}
+    beneath: dict[str, dict[str, str]] = {}
+    above: dict[str, list[str]] = {}
+    users: dict[str, list[tuple[str, str]]] = {}
+    for edge in edges["edges"]:
+        child = names.get(edge["child"])
+        if child is None:
+            continue
+        parent = names.get(edge["parent"])
+        if parent is None:
+            users.setdefault(child, []).append(others[edge["parent"]])
+        else:
+            beneath.setdefault(parent, {})[edge["name"]] = child
+            above.setdefault(child, []).append(parent)
+    nodes: dict[str, Node] = {}
+    for each in told:
+        name, driver = each["node-name"], each["drv"]
+        path = os.path.join(folder, each["file"]) if driver in PROTOCOLS else None
+        nodes[name] = Node(
+            name=name,
+            driver=driver,
+            read_only=bool(each["ro"]),
+            file=beneath.get(name, {}).get("file"),
+            backing=beneath.get(name, {}).get("backing"),
+            path=path,
+            inode=_inode(path) if path is not None else None,
+            above=tuple(above.get(name, ())),
+            users=tuple(users.get(name, ())),
+            cache={key: bool(each["cache"][key]) for key in ("direct", "no-flush")},
+            detect_zeroes=str(each["detect_zeroes"]),
+        )
+    return BlockGraph(nodes)
+
+
+def _inode(path: str) -> Inode | None:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino

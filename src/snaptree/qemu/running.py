@@ -1,0 +1,126 @@
+"""A QEMU that runs a machine, over its monitor."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+from types import TracebackType
+from typing import Any
+
+from snaptree.errors import ToolError
+from snaptree.images import durable
+from snaptree.model.live import PAUSED, RUNNING
+from snaptree.qemu.dialling import dial, listener
+from snaptree.qemu.graph import BlockGraph, Inode, read_graph
+from snaptree.qemu.session import GREETING_SECONDS, QmpSession
+
+
+class RunningQemu:
+    """A monitor that has greeted us, and the process at its other end. It serves us alone while we have it.
+
+    Made by :meth:`attach`.
+    """
+
+    def __init__(self, qmp: QmpSession, connection: socket.socket, pid: int, path: str) -> None:
+        self.qmp = qmp
+        self._connection = connection
+        self.pid = pid
+        self.path = path
+        self._folder: str | None = None
+
+    @classmethod
+    async def attach(cls, path: str, seconds: float = GREETING_SECONDS) -> RunningQemu | None:
+        """Connect to the monitor; ``None`` when nothing listens there.
+
+        :param seconds: how long it may take to greet us.
+        :raise ToolError: somebody listens and does not greet us: the monitor is held by another client, or is none.
+        """
+        found = dial(path)
+        if found is None:
+            return None
+        pid = listener(found)
+        qmp = QmpSession(f"the QEMU at {path}")
+        try:
+            found.setblocking(False)
+            await qmp.connect(found, seconds)
+        except BaseException:
+            found.close()
+            raise
+        return cls(qmp, found, pid, path)
+
+    @property
+    def descriptor(self) -> int:
+        """The monitor's socket, for a process that shares it."""
+        return self._connection.fileno()
+
+    async def __aenter__(self) -> RunningQemu:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Give the monitor back; the machine runs on."""
+        await self.qmp.close()
+
+    async def run_state(self) -> str:
+        """What the machine does, in QEMU's word (``running``, ``paused``, ``inmigrate``, ``shutdown`` …)."""
+        answer = await self.qmp.execute("query-status")
+        try:
+            return str(answer["status"])
+        except (TypeError, KeyError) as error:
+            raise ToolError(f"{self.qmp.name} gave no status that makes sense: {str(answer)[:200]}") from error
+
+    async def state(self) -> str:
+        """``running``, or ``paused`` for whatever else keeps the guest from running."""
+        return RUNNING if await self.run_state() == "running" else PAUSED
+
+    async def commands(self) -> frozenset[str]:
+        """What the monitor can be asked for."""
+        answer = await self.qmp.execute("query-commands")
+        try:
+            return frozenset(str(each["name"]) for each in answer)
+        except (TypeError, KeyError) as error:
+            raise ToolError(f"{self.qmp.name} gave no commands that make sense: {str(answer)[:200]}") from error
+
+    async def graph(self) -> BlockGraph:
+        """The block graph as it is now."""
+        told = await self.qmp.execute("query-named-block-nodes", flat=True)
+        edges = await self.qmp.execute("x-debug-query-block-graph")
+        return read_graph(told, edges, self._working_folder())
+
+    async def open_files(self) -> frozenset[Inode]:
+        """The files that it has open, by device and inode."""
+        graph = await self.graph()
+        return frozenset(node.inode for node in graph.nodes.values() if node.inode is not None)
+
+    def _working_folder(self) -> str:
+        if self._folder is None:
+            try:
+                self._folder = os.readlink(f"/proc/{self.pid}/cwd")
+            except OSError:
+                # Of somebody else's process we may not know it; relative names then lead nowhere.
+                self._folder = "/nonexistent"
+        return self._folder
+
+    async def flush(self, node: str, path: str) -> None:
+        """Have everything written to an image that QEMU holds back, tables too, and see that it is on disk.
+
+        There is no command for it but in the human monitor, which says nothing when it fails. What it has written is
+        synced here, so that a disk that fails is told of; whether the tables are there the caller sees on the file.
+
+        :raise IoError: the file cannot be synced.
+        """
+        await self.qmp.execute("human-monitor-command", command_line=f"qemu-io {shlex.quote(node)} flush")
+        durable.sync_file(path)
+
+    async def blockdev_del(self, name: str) -> None:
+        """Close a node that was opened by name."""
+        await self.qmp.execute("blockdev-del", node_name=name)
+
+    async def add(self, blockdev: dict[str, Any]) -> None:
+        """Open an image, given as ``BlockdevOptions``."""
+        await self.qmp.execute("blockdev-add", **blockdev)

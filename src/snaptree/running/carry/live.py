@@ -1,0 +1,102 @@
+"""Steps that the QEMU of a running machine takes."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from snaptree.errors import ToolError, UnhealthyError
+from snaptree.images import gate
+from snaptree.images.facts import read_facts
+from snaptree.planning.live_steps import Cut, LiveSnapshot
+from snaptree.qemu.graph import BlockGraph, Inode, Node
+from snaptree.running.context import Context
+
+
+def inode_at(path: str) -> Inode:
+    """Device and inode of a file.
+
+    :raise OSError: it is not there.
+    """
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def is_top(graph: BlockGraph, path: str) -> bool:
+    """Whether a device has the file's image as its disk."""
+    return os.path.exists(path) and graph.top(inode_at(path)) is not None
+
+
+async def snapshot(step: LiveSnapshot, context: Context) -> None:
+    """Let the guest go on in the overlays: one transaction over all disks."""
+    qemu = context.qemu
+    if qemu is None:
+        # QEMU has died. The overlays show what the tips show, or what the guest wrote to them.
+        _require_dead(step, context)
+        return
+    graph = await qemu.graph()
+    if all(is_top(graph, cut.overlay) for cut in step.cuts):
+        return
+    actions: list[dict[str, Any]] = []
+    for number, cut in enumerate(step.cuts):
+        tip = _tip(graph, cut)
+        name = f"st{number}-{context.token}"[:31]
+        await qemu.add(_overlay(graph, tip, cut.overlay, name))
+        actions.append({"type": "blockdev-snapshot", "data": {"node": tip.name, "overlay": name}})
+    await qemu.qmp.execute("transaction", actions=actions)
+    graph = await qemu.graph()
+    for cut in step.cuts:
+        top = graph.top(inode_at(cut.overlay))
+        below = graph.below(top) if top is not None else None
+        if below is None or graph.file_of(below).inode != inode_at(cut.tip):
+            raise ToolError(f"QEMU reported success, but {cut.overlay} is not what {cut.disk} writes to now")
+
+
+def _tip(graph: BlockGraph, cut: Cut) -> Node:
+    tip = graph.top(inode_at(cut.tip))
+    if tip is None:
+        raise UnhealthyError(f"QEMU has not {cut.tip} as a disk any more", "see what was done to the machine")
+    return tip
+
+
+def _overlay(graph: BlockGraph, tip: Node, path: str, name: str) -> dict[str, Any]:
+    """How to open the overlay: as the tip is, so far as QEMU tells."""
+    found = gate.blockdev(path, "qcow2", name, None, read_only=False)
+    file = graph.file_of(tip)
+    found["cache"], found["file"]["cache"] = tip.cache, file.cache
+    if tip.detect_zeroes != "off":
+        found["detect-zeroes"] = tip.detect_zeroes
+    return found
+
+
+def _require_dead(step: LiveSnapshot, context: Context) -> None:
+    """See that no QEMU that does not answer us writes to the tips or to the overlays.
+
+    :raise BusyError: one does.
+    :raise OSError: one of the files is gone.
+    """
+    for cut in step.cuts:
+        inode_at(cut.overlay)
+    context.holding.require_closed(path for cut in step.cuts for path in (cut.tip, cut.overlay))
+
+
+async def was_cut(step: LiveSnapshot, context: Context) -> bool:
+    """Whether the guest writes to the overlays, or may have when QEMU died."""
+    if not all(os.path.exists(cut.overlay) for cut in step.cuts):
+        return False
+    if context.qemu is None:
+        _require_dead(step, context)
+        return context.recovering
+    graph = await context.qemu.graph()
+    # One that was written to was a tip; since then somebody has started QEMU on the old ones.
+    return any(is_top(graph, cut.overlay) or read_facts(cut.overlay, "qcow2").written for cut in step.cuts)
+
+
+async def unsnapshot(step: LiveSnapshot, context: Context) -> None:
+    """Close overlays that the guest does not write to: they are removed next."""
+    if context.qemu is None:
+        return
+    graph = await context.qemu.graph()
+    for cut in step.cuts:
+        for node in graph.opened(inode_at(cut.overlay)) if os.path.exists(cut.overlay) else ():
+            await context.qemu.blockdev_del(node.name)

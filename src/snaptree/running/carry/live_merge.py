@@ -1,0 +1,278 @@
+"""The step in which the QEMU of a running machine merges layers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+from snaptree.errors import RefusedError, SnaptreeError, ToolError, UnhealthyError
+from snaptree.images import durable, gate
+from snaptree.images.facts import read_facts
+from snaptree.images.measure import holds
+from snaptree.planning.live_steps import File, LiveJob, LiveMerge
+from snaptree.planning.steps import Move, MoveJob, Repoint
+from snaptree.qemu import live_jobs
+from snaptree.qemu.graph import BlockGraph, Node
+from snaptree.qemu.jobs import JobProgress, abandon
+from snaptree.qemu.live_jobs import Merging
+from snaptree.qemu.running import RunningQemu
+from snaptree.running.carry import headers, moving
+from snaptree.running.carry.live import inode_at, is_top
+from snaptree.running.context import Context
+from snaptree.running.guard import PIVOT, STAY, Guard
+
+READS = 50
+"""So often the tables of an image are read anew that a guest writes to meanwhile."""
+
+
+async def merge(step: LiveMerge, context: Context) -> None:
+    """Have QEMU merge, and see that it has; when it has died, the rest is done without it."""
+    if context.qemu is None:
+        await _without_qemu(step, context)
+        return
+    qemu = context.qemu
+    known = await live_jobs.living(qemu.qmp, [_id(step, job, context) for job in step.jobs])
+    graph = await qemu.graph()
+    waiting = [job for job in step.jobs if not is_merged(graph, job)]
+    jobs = {job: _merging(graph, job, _id(step, job, context)) for job in waiting}
+    try:
+        for merging in jobs.values():
+            if merging.id not in known:
+                await live_jobs.begin(qemu.qmp, merging, int(context.limiter.speed))
+        await live_jobs.follow(qemu.qmp, list(jobs.values()), _reporter(step, jobs, context), context.cancelled)
+        for job in jobs:
+            if not job.active:
+                await _flush(qemu, graph, job)
+    except BaseException:
+        # Nothing is finalized yet: each job leaves a chain that is right.
+        await abandon(qemu.qmp, [each.id for each in jobs.values()])
+        raise
+    for job, merging in sorted(jobs.items(), key=lambda each: each[0].active):
+        await (_go_over if job.active else _finalize)(qemu, job, merging, context)
+        context.journal.moved += job.bytes
+    await _close(qemu, step)
+    _sync(step)
+    _require_merged(await qemu.graph(), step)
+
+
+def _id(step: LiveMerge, job: LiveJob, context: Context) -> str:
+    """The job's name in QEMU, by which it is found again."""
+    return f"snaptree-{context.token}-{step.jobs.index(job)}"
+
+
+def _reporter(step: LiveMerge, jobs: Mapping[LiveJob, Merging], context: Context) -> live_jobs.Reporter:
+    total = sum(job.bytes for job in step.jobs)
+    done = sum(job.bytes for job in step.jobs if job not in jobs)
+
+    def report(state: Mapping[str, JobProgress]) -> None:
+        parts = (moving.bytes_moved(_move_job(job), state.get(merging.id)) for job, merging in jobs.items())
+        context.moved(done + sum(parts), total)
+
+    return report
+
+
+def _move_job(job: LiveJob) -> MoveJob:
+    """The same merge as one that is done with the machine off."""
+    name = f"{job.way}-{job.disk}"
+    return MoveJob(name, job.way, job.disk, job.row, job.below, job.bytes, job.zeroes, job.profile)
+
+
+# ---- where it stands ----------------------------------------------------------------------------------------------
+
+
+def _node(graph: BlockGraph, file: File) -> Node:
+    """The node that shows the image.
+
+    :raise UnhealthyError: QEMU has not just one.
+    """
+    found = graph.opened(inode_at(file[0]))
+    if len(found) != 1:
+        raise UnhealthyError(f"QEMU has {file[0]} open {len(found)} times", "see what was done to the machine")
+    return found[0]
+
+
+def _stands_on(graph: BlockGraph, above: File, below: File | None) -> bool:
+    """Whether the one image stands on the other (or on nothing) in QEMU."""
+    found = graph.opened(inode_at(above[0])) if os.path.exists(above[0]) else ()
+    if len(found) != 1:
+        return False
+    node = graph.below(found[0])
+    if below is None:
+        return node is None
+    return node is not None and os.path.exists(below[0]) and graph.file_of(node).inode == inode_at(below[0])
+
+
+def is_merged(graph: BlockGraph, job: LiveJob) -> bool:
+    """Whether QEMU has the merged layers out of its graph."""
+    if job.way == "pull":
+        return _stands_on(graph, job.row[-1], job.below[0] if job.below else None)
+    if job.child is None:
+        return is_top(graph, job.row[0][0])
+    return _stands_on(graph, job.child, job.row[0])
+
+
+def _merging(graph: BlockGraph, job: LiveJob, name: str) -> Merging:
+    top, lowest = _node(graph, job.row[-1]), _node(graph, job.row[0])
+    if job.way == "commit":
+        backing = gate.relative_backing_name(job.child[0], job.row[0][0]) if job.child is not None else None
+        return Merging(name, "commit", graph.root_of(top).name, top.name, lowest.name, backing, job.active)
+    below = _node(graph, job.below[0]) if job.below else None
+    backing = gate.relative_backing_name(job.row[-1][0], job.below[0][0]) if job.below else None
+    return Merging(name, "pull", graph.root_of(top).name, top.name, below.name if below else None, backing, False)
+
+
+# ---- the end of each ----------------------------------------------------------------------------------------------
+
+
+async def _flush(qemu: RunningQemu, graph: BlockGraph, job: LiveJob) -> None:
+    """Have the tables on disk that say what was copied, before a header says that nothing else is needed.
+
+    QEMU (10.0.2) writes the header first; killed between, the image would have neither its data nor what it stood on.
+
+    :raise ToolError: they are not there.
+    """
+    path, _ = job.target
+    await qemu.flush(_node(graph, job.target).name, path)
+    if not await _holds_all(job):
+        raise ToolError(f"QEMU reported success, but {path} has not all that was to be moved", "try it with QEMU off")
+
+
+async def _holds_all(job: LiveJob) -> bool:
+    """Whether the target has on disk what was to be moved.
+
+    The tables of a tip that the guest writes to may change while they are read; then they are read again.
+
+    :raise UnhealthyError: they make no sense, however often they are read.
+    """
+    sources = job.row[1:] if job.way == "commit" else job.row[:-1]
+    for _ in range(READS):
+        with suppress(UnhealthyError):
+            return holds(job.target, sources)
+        await asyncio.sleep(0.02)
+    return holds(job.target, sources)
+
+
+async def _finalize(qemu: RunningQemu, job: LiveJob, merging: Merging, context: Context) -> None:
+    await live_jobs.settle(qemu.qmp, merging)
+
+
+async def _go_over(qemu: RunningQemu, job: LiveJob, merging: Merging, context: Context) -> None:
+    """Let the guest go over from its tip to the layer into which that was committed.
+
+    Before it both files are the same, afterwards the tip is stale, and the files cannot tell: the journal does.
+    """
+    journal, path = context.journal, job.row[0][0]
+    if context.recovering:
+        # A guard may have let it go on where it was; it is begun anew then.
+        journal.note(path, STAY)
+    with Guard(journal.database, journal.operation, journal.step, path, merging.id, qemu.descriptor):
+        try:
+            if await live_jobs.stop_the_guest(qemu.qmp, merging):
+                journal.note(path, PIVOT)
+        except BaseException:
+            await abandon(qemu.qmp, [merging.id])
+            raise
+        try:
+            await live_jobs.settle(qemu.qmp, merging)
+        except SnaptreeError:
+            if not is_merged(await qemu.graph(), job):
+                journal.note(path, STAY)
+            raise
+
+
+async def _close(qemu: RunningQemu, step: LiveMerge) -> None:
+    """Have QEMU close what is out of its graph; nodes that were opened by name stay until they are told to go.
+
+    One that something else uses stays open; its file's room comes back when QEMU ends.
+    """
+    for job in step.jobs:
+        for path, _ in reversed(job.gone):
+            graph = await qemu.graph()
+            inode = inode_at(path) if os.path.exists(path) else None
+            formats = [node.name for node in graph.opened(inode)] if inode is not None else []
+            files = [node.name for node in graph.nodes.values() if inode is not None and node.inode == inode]
+            for name in dict.fromkeys([*formats, *files]):
+                with suppress(SnaptreeError):
+                    await qemu.blockdev_del(name)
+
+
+def _sync(step: LiveMerge) -> None:
+    """What QEMU has written is on disk before what it was made of goes."""
+    for job in step.jobs:
+        for path, _ in (job.target, *([job.child] if job.child is not None else [])):
+            durable.sync_file(path)
+
+
+def _require_merged(graph: BlockGraph, step: LiveMerge) -> None:
+    for job in step.jobs:
+        if not is_merged(graph, job) or not _header_says(job):
+            raise ToolError(f"QEMU reported success, but {job.target[0]} has not taken the place of what was merged")
+
+
+def _header_says(job: LiveJob) -> bool:
+    """Whether the header says that the merge is done. Where the guest has gone over there is none to say it."""
+    if job.active:
+        return True
+    above, below = (job.row[-1], job.below[0] if job.below else None) if job.way == "pull" else (job.child, job.row[0])
+    assert above is not None
+    facts = read_facts(*above)
+    if facts.backing is None or below is None:
+        return facts.backing is None and below is None
+    return gate.resolve_backing(above[0], facts.backing) == below[0] and facts.backing_format == below[1]
+
+
+# ---- afterwards ---------------------------------------------------------------------------------------------------
+
+
+async def went_on(step: LiveMerge, context: Context) -> bool:
+    """Whether a merge that was left has come so far that it is finished, not undone: its jobs run, or one has ended."""
+    if context.qemu is None:
+        context.holding.require_closed(path for job in step.jobs for path in _files(job) if os.path.exists(path))
+        return any(_was_merged(job, context) for job in step.jobs)
+    living = await live_jobs.living(context.qemu.qmp, [_id(step, job, context) for job in step.jobs])
+    graph = await context.qemu.graph()
+    for job in step.jobs:
+        went_over = job.active and context.journal.noted(job.row[0][0]) == PIVOT
+        if went_over and not living and not is_merged(graph, job):
+            raise RefusedError(
+                f"the guest had gone over to {job.row[0][0]}, and QEMU was then started on {job.row[-1][0]} of before",
+                "stop it and copy that file if what was written since matters, then run 'snaptree recover'",
+            )
+    return bool(living) or any(is_merged(graph, job) for job in step.jobs)
+
+
+def _files(job: LiveJob) -> Sequence[str]:
+    return [path for path, _ in (*job.row, *([job.child] if job.child is not None else []))]
+
+
+def _was_merged(job: LiveJob, context: Context) -> bool:
+    """Whether a job had been finalized when QEMU died: the header says it, or the journal where the guest went over."""
+    if job.active:
+        return context.journal.noted(job.row[0][0]) == PIVOT
+    return _header_says(job)
+
+
+async def _without_qemu(step: LiveMerge, context: Context) -> None:
+    """Finish what QEMU has left, by the mover."""
+    left = [job for job in step.jobs if not _was_merged(job, context)]
+    if left:
+        await moving.move(Move(tuple(_move_job(job) for job in left)), context)
+    for job in left:
+        if job.way == "pull":
+            below = job.below[0] if job.below else (None, None)
+            headers.repoint(Repoint(job.row[-1][0], *below), context)
+        elif job.child is not None:
+            headers.repoint(Repoint(job.child[0], *job.row[0]), context)
+        else:
+            context.journal.note(job.row[0][0], PIVOT)
+    _sync(step)
+
+
+async def unmerge(step: LiveMerge, context: Context) -> None:
+    """Stop what runs on in QEMU. What was written stays: it shows the same, or is read only through what is above."""
+    if context.qemu is not None:
+        await abandon(context.qemu.qmp, [_id(step, job, context) for job in step.jobs])
+    else:
+        moving.unmove(Move(tuple(_move_job(job) for job in step.jobs)), context)

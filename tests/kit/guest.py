@@ -1,0 +1,259 @@
+"""A small Linux guest that writes records to its disks all the while, built from Debian's kernel and busybox.
+
+It boots once; what it was then (memory and devices) is kept in a file from which every test starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import lzma
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tests.kit import images
+from tests.kit.qmp import Qmp
+from tests.kit.records import DISK_BYTES
+
+ROOT = Path(__file__).parents[2]
+KERNEL = ROOT / "build" / "kernel"
+MODULES = ("virtio_pci", "virtio_blk", "evdev", "button")
+DISKS = ("vda", "vdb")
+SECONDS = 60.0
+"""So long anything may take that the guest is asked for; it is emulated, and the machine may be busy."""
+
+
+def _padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 4)
+
+
+def _entry(name: str, data: bytes, mode: int, number: int, device: tuple[int, int] = (0, 0)) -> bytes:
+    """One file of a cpio archive in the ``newc`` form (the kernel's ``initramfs-buffer-format``)."""
+    encoded = name.encode() + b"\0"
+    fields = (number, mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(encoded), 0)
+    return _padded(b"070701" + b"".join(b"%08X" % each for each in fields) + encoded) + _padded(data)
+
+
+def drivers() -> dict[str, bytes]:
+    """The drivers that the guest needs, each after those that it needs itself; none that are part of the kernel."""
+    found: dict[str, bytes] = {}
+
+    def take(name: str) -> None:
+        path = next(iter(KERNEL.glob(f"lib/modules/*/kernel/**/{name}.ko*")), None)
+        if path is None or f"{name}.ko" in found:
+            return
+        content = path.read_bytes()
+        content = lzma.decompress(content) if path.suffix == ".xz" else content
+        needs = re.search(rb"\0depends=([^\0]*)\0", content)
+        for each in needs[1].decode().split(",") if needs is not None else ():
+            take(each)
+        found[f"{name}.ko"] = content
+
+    for name in MODULES:
+        take(name)
+    return found
+
+
+def initramfs(writer: bytes) -> bytes:
+    """The guest's first file system."""
+    modules = drivers()
+    busybox = shutil.which("busybox")
+    assert busybox is not None, "busybox is not installed: run scripts/setup test"
+    init = Path(__file__).with_name("guest_init.sh").read_bytes()
+    files = {"init": init, "writer": writer, "bin/busybox": Path(busybox).read_bytes()}
+    files |= {f"modules/{name}": content for name, content in modules.items()}
+    files["modules/order"] = "".join(f"{name}\n" for name in modules).encode()
+    parts = [_entry(name, b"", 0o040755, number) for number, name in enumerate(("bin", "dev", "modules"), 1)]
+    parts.append(_entry("dev/console", b"", 0o020600, 9, (5, 1)))
+    parts += [_entry(name, data, 0o100755, number) for number, (name, data) in enumerate(files.items(), 10)]
+    return b"".join(parts) + _entry("TRAILER!!!", b"", 0, 0)
+
+
+def build(folder: Path) -> Path:
+    """Build the guest's initramfs in the folder."""
+    writer = folder / "writer"
+    subprocess.run(
+        ["gcc", "-static", "-O2", "-Wall", "-Werror", "-o", writer, Path(__file__).with_name("writer.c")], check=True
+    )
+    target = folder / "initramfs"
+    target.write_bytes(zlib.compress(initramfs(writer.read_bytes()), 1, 31))
+    return target
+
+
+def kernel() -> Path:
+    """The kernel that scripts/setup has unpacked."""
+    found = sorted(KERNEL.glob("boot/vmlinuz-*"))
+    if not found and shutil.which("dpkg") and "ID=debian" in Path("/etc/os-release").read_text():
+        raise AssertionError("there is no kernel for the guest: run scripts/setup test")
+    if not found:
+        pytest.skip("there is no kernel for the guest here")
+    return found[-1]
+
+
+@dataclass(frozen=True)
+class Boot:
+    """One boot of the guest: what it was made from, and what it was when it was ready to write."""
+
+    initramfs: Path
+    memory: Path
+
+    def words(self, folder: Path, *, saved: bool = True) -> list[str]:
+        """QEMU's command line without disks, monitor and display; the console is in the folder."""
+        console = f"socket,id=console,path={folder}/console,server=on,wait=off,logfile={folder}/console.log"
+        words = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-machine", "q35", "-accel", "tcg"]
+        words += ["-m", "96", "-display", "none", "-no-reboot", "-kernel", str(kernel())]
+        words += ["-initrd", str(self.initramfs), "-append", "console=ttyS0 quiet panic=1"]
+        words += ["-chardev", console, "-serial", "chardev:console"]
+        return [*words, "-incoming", f"file:{self.memory}"] if saved else words
+
+    def command(self, folder: Path, *, saved: bool = True) -> str:
+        """The command as ``snaptree add --start`` takes it, the disks where the saved boot has them."""
+        words = self.words(folder, saved=saved)
+        for disk in DISKS:
+            words += ["-device", device(disk, f"{{{disk}}}")]
+        return shlex.join(words)
+
+
+def device(disk: str, node: str) -> str:
+    """The guest's device for a disk, always at the same place."""
+    return f"virtio-blk-pci,drive={node},id={disk},addr=0x{4 + DISKS.index(disk)}"
+
+
+@dataclass
+class Guest:
+    """A guest that runs, known by its folder: its console is there.
+
+    ``process`` is set where the test has started QEMU itself.
+    """
+
+    folder: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    def lines(self) -> list[str]:
+        """What it has said so far, without the part of a line."""
+        try:
+            text = (self.folder / "console.log").read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return []
+        return [line.strip() for line in text.split("\n")[:-1]]
+
+    def wait_for(self, what: str, holds: Callable[[list[str]], bool], seconds: float = SECONDS) -> list[str]:
+        """Wait until what it has said holds."""
+        until = time.monotonic() + seconds
+        while not holds(lines := self.lines()):
+            if self.process is not None and self.process.poll() is not None:
+                raise AssertionError(f"QEMU has ended with {self.process.returncode}: {lines[-5:]}")
+            assert time.monotonic() < until, f"{what} did not come within {seconds:.0f} s: {lines[-5:]}"
+            time.sleep(0.02)
+        return lines
+
+    def tell(self, *orders: str) -> None:
+        """Give it orders on its console."""
+        until = time.monotonic() + SECONDS
+        with socket.socket(socket.AF_UNIX) as console:
+            console.settimeout(SECONDS)
+            while console.connect_ex(str(self.folder / "console")):
+                assert time.monotonic() < until, "QEMU has no console"
+                time.sleep(0.02)
+            for order in orders:
+                console.sendall(order.encode() + b"\n")
+            # QEMU drops what it has not yet given to the guest when the console is closed.
+            time.sleep(0.1)
+
+    def flushed(self) -> int:
+        """The number up to which it has told that all records are flushed."""
+        return max((int(line.split()[1]) for line in self.lines() if line.startswith(("F ", "D "))), default=0)
+
+    def stall(self, since: int = 0) -> float:
+        """The longest that one record took, in seconds, after the record of that number."""
+        rows = [line.split() for line in self.lines() if line.startswith("F ")]
+        return max((int(row[2]) for row in rows if int(row[1]) > since), default=0) / 1e6
+
+    def errors(self) -> list[str]:
+        """The I/O errors that it has seen, and what the kernel complained of."""
+        return [line for line in self.lines() if line.startswith("E ") or "error" in line.lower()]
+
+    def go(self, at: int = 0) -> None:
+        """Let it write.
+
+        :param at: the last record that is on its disks, where it has been started anew.
+        """
+        before = self.flushed()
+        # What it is told while it is loaded is lost.
+        until = time.monotonic() + SECONDS
+        while self.flushed() <= before:
+            assert time.monotonic() < until, f"it does not begin: {self.lines()[-5:]}"
+            self.tell(*([f"at {at}"] if at else []), "go")
+        self.writes_on()
+
+    def writes_on(self, more: int = 40) -> int:
+        """Wait until it has flushed so many more records; the last of them. It has seen no I/O error."""
+        wanted = self.flushed() + more
+        self.wait_for(f"record {wanted}", lambda _: self.flushed() >= wanted)
+        assert self.errors() == []
+        return self.flushed()
+
+    def hold(self) -> int:
+        """Let it wait; the last record that it has written."""
+        count = sum(line.startswith("H ") for line in self.lines())
+        self.tell("hold")
+        lines = self.wait_for("H", lambda lines: sum(line.startswith("H ") for line in lines) > count)
+        return int(next(line for line in reversed(lines) if line.startswith("H ")).split()[1])
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a QEMU that the test has started."""
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(signal.SIGKILL)
+    process.wait(30)
+
+
+def with_disks(words: Sequence[str], folder: Path, image_format: str = "qcow2") -> list[str]:
+    """The command line with new, empty disks in the folder."""
+    found = list(words)
+    for disk in DISKS:
+        path = images.create(folder / f"{disk}.{image_format}", DISK_BYTES, image_format)
+        found += ["-blockdev", f"driver={image_format},node-name=n-{disk},file.driver=file,file.filename={path}"]
+        found += ["-device", device(disk, f"n-{disk}")]
+    return found
+
+
+def launch(words: Sequence[str], folder: Path) -> Guest:
+    """Start QEMU, and give the guest that runs in it."""
+    folder.mkdir(exist_ok=True)
+    with (folder / "qemu.log").open("wb") as log:
+        process = subprocess.Popen(list(words), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    return Guest(folder, process)
+
+
+def boot(folder: Path) -> Boot:
+    """Build the guest, boot it on empty disks, and keep what it is when it is ready."""
+    made = Boot(build(folder), folder / "memory")
+    # Paths of sockets are short.
+    with tempfile.TemporaryDirectory(prefix="boot") as short:
+        place = Path(short)
+        words = with_disks(made.words(place, saved=False), place)
+        guest = launch([*words, "-qmp", f"unix:{place}/qmp,server=on,wait=off"], place)
+        assert guest.process is not None
+        try:
+            guest.wait_for("R", lambda lines: "R 2" in lines)
+            with Qmp(place / "qmp") as qmp:
+                qmp("migrate-set-parameters", max_bandwidth=10 << 30)
+                qmp("migrate", uri=f"file:{made.memory}")
+                until = time.monotonic() + SECONDS
+                while (status := qmp("query-migrate")["status"]) != "completed":
+                    assert status != "failed" and time.monotonic() < until, status
+                    time.sleep(0.01)
+        finally:
+            end(guest.process)
+    return made

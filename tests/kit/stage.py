@@ -1,0 +1,130 @@
+"""A machine that runs: a scene whose guest writes records to its disks all the while."""
+
+from __future__ import annotations
+
+import os
+import select
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.kit import images
+from tests.kit.guest import DISKS, Boot, Guest
+from tests.kit.qmp import Qmp
+from tests.kit.records import DISK_BYTES, read_records
+from tests.kit.scene import Scene
+
+from snaptree.machines.power import own_monitor
+from snaptree.store.database import Database
+
+TOOL = [sys.executable, "-c", "import sys; from snaptree.cli.main import run; sys.exit(run(sys.argv[1:]))"]
+
+
+class Stage(Scene):
+    """The machine ``web1`` with the disks ``vda`` (qcow2) and ``vdb`` (raw), and the guest that runs on it."""
+
+    def __init__(self, folder: Path, boot: Boot) -> None:
+        super().__init__(folder)
+        self.boot = boot
+        self.guest = Guest(folder)
+        self.monitor = Path(own_monitor(Database(str(self.state)), "web1"))
+
+    def make(self, *, raw: bool = True) -> None:
+        """Make the disks."""
+        images.create(self.disks / "vda.qcow2", DISK_BYTES)
+        images.create(self.disks / ("vdb.raw" if raw else "vdb.qcow2"), DISK_BYTES, "raw" if raw else "qcow2")
+
+    def add(self, *options: str, raw: bool = True) -> None:
+        """Make the disks, and look after the machine."""
+        self.make(raw=raw)
+        vdb = "vdb.raw,format=raw" if raw else "vdb.qcow2"
+        self(shlex.join(["add", "web1", "--disk", "vda=vda.qcow2", "--disk", f"vdb={vdb}", *options]))
+
+    def start(self, *, raw: bool = True) -> Guest:
+        """Add the machine, start it, and let the guest write."""
+        self.add("--start", self.boot.command(self.folder), raw=raw)
+        self("start web1")
+        self.guest.go()
+        return self.guest
+
+    def qmp(self) -> Qmp:
+        """The machine's monitor, while snaptree does not have it."""
+        return Qmp(self.monitor)
+
+    def command(self, line: str, **environment: str) -> subprocess.Popen[str]:
+        """Run ``snaptree LINE`` in a process of its own."""
+        return subprocess.Popen(
+            [*TOOL, *shlex.split(line)],
+            env={**os.environ, "SNAPTREE_STATE": str(self.state), **environment},
+            cwd=self.disks,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def holds(self, name: str) -> tuple[int, ...]:
+        """How many records the name holds on each of its disks: a prefix of what was written, on all at one instant.
+
+        A branch that the guest writes to cannot be read.
+        """
+        points: dict[str, Any] = self.names()[name].get("points") or self.names()[name]["tips"]
+        layers = {each["path"]: each for each in self.show()["layers"]}
+        found = []
+        for disk, point in sorted(points.items()):
+            chain, at = [], point["path"]
+            while at is not None:
+                chain.append((at, layers[at]["format"]))
+                at = layers[at]["parent"]
+            content = images.read_unlocked(chain)
+            found.append(read_records(content, DISKS.index(disk)).prefix)
+        if len(found) == 2:
+            # Record n goes to vda first.
+            assert 0 <= found[0] - found[1] <= 1, f"{name} is of two instants: {found}"
+        return tuple(found)
+
+    def written(self, machine: str) -> set[str]:
+        shown = self.show(machine)
+        return {each["path"] for each in shown["disks"]} if shown["state"] != "off" else set()
+
+    def finish(self) -> int:
+        """Shut the guest down, and see that all is there that it had flushed; the last record."""
+        self("stop web1")
+        assert self.guest.errors() == []
+        flushed = self.guest.flushed()
+        assert any(line == f"D {flushed}" for line in self.guest.lines())
+        assert self.holds(self.show()["active_branch"]) == (flushed, flushed)
+        self.sound()
+        return flushed
+
+    def kill_qemu(self) -> None:
+        """Kill the machine's QEMU, and wait until it has gone."""
+        (process,) = processes_of(self.folder)
+        descriptor = os.pidfd_open(process)
+        os.kill(process, signal.SIGKILL)
+        assert select.select([descriptor], [], [], 30)[0]
+        os.close(descriptor)
+        (self.folder / "console").unlink()
+        self.forgiven.add("leaks")
+
+
+def processes_of(folder: Path) -> list[int]:
+    """The QEMUs that run with something of the folder."""
+    found = []
+    for process in Path("/proc").iterdir():
+        try:
+            words = (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        program = os.path.basename(words.partition(b"\0")[0])
+        if program.startswith(b"qemu-system") and os.fsencode(folder) in words:
+            found.append(int(process.name))
+    return found
+
+
+def kill_all(folder: Path) -> None:
+    """End every QEMU that has something of the folder: tests that fail leave some."""
+    for process in processes_of(folder):
+        os.kill(process, signal.SIGKILL)

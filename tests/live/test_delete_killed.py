@@ -1,0 +1,103 @@
+"""Killed at every call that changes a file, while QEMU merges: snaptree, QEMU, or both.
+
+The guest goes on within a second, what it had flushed is there, what is kept holds what it held, and no file is over.
+"""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+from tests.kit import shim
+from tests.kit.stage import Stage
+
+STALL_SECONDS = 1.5
+"""A record may take no longer, whatever is killed: a second, and what an emulated guest on a busy machine adds."""
+
+
+def killed_at(stage: Stage, when: int, line: str) -> bool:
+    """Run the command and kill it at its n-th call that changes a file; whether it came so far."""
+    tell = stage.folder / "tell"
+    tell.unlink(missing_ok=True)
+    process = stage.command(line, **shim.place(memory=False), **shim.environment(when, tell))
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode in (0, -signal.SIGKILL), said
+    return process.returncode != 0
+
+
+def started_again(stage: Stage) -> None:
+    """Kill QEMU, bring all in order, and let the guest go on where its disks are."""
+    flushed = stage.guest.flushed()
+    stage.kill_qemu()
+    stage("recover web1")
+    stage.sound()
+    last = stage.holds("main")
+    assert last[1] >= flushed
+    stage("start web1")
+    stage.guest.go(at=min(last))
+
+
+CYCLES = {
+    # name: snapshots taken, the one that is deleted while snaptree is killed, way
+    "into the tip": (1, "commit"),
+    "up into the tip": (1, "pull"),
+    "in the middle": (2, "commit"),
+    "up in the middle": (2, "pull"),
+}
+
+
+LONG = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("cycle", "also", "every"),
+    [
+        ("into the tip", "", 31),
+        ("up in the middle", "qemu", 61),
+        *(
+            pytest.param(cycle, also, 3, marks=[LONG, pytest.mark.timeout(3600)])
+            for cycle in CYCLES
+            for also in ("", "qemu")
+        ),
+    ],
+)
+def test_killed_in_a_merge(stage: Stage, cycle: str, also: str, every: int) -> None:
+    count, way = CYCLES[cycle]
+    guest = stage.start(raw=way == "commit" and count == 2)
+    lost = 0
+    for when in range(1 + every // 2, 400, every):
+        names = [f"s{when}-{number}" for number in range(count)]
+        for name in names:
+            stage(f"snapshot web1 {name}")
+            guest.writes_on(20)
+        wanted = {name: stage.holds(name) for name in names[1:]}
+        since = guest.flushed()
+        killed = killed_at(stage, when, f"delete web1 {names[0]} --merge {way}")
+        guest.writes_on(20)
+        assert guest.stall(since) < STALL_SECONDS
+        for name, counts in wanted.items():
+            assert stage.holds(name) == counts
+        if also:
+            started_again(stage)
+        else:
+            stage("recover web1")
+        there = names[0] in stage.names()
+        assert there <= killed
+        lost += not there
+        if there:
+            stage(f"delete web1 {names[0]} --merge {way}")
+        said = stage("gc web1").out
+        guest.writes_on(20)
+        assert stage.show()["pending"] == [], said
+        for name, counts in wanted.items():
+            assert stage.holds(name) == counts
+        stage.sound()
+        for name in names[1:]:
+            stage(f"delete web1 {name}")
+        assert len(stage.show()["layers"]) == 2
+        if not killed:
+            break
+    else:
+        raise AssertionError("it was killed to the last")
+    assert lost > 1
+    stage.finish()
