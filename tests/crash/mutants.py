@@ -284,7 +284,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=600)
     parser.add_argument("--list", action="store_true", help="say which there are, and stop")
     parser.add_argument("--again", action="store_true", help="try those again that were alive")
-    parser.add_argument("--stride", type=int, default=1, help="kill at every so manieth call")
+    parser.add_argument("--stride", type=int, default=5, help="kill at every so manieth call")
     options = parser.parse_args()
     if "SNAPTREE_MUTANTS" in os.environ:
         try_all(options, Path(os.environ["SNAPTREE_MUTANTS"]))
