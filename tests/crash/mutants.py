@@ -39,6 +39,7 @@ TESTS = (
     *("tests/images/test_pitfalls_merging.py", "tests/scenarios/test_a_what_snapshots_are_for.py"),
     *("tests/scenarios/test_found_by_attack.py", "tests/cli/test_bad_input.py", "tests/crash/test_many_at_once.py"),
 )
+TRIED = (*AUDITED, "EIO of the tools")
 FIRST_CASES, QUICK_TESTS, QUICK_SECONDS = 3, 12, 2.0
 """So many cases come before the tests, so many tests before the other cases, if they take no longer than so long."""
 FIRST_POINTS, MOST_POINTS = 40, 400
@@ -76,10 +77,11 @@ class Trials:
     def __init__(self, folder: Path, stride: int) -> None:
         from tests.crash.audit import Audited
         from tests.crash.cases import CASES
+        from tests.crash.matrix import Matrix
 
         self.folder, self.stride, self.cases = folder, stride, CASES
-        self._audited = Audited
-        self._built: dict[tuple[str, str], Audited] = {}
+        self._audited, self._matrix = Audited, Matrix
+        self._built: dict[tuple[str, str], Matrix] = {}
         self.whole: dict[str, list[int]] = {}
         """By case: which mutants the operation by itself comes by."""
         self.points: dict[str, dict[str, list[int]]] = {}
@@ -94,7 +96,8 @@ class Trials:
         if (case, way) not in self._built:
             place = self.folder / f"case{len(self._built)}"
             place.mkdir()
-            self._built[case, way] = self._audited(place, case, way)
+            kind = self._audited if way in AUDITED else self._matrix
+            self._built[case, way] = kind(place, case, way)
         return self._built[case, way]
 
     # ---- learning -------------------------------------------------------------------------------------------------
@@ -109,9 +112,10 @@ class Trials:
             self.tests = {test: each for test, each in kept["tests"].items() if test.partition("::")[0] in same}
             self.files = {path: files[path] for path in same}
         for case in self.cases:
-            if case not in self.points:
-                self._learn_case(case)
-                self._keep(state)
+            for way in TRIED:
+                if not any(place.startswith(f"{way} at") for place in self.points.get(case, {})):
+                    self._learn_case(case, way)
+                    self._keep(state)
         if changed := [path for path in files if path not in self.files]:
             self._learn_tests(changed)
             self.files = files
@@ -122,20 +126,19 @@ class Trials:
         kept = {"state": state, "whole": self.whole, "points": self.points, "tests": self.tests, "files": self.files}
         LEARNED.write_text(json.dumps(kept))
 
-    def _learn_case(self, case: str) -> None:
+    def _learn_case(self, case: str, way: str) -> None:
         began, found = time.monotonic(), dict[str, list[int]]()
-        self.whole[case] = self._reached(self.built(case).whole)
-        for way in AUDITED:
-            matrix, interrupted = self.built(case, way), list[bool]()
-            # QEMU's programs make few calls.
-            stride = self.stride if way == "kill" else max(1, self.stride // 6)
-            number = random.Random(case).randint(1, stride)
-            while not interrupted or interrupted[-1]:
-                reached = self._reached(lambda at=number, on=matrix, told=interrupted: told.append(on.point(at)))  # type: ignore[misc]
-                found[f"{way} at call {number}"] = reached
-                number += stride
-        self.points[case] = found
-        print(f"learned: {case}, {len(found)} points in {time.monotonic() - began:.1f} s", flush=True)
+        if case not in self.whole:
+            self.whole[case] = self._reached(self.built(case).whole)
+        matrix, interrupted = self.built(case, way), list[bool]()
+        # QEMU's programs make few calls.
+        stride = self.stride if way == "kill" else max(1, self.stride // 6)
+        number = random.Random(case).randint(1, stride)
+        while not interrupted or interrupted[-1]:
+            found[f"{way} at call {number}"] = self._reached(lambda at=number: interrupted.append(matrix.point(at)))  # type: ignore[misc]
+            number += stride
+        self.points.setdefault(case, {}).update(found)
+        print(f"learned: {way}, {case}, {len(found)} points in {time.monotonic() - began:.1f} s", flush=True)
 
     def _reached(self, work: Callable[[], None]) -> list[int]:
         told = self.folder / "reached"
