@@ -233,7 +233,8 @@ class Matrix:
         done = world.settle(request, before)
         assert done or interrupted, f"{request} has come to its end, and is not done"
         world.check(leaks=True)
-        assert not world.machine.view().ailments
+        ailments = world.machine.view().ailments
+        assert not ailments, ailments
         claimed = [each.path for each in operations.claims_left(world.connection.database)]
         assert all(map(os.path.exists, claimed)), f"claimed, and gone: {claimed}"
         self.tally.bytes += sum(len(content) for disks in world.truth.values() for content in disks.values())
