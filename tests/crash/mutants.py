@@ -42,8 +42,8 @@ TESTS = (
 TRIED = (*AUDITED, "EIO of the tools")
 FIRST_CASES, QUICK_TESTS, QUICK_SECONDS = 3, 12, 2.0
 """So many cases come before the tests, so many tests before the other cases, if they take no longer than so long."""
-FIRST_POINTS, MOST_POINTS = 40, 400
-"""So many kills come before the other tests, and so many are tried at most."""
+FIRST_POINTS = 40
+"""So many kills come before the other tests."""
 ONE_SECONDS = 60.0
 """So long any one thing may take, which otherwise does not end."""
 _WORDS = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "tests.kit.reached", "-m", "not slow")
@@ -74,12 +74,12 @@ def apart(work: Callable[[], None], seconds: float, *, chosen: int) -> bool:
 class Trials:
     """All that may find a mutant out, and which mutants each comes by."""
 
-    def __init__(self, folder: Path, stride: int) -> None:
+    def __init__(self, folder: Path, stride: int, most: int) -> None:
         from tests.crash.audit import Audited
         from tests.crash.cases import CASES
         from tests.crash.matrix import Matrix
 
-        self.folder, self.stride, self.cases = folder, stride, CASES
+        self.folder, self.stride, self.most, self.cases = folder, stride, most, CASES
         self._audited, self._matrix = Audited, Matrix
         self._built: dict[tuple[str, str], Matrix] = {}
         self.whole: dict[str, list[int]] = {}
@@ -162,17 +162,19 @@ class Trials:
         # What comes by few of the mutants is about them.
         cases = sorted((len(numbers), case) for case, numbers in self.whole.items() if number in numbers)
         tests = sorted(
-            (seconds * len(numbers), test) for test, (seconds, numbers) in self.tests.items() if number in numbers
+            (distance(mutant, test), seconds * len(numbers), test)
+            for test, (seconds, numbers) in self.tests.items()
+            if number in numbers
         )
-        quick = [test for _, test in tests if self.tests[test][0] < QUICK_SECONDS][:QUICK_TESTS]
+        quick = [test for _, _, test in tests if self.tests[test][0] < QUICK_SECONDS][:QUICK_TESTS]
         points = self._places(number)
         return (
             self._wrong(cases[:FIRST_CASES], number)
             or self._failing(quick, number)
             or self._wrong(cases[FIRST_CASES:], number)
             or self._killed(points[:FIRST_POINTS], number)
-            or self._failing([test for _, test in tests if test not in quick], number)
-            or self._killed(points[FIRST_POINTS:MOST_POINTS], number)
+            or self._failing([test for _, _, test in tests if test not in quick], number)
+            or self._killed(points[FIRST_POINTS : self.most], number)
         )
 
     def _wrong(self, cases: list[tuple[int, str]], number: int) -> str:
@@ -238,6 +240,12 @@ def plain() -> dict[str, str]:
     return {**found, "PYTHONDONTWRITEBYTECODE": "1"}
 
 
+def distance(mutant: Mutant, test: str) -> int:
+    """How far a test is from the mutant's file: tests mirror the house."""
+    file, place = Path(mutant.path), Path(test.partition("::")[0])
+    return 0 if place.stem == f"test_{file.stem}" else 1 if place.parts[1] in file.parts else 2
+
+
 def test_files() -> list[str]:
     """The files of tests that may find a mutant out."""
     paths = (ROOT / each for each in TESTS)
@@ -268,7 +276,7 @@ def try_all(options: argparse.Namespace, folder: Path) -> None:
         del kept[name]
     until = time.monotonic() + options.minutes * 60
     if wanted:
-        trials = Trials(folder, options.stride)
+        trials = Trials(folder, options.stride, options.points)
         trials.learn(f"{digest((ROOT / 'src').rglob('*.py'))} {options.stride}")
     for name, mutant, of in wanted:
         if time.monotonic() > until:
@@ -288,6 +296,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="say which there are, and stop")
     parser.add_argument("--again", action="store_true", help="try those again that were alive")
     parser.add_argument("--stride", type=int, default=5, help="kill at every so manieth call")
+    parser.add_argument("--points", type=int, default=400, help="so many kills are tried at most on each")
     options = parser.parse_args()
     if "SNAPTREE_MUTANTS" in os.environ:
         try_all(options, Path(os.environ["SNAPTREE_MUTANTS"]))
