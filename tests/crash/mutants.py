@@ -39,10 +39,11 @@ TESTS = (
     *("tests/images/test_pitfalls_merging.py", "tests/scenarios/test_a_what_snapshots_are_for.py"),
     *("tests/scenarios/test_found_by_attack.py", "tests/cli/test_bad_input.py", "tests/crash/test_many_at_once.py"),
 )
+TRIED = (*AUDITED, "EIO of the tools")
 FIRST_CASES, QUICK_TESTS, QUICK_SECONDS = 3, 12, 2.0
 """So many cases come before the tests, so many tests before the other cases, if they take no longer than so long."""
-FIRST_POINTS, MOST_POINTS = 40, 400
-"""So many kills come before the other tests, and so many are tried at most."""
+FIRST_POINTS = 40
+"""So many kills come before the other tests."""
 ONE_SECONDS = 60.0
 """So long any one thing may take, which otherwise does not end."""
 _WORDS = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "tests.kit.reached", "-m", "not slow")
@@ -73,13 +74,14 @@ def apart(work: Callable[[], None], seconds: float, *, chosen: int) -> bool:
 class Trials:
     """All that may find a mutant out, and which mutants each comes by."""
 
-    def __init__(self, folder: Path, stride: int) -> None:
+    def __init__(self, folder: Path, stride: int, most: int) -> None:
         from tests.crash.audit import Audited
         from tests.crash.cases import CASES
+        from tests.crash.matrix import Matrix
 
-        self.folder, self.stride, self.cases = folder, stride, CASES
-        self._audited = Audited
-        self._built: dict[tuple[str, str], Audited] = {}
+        self.folder, self.stride, self.most, self.cases = folder, stride, most, CASES
+        self._audited, self._matrix = Audited, Matrix
+        self._built: dict[tuple[str, str], Matrix] = {}
         self.whole: dict[str, list[int]] = {}
         """By case: which mutants the operation by itself comes by."""
         self.points: dict[str, dict[str, list[int]]] = {}
@@ -94,7 +96,8 @@ class Trials:
         if (case, way) not in self._built:
             place = self.folder / f"case{len(self._built)}"
             place.mkdir()
-            self._built[case, way] = self._audited(place, case, way)
+            kind = self._audited if way in AUDITED else self._matrix
+            self._built[case, way] = kind(place, case, way)
         return self._built[case, way]
 
     # ---- learning -------------------------------------------------------------------------------------------------
@@ -109,9 +112,10 @@ class Trials:
             self.tests = {test: each for test, each in kept["tests"].items() if test.partition("::")[0] in same}
             self.files = {path: files[path] for path in same}
         for case in self.cases:
-            if case not in self.points:
-                self._learn_case(case)
-                self._keep(state)
+            for way in TRIED:
+                if not any(place.startswith(f"{way} at") for place in self.points.get(case, {})):
+                    self._learn_case(case, way)
+                    self._keep(state)
         if changed := [path for path in files if path not in self.files]:
             self._learn_tests(changed)
             self.files = files
@@ -122,20 +126,19 @@ class Trials:
         kept = {"state": state, "whole": self.whole, "points": self.points, "tests": self.tests, "files": self.files}
         LEARNED.write_text(json.dumps(kept))
 
-    def _learn_case(self, case: str) -> None:
+    def _learn_case(self, case: str, way: str) -> None:
         began, found = time.monotonic(), dict[str, list[int]]()
-        self.whole[case] = self._reached(self.built(case).whole)
-        for way in AUDITED:
-            matrix, interrupted = self.built(case, way), list[bool]()
-            # QEMU's programs make few calls.
-            stride = self.stride if way == "kill" else max(1, self.stride // 6)
-            number = random.Random(case).randint(1, stride)
-            while not interrupted or interrupted[-1]:
-                reached = self._reached(lambda at=number, on=matrix, told=interrupted: told.append(on.point(at)))  # type: ignore[misc]
-                found[f"{way} at call {number}"] = reached
-                number += stride
-        self.points[case] = found
-        print(f"learned: {case}, {len(found)} points in {time.monotonic() - began:.1f} s", flush=True)
+        if case not in self.whole:
+            self.whole[case] = self._reached(self.built(case).whole)
+        matrix, interrupted = self.built(case, way), list[bool]()
+        # QEMU's programs make few calls.
+        stride = self.stride if way == "kill" else max(1, self.stride // 6)
+        number = random.Random(case).randint(1, stride)
+        while not interrupted or interrupted[-1]:
+            found[f"{way} at call {number}"] = self._reached(lambda at=number: interrupted.append(matrix.point(at)))  # type: ignore[misc]
+            number += stride
+        self.points.setdefault(case, {}).update(found)
+        print(f"learned: {way}, {case}, {len(found)} points in {time.monotonic() - began:.1f} s", flush=True)
 
     def _reached(self, work: Callable[[], None]) -> list[int]:
         told = self.folder / "reached"
@@ -159,17 +162,19 @@ class Trials:
         # What comes by few of the mutants is about them.
         cases = sorted((len(numbers), case) for case, numbers in self.whole.items() if number in numbers)
         tests = sorted(
-            (seconds * len(numbers), test) for test, (seconds, numbers) in self.tests.items() if number in numbers
+            (distance(mutant, test), seconds * len(numbers), test)
+            for test, (seconds, numbers) in self.tests.items()
+            if number in numbers
         )
-        quick = [test for _, test in tests if self.tests[test][0] < QUICK_SECONDS][:QUICK_TESTS]
+        quick = [test for _, _, test in tests if self.tests[test][0] < QUICK_SECONDS][:QUICK_TESTS]
         points = self._places(number)
         return (
             self._wrong(cases[:FIRST_CASES], number)
             or self._failing(quick, number)
             or self._wrong(cases[FIRST_CASES:], number)
             or self._killed(points[:FIRST_POINTS], number)
-            or self._failing([test for _, test in tests if test not in quick], number)
-            or self._killed(points[FIRST_POINTS:MOST_POINTS], number)
+            or self._failing([test for _, _, test in tests if test not in quick], number)
+            or self._killed(points[FIRST_POINTS : self.most], number)
         )
 
     def _wrong(self, cases: list[tuple[int, str]], number: int) -> str:
@@ -235,6 +240,12 @@ def plain() -> dict[str, str]:
     return {**found, "PYTHONDONTWRITEBYTECODE": "1"}
 
 
+def distance(mutant: Mutant, test: str) -> int:
+    """How far a test is from the mutant's file: tests mirror the house."""
+    file, place = Path(mutant.path), Path(test.partition("::")[0])
+    return 0 if place.stem == f"test_{file.stem}" else 1 if place.parts[1] in file.parts else 2
+
+
 def test_files() -> list[str]:
     """The files of tests that may find a mutant out."""
     paths = (ROOT / each for each in TESTS)
@@ -265,7 +276,7 @@ def try_all(options: argparse.Namespace, folder: Path) -> None:
         del kept[name]
     until = time.monotonic() + options.minutes * 60
     if wanted:
-        trials = Trials(folder, options.stride)
+        trials = Trials(folder, options.stride, options.points)
         trials.learn(f"{digest((ROOT / 'src').rglob('*.py'))} {options.stride}")
     for name, mutant, of in wanted:
         if time.monotonic() > until:
@@ -284,7 +295,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=600)
     parser.add_argument("--list", action="store_true", help="say which there are, and stop")
     parser.add_argument("--again", action="store_true", help="try those again that were alive")
-    parser.add_argument("--stride", type=int, default=1, help="kill at every so manieth call")
+    parser.add_argument("--stride", type=int, default=5, help="kill at every so manieth call")
+    parser.add_argument("--points", type=int, default=400, help="so many kills are tried at most on each")
     options = parser.parse_args()
     if "SNAPTREE_MUTANTS" in os.environ:
         try_all(options, Path(os.environ["SNAPTREE_MUTANTS"]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from snaptree.errors import IoError
 from snaptree.images.facts import read_facts
 from snaptree.model.layer import Identity, Layer, LayerId
@@ -22,10 +24,13 @@ def record(step: Record, context: Context) -> None:
 
 
 def identity_of(layer: Layer) -> Identity:
-    """What the layer's file looks like now."""
+    """What the layer's file looks like now.
+
+    :raise IoError: it cannot be read, or its header cannot, by which it is known too.
+    """
     facts = read_facts(layer.path, layer.format)
-    if facts.identity is None:
-        raise IoError(f"{layer.path} cannot be read: {facts.detail}", "mend it, then run 'snaptree recover'")
+    if facts.identity is None or facts.problem == "unreadable":
+        raise IoError(facts.detail or f"{layer.path} cannot be read", "mend it, then run 'snaptree recover'")
     return facts.identity
 
 
@@ -38,6 +43,5 @@ def register(step: Register, context: Context) -> None:
 def refresh(paths: tuple[str, ...], context: Context) -> None:
     """Keep anew what frozen layers look like that a step has written to, as it may."""
     for layer in context.journal.frozen_at(paths):
-        facts = read_facts(layer.path, layer.format)
-        if facts.identity is not None:
-            context.journal.remember(layer.id, facts.identity)
+        if os.path.exists(layer.path):
+            context.journal.remember(layer.id, identity_of(layer))

@@ -1,0 +1,40 @@
+"""Data that moves: what is not on disk has not been moved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.crash.cases import CASES
+from tests.kit.world import World, jobs_of
+
+from snaptree.errors import ToolError
+from snaptree.planning.verbs import GcRequest
+from snaptree.qemu.daemon import StorageDaemon
+
+
+@pytest.mark.parametrize("case", ["squash by commit", "delete s2 of a line by pull"])
+def test_what_cannot_be_written_at_the_end_has_not_been_moved(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU closes an image without a word when it could not write its tables; it is asked before."""
+    world = World(tmp_path)
+    CASES[case].build(world)
+    request, before = CASES[case].request(world), world.tree
+    targets = {(job.row[0] if job.way == "commit" else job.row[-1])[0] for job in jobs_of(world.machine.plan(request))}
+    asked = set[str]()
+
+    async def settle(self: StorageDaemon, blockdev: dict[str, Any]) -> None:
+        asked.add(blockdev["file"]["filename"])
+        if asked == targets:
+            raise ToolError("it could not be written")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StorageDaemon, "settle", settle)
+        with pytest.raises(ToolError, match="could not be written"):
+            world.machine.run(request)
+    world.settle(request, before)
+    world.check(leaks=True)
+    world.machine.run(GcRequest())
+    world.check(leaks=True)
