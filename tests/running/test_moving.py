@@ -14,6 +14,7 @@ from snaptree.planning.verbs import GcRequest
 from snaptree.qemu.daemon import StorageDaemon
 
 
+@pytest.mark.usefixtures("by_qemu")
 @pytest.mark.parametrize("case", ["squash by commit", "delete s2 of a line by pull"])
 def test_what_cannot_be_written_at_the_end_has_not_been_moved(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
