@@ -21,8 +21,8 @@ from tests.kit import chains, images
 from tests.kit.images import GiB, KiB, MiB
 from tests.kit.space import mounted
 
-from snaptree.errors import CancelledError, NoSpaceError, RefusedError, UnhealthyError
-from snaptree.images import holes, mapping, target
+from snaptree.errors import CancelledError, NoSpaceError, NotFoundError, RefusedError, UnhealthyError
+from snaptree.images import holes, mapping, sharing, target
 from snaptree.images.copying import Limiter, Watch
 from snaptree.images.cost import foreseen
 from snaptree.images.mover import Merge, merge
@@ -292,6 +292,49 @@ def test_a_cluster_past_the_end_of_the_file_that_is_counted_is_not_taken(tmp_pat
     taken = {each["offset"] for each in images.map_of(row[0][0])}
     assert -(-end // (64 * KiB)) * 64 * KiB not in taken
     assert images.problems(row[0][0]) == {"leaks": 1}
+
+
+def test_a_point_is_the_first_of_its_name_and_never_the_active_state(tmp_path: Path) -> None:
+    source = images.create(tmp_path / "source.qcow2", MiB)
+    for pattern in (1, 2):
+        images.io(source, "qcow2", f"write -P {pattern} 0 64k")
+        images.run("qemu-img", "snapshot", "-c", "same", source)
+    images.io(source, "qcow2", "write -P 3 0 64k")
+    new = images.create(tmp_path / "new.qcow2", MiB)
+    row: Row = ((str(source), "qcow2"), (str(new), "qcow2"))
+    with pytest.raises(NotFoundError, match="'gone'"):
+        merge(Merge(row, (), 1, copy=str(new), tag="gone"), Watch())
+    merge(Merge(row, (), 1, copy=str(new), tag="same"), Watch())
+    images.io(new, "qcow2", "read -P 1 0 64k")
+
+
+def test_a_source_that_is_cut_within_a_large_block_is_shared(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(mounted(tmp_path, "xfs", 512 * MiB))
+        row = pair(folder)
+        images.io(row[0][0], "qcow2", "write -P 1 0 256k")
+        images.io(row[1][0], "qcow2", "write -P 2 128k 64k")
+        os.truncate(row[1][0], os.stat(row[1][0]).st_size - 64 * KiB + 20 * KiB)
+        shown = images.read(row[1][0])
+        asked: list[int] = []
+        share = sharing.share_range
+
+        def shared(source: int, at: int, length: int, target: int, to: int, path: str) -> None:
+            asked.append(length)
+            share(source, at, length, target, to, path)
+
+        copy = chains.copy_of(row[0][0])
+        with pytest.MonkeyPatch.context() as patch:
+            status = os.fstatvfs
+
+            class Large:
+                f_bsize = 16 * KiB
+
+            patch.setattr(sharing, "share_range", shared)
+            patch.setattr(os, "fstatvfs", lambda descriptor: Large() if status(descriptor) else None)
+            merge(Merge(row, (), 0, copy, share=True), Watch())
+        assert asked == [16 * KiB]
+        assert images.read(copy) == shown
 
 
 def test_what_a_stopped_pull_has_copied_is_given_back(tmp_path: Path) -> None:

@@ -28,7 +28,6 @@ BATCH = 4 << 20
 BEHIND = 64 << 20
 """So much that was copied may be in the page cache and not on disk, in bytes."""
 THREADS = 2
-_ALIGNED = 4096
 _SYNC_FILE_RANGE_WAIT_BEFORE, _SYNC_FILE_RANGE_WRITE = 1, 2
 _NOT_SO = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ETXTBSY)
 
@@ -86,6 +85,7 @@ class Mover:
         self.watch = watch
         self.share = share
         self._sizes = [os.fstat(each).st_size or os.lseek(each, 0, os.SEEK_END) for each in sources]
+        self._block = os.fstatvfs(target).f_bsize
         self._lock = threading.Lock()
         self._behind: deque[Extent] = deque()
         self._late = 0
@@ -196,7 +196,7 @@ class Mover:
     def _share(self, extent: Extent, *, fresh: bool) -> None:
         source, at, to, length = extent
         size = self._sizes[source]
-        whole = max(0, min(length, (size - at) // _ALIGNED * _ALIGNED))
+        whole = max(0, min(length, (size - at) // self._block * self._block))
         if whole:
             sharing.share_range(self.sources[source], at, whole, self.target, to, self.path)
         if whole < length:
