@@ -13,6 +13,7 @@ from tests.kit.images import MiB
 from tests.kit.space import held
 
 from snaptree.errors import BusyError
+from snaptree.images import locks
 from snaptree.images.locks import ImageLock, MachineLock, probe, who_has_open
 
 
@@ -94,3 +95,23 @@ def test_what_may_only_be_read_is_locked_too(path: Path, monkeypatch: pytest.Mon
     first.release()
     second.acquire([str(path)])
     second.release()
+
+
+def test_what_was_replaced_meanwhile_is_locked_by_its_new_inode(
+    tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever had it locked puts another file in its place between our opening and our locking it."""
+    take = locks._take
+    new = images.create(tmp_path / "new.qcow2", MiB)
+
+    def replaced_first(descriptor: int, *, writable: bool) -> bool:
+        if new.exists():
+            new.rename(path)
+        return take(descriptor, writable=writable)
+
+    monkeypatch.setattr(locks, "_take", replaced_first)
+    first, second = MachineLock(), MachineLock()
+    first.acquire([str(path)])
+    with pytest.raises(BusyError):
+        second.acquire([str(path)])
+    first.release()

@@ -21,8 +21,8 @@ from tests.kit import chains, images
 from tests.kit.images import GiB, KiB, MiB
 from tests.kit.space import mounted
 
-from snaptree.errors import CancelledError, NoSpaceError, RefusedError
-from snaptree.images import holes, mapping, target
+from snaptree.errors import CancelledError, NoSpaceError, NotFoundError, RefusedError, UnhealthyError
+from snaptree.images import holes, mapping, sharing, target
 from snaptree.images.copying import Limiter, Watch
 from snaptree.images.cost import foreseen
 from snaptree.images.mover import Merge, merge
@@ -201,6 +201,140 @@ def test_a_device_that_cannot_tell_its_holes_is_all_data(
     assert images.read(upper) == shown
     if number == errno.EINVAL:
         assert images.read(lower) == shown
+
+
+COPIED = 1 << 63
+
+
+def damaged(path: str, what: str) -> None:
+    """Write into the tables of a small image what QEMU itself would not write over."""
+    data = Path(path).read_bytes()
+
+    def word(at: int) -> int:
+        return int.from_bytes(data[at : at + 8], "big")
+
+    l1, table = word(40), word(48)
+    l2, block = word(l1) & ~COPIED, word(table)
+    entry = l2 + 2 * 8
+    at, value = {
+        "data on the L1 table": (entry, l1 | COPIED),
+        "data on an L2 table": (entry, l2 | COPIED),
+        "zeroes on a refcount block": (entry, block | COPIED | 1),
+        "zeroes past the end": (entry, len(data) // (64 * KiB) * 64 * KiB + MiB | COPIED | 1),
+        "zeroes between clusters": (entry, l2 + 64 * KiB + 512 | COPIED | 1),
+        "counts on the L1 table": (table, l1),
+        "counts far away": (table, 1 << 50),
+        "L2 tables on the L1 table": (l1, l1 | COPIED),
+        "the refcount table on the L1 table": (48, l1),
+    }[what]
+    with open(path, "r+b") as file:
+        file.seek(at)
+        file.write(value.to_bytes(8, "big"))
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "data on the L1 table",
+        "data on an L2 table",
+        "zeroes on a refcount block",
+        "zeroes past the end",
+        "zeroes between clusters",
+        "counts on the L1 table",
+        "counts far away",
+        "L2 tables on the L1 table",
+        "the refcount table on the L1 table",
+    ],
+)
+def test_no_table_is_overwritten_however_damaged_the_image_is(tmp_path: Path, what: str) -> None:
+    row = pair(tmp_path)
+    images.io(row[0][0], "qcow2", "write -P 1 0 1M")
+    images.io(row[1][0], "qcow2", "write -P 2 128k 64k")
+    damaged(row[0][0], what)
+    before = Path(row[0][0]).read_bytes()
+    with pytest.raises(UnhealthyError, match="damaged"):
+        merge(Merge(row, (), 0), Watch())
+    assert Path(row[0][0]).read_bytes() == before
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_only_what_is_counted_once_is_written_in_place(tmp_path: Path, count: int) -> None:
+    """The flag that says so may be wrong: two places of the disk in one cluster, say."""
+    row = pair(tmp_path)
+    images.io(row[0][0], "qcow2", "write -P 1 0 256k")
+    images.io(row[1][0], "qcow2", "write -P 2 128k 64k")
+    data = Path(row[0][0]).read_bytes()
+    l2 = int.from_bytes(data[int.from_bytes(data[40:48], "big") :][:8], "big") & ~COPIED
+    block = int.from_bytes(data[int.from_bytes(data[48:56], "big") :][:8], "big")
+    first = data[l2 : l2 + 8]
+    with open(row[0][0], "r+b") as file:
+        file.seek(l2 + 2 * 8)
+        file.write(first)
+        file.seek(block + (int.from_bytes(first, "big") & ~COPIED) // (64 * KiB) * 2)
+        file.write(count.to_bytes(2, "big"))
+    merge(Merge(row, (), 0), Watch())
+    images.io(row[0][0], "qcow2", "read -P 1 0 128k", "read -P 2 128k 64k", "read -P 1 192k 64k")
+
+
+def test_a_cluster_past_the_end_of_the_file_that_is_counted_is_not_taken(tmp_path: Path) -> None:
+    """A power cut may leave an internal snapshot's cluster there: all of it reads as zeroes."""
+    row = pair(tmp_path)
+    images.io(row[0][0], "qcow2", "write -P 1 0 128k", "write -P 9 1M 64k", "write -z 1M 64k")
+    images.io(row[1][0], "qcow2", "write -P 2 128k 64k")
+    images.run("qemu-img", "snapshot", "-c", "then", row[0][0])
+    end = os.stat(row[0][0]).st_size
+    data = Path(row[0][0]).read_bytes()
+    block = int.from_bytes(data[int.from_bytes(data[48:56], "big") :][:8], "big")
+    with open(row[0][0], "r+b") as file:
+        file.seek(block + -(-end // (64 * KiB)) * 2)
+        file.write((1).to_bytes(2, "big"))
+    merge(Merge(row, (), 0), Watch())
+    taken = {each["offset"] for each in images.map_of(row[0][0])}
+    assert -(-end // (64 * KiB)) * 64 * KiB not in taken
+    assert images.problems(row[0][0]) == {"leaks": 1}
+
+
+def test_a_point_is_the_first_of_its_name_and_never_the_active_state(tmp_path: Path) -> None:
+    source = images.create(tmp_path / "source.qcow2", MiB)
+    for pattern in (1, 2):
+        images.io(source, "qcow2", f"write -P {pattern} 0 64k")
+        images.run("qemu-img", "snapshot", "-c", "same", source)
+    images.io(source, "qcow2", "write -P 3 0 64k")
+    new = images.create(tmp_path / "new.qcow2", MiB)
+    row: Row = ((str(source), "qcow2"), (str(new), "qcow2"))
+    with pytest.raises(NotFoundError, match="'gone'"):
+        merge(Merge(row, (), 1, copy=str(new), tag="gone"), Watch())
+    merge(Merge(row, (), 1, copy=str(new), tag="same"), Watch())
+    images.io(new, "qcow2", "read -P 1 0 64k")
+
+
+def test_a_source_that_is_cut_within_a_large_block_is_shared(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(mounted(tmp_path, "xfs", 512 * MiB))
+        row = pair(folder)
+        images.io(row[0][0], "qcow2", "write -P 1 0 256k")
+        images.io(row[1][0], "qcow2", "write -P 2 128k 64k")
+        os.truncate(row[1][0], os.stat(row[1][0]).st_size - 64 * KiB + 20 * KiB)
+        shown = images.read(row[1][0])
+        asked: list[int] = []
+        share = sharing.share_range
+
+        def shared(source: int, at: int, length: int, target: int, to: int, path: str) -> None:
+            asked.append(length)
+            share(source, at, length, target, to, path)
+
+        copy = chains.copy_of(row[0][0])
+        with pytest.MonkeyPatch.context() as patch:
+            status = os.fstatvfs
+
+            class Large:
+                f_bsize = 16 * KiB
+
+            patch.setattr(sharing, "share_range", shared)
+            patch.setattr(os, "fstatvfs", lambda descriptor: Large() if status(descriptor) else None)
+            merge(Merge(row, (), 0, copy, share=True), Watch())
+        assert asked == [16 * KiB]
+        assert images.read(copy) == shown
 
 
 def test_what_a_stopped_pull_has_copied_is_given_back(tmp_path: Path) -> None:

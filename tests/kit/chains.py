@@ -122,7 +122,7 @@ def _merge(chance: random.Random, chain: Chain) -> str:
     facts = foreseen(row, below)
     assert not facts.by_qemu, facts.by_qemu
     share = not facts.unshared and chance.random() < 0.7
-    copy = _copy(target[0]) if share else None
+    copy = copy_of(target[0]) if share else None
     moved: list[int] = []
     copied = merge(Merge(row, below, into, copy, share), Watch(moved=moved.append))
     told = (facts.share_bytes if share else (facts.commit_bytes, facts.pull_bytes))[into != 0]
@@ -147,7 +147,8 @@ def _merge(chance: random.Random, chain: Chain) -> str:
     )
 
 
-def _copy(path: str) -> str:
+def copy_of(path: str) -> str:
+    """A copy that shares all blocks with the file."""
     copy = f"{path}.copy"
     with open(path, "rb") as source, open(copy, "x+b") as target:
         sharing.share_whole(source.fileno(), target.fileno(), path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from tests.kit.scene import SLOT, Scene
 from tests.kit.space import held, mounted
 from tests.scenarios.test_found_by_attack import killed_at
 
+from snaptree.errors import RefusedError
 from snaptree.images import durable
 from snaptree.planning.delete import DeleteRequest
 
@@ -130,6 +132,36 @@ def test_rights_and_flags_are_kept(xfs: Scene) -> None:
     said = subprocess.run(["lsattr", path], capture_output=True, text=True, check=True).stdout.split()[0]
     assert "d" in said and "A" in said
     xfs.sound()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_no_file_takes_the_place_of_one_whose_owner_it_cannot_have(
+    xfs: Scene, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """Whoever used the file could not open it any more."""
+    line(xfs)
+    path = xfs.path("s1")
+    os.chown(path, 12, 34)
+    path.chmod(0o666)
+    before = path.stat()
+
+    def refused(descriptor: int, owner: int, group: int) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "fchown", refused)
+    if known:
+        monkeypatch.setattr(os, "geteuid", lambda: 4567)
+        assert "belongs to another user" in xfs("delete web1 s1 --merge reflink --plan").out
+        assert xfs("delete web1 s1 --plan --json").json["way"] == "pull"
+        return
+
+    said = xfs("delete web1 s1 --merge reflink", status=RefusedError.status)
+
+    assert "owner" in said.err
+    now = path.stat()
+    assert (now.st_ino, now.st_uid, now.st_mode) == (before.st_ino, before.st_uid, before.st_mode)
+    assert (xfs.shows("s2"), xfs.shows()) == ("bx.x....", "yx.xy...")
+    assert len(xfs.files()) == 3
 
 
 def test_files_that_are_not_copied_on_write_share_among_themselves_only(tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ class Mover:
         self.share = share
         self._block = sharing.block_size(path) if share else 0
         self._sizes = [os.fstat(each).st_size or os.lseek(each, 0, os.SEEK_END) for each in sources]
+        self._block = os.fstatvfs(target).f_bsize
         self._lock = threading.Lock()
         self._behind: deque[Extent] = deque()
         self._late = 0

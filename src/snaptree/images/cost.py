@@ -11,6 +11,7 @@ import numpy as np
 from snaptree.images import sharing
 from snaptree.images.mapping import COPY, MIX, WINDOW_GRANULES, ZEROES, Mapping, Mask, Window, look_at_point, opened
 from snaptree.images.measure import measure_row
+from snaptree.images.rights import can_give
 from snaptree.images.tables import COMPRESSED, COPIED_BIT, DATA, OFFSET, Allocation, Qcow2Allocation
 from snaptree.model.survey import PointFacts, RowFacts
 
@@ -102,7 +103,7 @@ def _count(chain: Sequence[Allocation], row: Sequence[Allocation], layers: Seque
         pull_bytes=up.copied + up.mixed,
         pull_grows=up.grows + up.tables,
         extents=(down.extents, up.extents),
-        unshared=_unshared(row, layers),
+        unshared=_unshared(row, layers) or _not_ours(row),
         share_bytes=(down.mixed, up.mixed),
         share_grows=(down.tables + down.mixed, up.tables + up.mixed),
     )
@@ -121,6 +122,14 @@ def _unshared(row: Sequence[Allocation], layers: Sequence[File]) -> str:
         return "one of the files is not copied on write (chattr +C), and another is"
     if not all(sharing.can_share(folder) for folder in dict.fromkeys(map(os.path.dirname, paths))):
         return f"the file system of {paths[0]} cannot share blocks between files"
+    return ""
+
+
+def _not_ours(row: Sequence[Allocation]) -> str:
+    """Why a new file cannot take the place of one of the row, as sharing needs: it would be another user's."""
+    for each in (row[0], row[-1]):
+        if not can_give(os.fstat(each.descriptor)):
+            return f"{each.path} belongs to another user or group, and what would take its place would not"
     return ""
 
 

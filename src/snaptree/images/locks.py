@@ -125,9 +125,11 @@ class MachineLock:
         """
         deadline = time.monotonic() + max(0.0, wait)
         while True:
-            taken = self._try(paths)
+            taken, replaced = self._try(paths)
             if taken is None:
                 return
+            if replaced:
+                continue
             if time.monotonic() >= deadline:
                 hint = "try again later, or wait for it with --wait SECONDS"
                 raise BusyError(f"another snaptree operation works on {taken}", hint)
@@ -142,8 +144,8 @@ class MachineLock:
         """
         self.acquire(list(paths), 0.0)
 
-    def _try(self, paths: Collection[str]) -> str | None:
-        """Lock all; the path that is taken, if any (then none of these is locked)."""
+    def _try(self, paths: Collection[str]) -> tuple[str | None, bool]:
+        """Lock all; the path that is taken, if any (then none of these is locked), or names another file by now."""
         opened: dict[tuple[int, int], tuple[int, str, bool]] = {}
         try:
             for path in paths:
@@ -157,10 +159,12 @@ class MachineLock:
             for key in sorted(opened):
                 descriptor, path, writable = opened[key]
                 if not _take(descriptor, writable=writable):
-                    return path
+                    return path, False
+                if not _is_still(descriptor, path):
+                    return path, True
             self._held.update({key: descriptor for key, (descriptor, _, _) in opened.items()})
             opened = {}
-            return None
+            return None, False
         finally:
             for descriptor, _, _ in opened.values():
                 os.close(descriptor)
@@ -193,6 +197,14 @@ def _unlockable(path: str, error: OSError) -> Exception:
     if error.errno == errno.ELOOP:
         return RefusedError(f"{path} is a symbolic link now", "put the image itself in its place again")
     return IoError(f"{path} cannot be locked: {error.strerror}")
+
+
+def _is_still(descriptor: int, path: str) -> bool:
+    """Whether the path still names the open file: whoever had it locked may have put another in its place."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except OSError:
+        return False
 
 
 def _take(descriptor: int, *, writable: bool) -> bool:

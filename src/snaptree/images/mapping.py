@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from snaptree.errors import NotFoundError
 from snaptree.images.facts import open_to_read
 from snaptree.images.header import read_internals
 from snaptree.images.tables import (
@@ -49,12 +50,19 @@ def opened(layers: Sequence[tuple[str, str]]) -> Iterator[list[Allocation]]:
 
 
 def look_at_point(image: Allocation, tag: str) -> None:
-    """Let an allocation be that of an internal snapshot, at the size that the disk had then."""
+    """Let an allocation be that of an internal snapshot, at the size that the disk had then.
+
+    Of several with that name it is the first, as to QEMU.
+
+    :raise NotFoundError: there is none.
+    """
     assert isinstance(image, Qcow2Allocation)
     for entry in read_internals(image.descriptor, image.header, image.path):
         if entry.facts.name == tag:
             image.use_l1(entry.l1_table_offset, entry.l1_size)
             image.virtual_size = entry.facts.virtual_size
+            return
+    raise NotFoundError(f"{image.path} has no internal snapshot {tag!r}", "see 'snaptree verify'")
 
 
 @dataclass(frozen=True, slots=True)

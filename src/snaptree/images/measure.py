@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from snaptree.images.facts import open_to_read
-from snaptree.images.header import read_internals
+from snaptree.images.mapping import look_at_point
 from snaptree.images.tables import (
     COMPRESSED,
     DATA,
@@ -172,7 +172,7 @@ def holds(target: tuple[str, str], sources: Sequence[tuple[str, str]], *, tag: s
         if isinstance(into, RawAllocation):
             return True
         if tag is not None:
-            _look_at_point(row[0], tag)
+            look_at_point(row[0], tag)
         granule = min(each.granule for each in (into, *row))
         largest = max(each.cluster for each in (into, *row))
         window = max(WINDOW_GRANULES * granule // largest, 1) * largest
@@ -188,13 +188,6 @@ def holds(target: tuple[str, str], sources: Sequence[tuple[str, str]], *, tag: s
             if np.any(data & (into.classes(start, end, granule) == UNALLOCATED)):
                 return False
     return True
-
-
-def _look_at_point(image: Allocation, tag: str) -> None:
-    assert isinstance(image, Qcow2Allocation)
-    for entry in read_internals(image.descriptor, image.header, image.path):
-        if entry.facts.name == tag:
-            image.use_l1(entry.l1_table_offset, entry.l1_size)
 
 
 def _streamed(lower: Classes, raw: Mask, chunk: int) -> Mask:

@@ -68,7 +68,7 @@ def merge(work: Merge, watch: Watch) -> int:
                 durable.sync(descriptor, path)
 
         target = open_target(descriptor, row[work.into], mapping.unit, settle)
-        target.require_room(mapping.size)
+        target.prepare(mapping.size)
         mover = Mover([each.descriptor for each in row], descriptor, path, watch, share=work.share)
         return _Merging(chain, mapping, target, mover).run()
 
@@ -101,7 +101,8 @@ class _Merging:
         first = window.start // self.target.unit
         numbers = np.arange(first, first + len(window.kinds), dtype=np.uint64)
         entries = window.entries if len(window.entries) else np.zeros(len(numbers), dtype=np.uint64)
-        in_place = self.target.writable(entries)
+        given = (window.kinds == COPY) | (window.kinds == MIX)
+        in_place = given & self.target.writable(np.where(given, entries, np.uint64(0)))
         wanted = window.kinds == COPY
         places = np.zeros(len(numbers), dtype=np.uint64)
         places[in_place] = self.target.held(numbers[in_place], entries[in_place])
@@ -118,7 +119,6 @@ class _Merging:
         self._mix(window, in_place, places)
         self.target.clear(numbers[window.kinds == ZEROES])
         # An entry that says so already stays; one that says zeroes of a cluster that is there does not.
-        given = (window.kinds == COPY) | (window.kinds == MIX)
         changed = given & ~(in_place & (entries == (places | COPIED_BIT)))
         self.target.refer(numbers[changed], places[changed])
 

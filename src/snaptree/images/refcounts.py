@@ -16,9 +16,11 @@ import numpy.typing as npt
 from snaptree.errors import RefusedError
 from snaptree.images import durable
 from snaptree.images.header import MAX_REFCOUNT_TABLE_BYTES, Header
-from snaptree.images.tables import OFFSET
+from snaptree.images.tables import OFFSET, words_of
 
 Numbers = npt.NDArray[np.uint64]
+_KEPT = 16 << 20
+"""Of so many clusters it is kept in mind whether they are counted once, in bytes."""
 _TABLE_AT = 48
 """Where the header has the table's offset and length, in one sector."""
 
@@ -78,9 +80,44 @@ class RefCounts:
         self.per_block = clusters.unit * 8 // self.bits
         self._table_at = header.refcount_table_offset
         data = os.pread(descriptor, header.refcount_table_clusters * clusters.unit, self._table_at)
-        self._table = np.frombuffer(data, ">u8").astype(np.uint64) & OFFSET
+        self._table = words_of(data) & OFFSET
         self._fresh: set[int] = set()
         self._left: tuple[int, int] | None = None
+        self._ones: dict[int, npt.NDArray[np.bool_]] = {}
+        clusters.begin = clusters.end = max(clusters.end, self._counted())
+
+    def _counted(self) -> int:
+        """The number past the last cluster that has a count: past the end of the file, too, one may be referred to."""
+        for number in np.flatnonzero(self._table)[::-1].tolist():
+            if (number + 1) * self.per_block <= self.clusters.end:
+                break
+            used = np.flatnonzero(self._read(number))
+            if len(used):
+                return int(used[-1]) + 1 + int(number) * self.per_block
+        return 0
+
+    def occupied(self) -> list[Numbers]:
+        """Where the table and the blocks are, in bytes."""
+        table = self.clusters.occupied(self._table_at, len(self._table) * 8)
+        return [table, self._table[self._table != 0]]
+
+    def are_one(self, places: Numbers) -> npt.NDArray[np.bool_]:
+        """Which of these clusters (bytes) were counted exactly once, as far as is known: later changes are not seen."""
+        numbers = places // np.uint64(self.clusters.unit)
+        blocks = numbers // np.uint64(self.per_block)
+        found = np.zeros(len(places), dtype=bool)
+        for number in sorted(set(blocks.tolist())):
+            if number < len(self._table) and self._table[number]:
+                chosen = blocks == number
+                found[chosen] = self._ones_of(number)[numbers[chosen] % np.uint64(self.per_block)]
+        return found
+
+    def _ones_of(self, number: int) -> npt.NDArray[np.bool_]:
+        if number not in self._ones:
+            if len(self._ones) * self.per_block >= _KEPT:
+                self._ones.clear()
+            self._ones[number] = self._read(number) == 1
+        return self._ones[number]
 
     def place(self) -> None:
         """Take clusters for counts of what was taken where there are none yet, and for a longer table."""

@@ -42,6 +42,18 @@ def copy_rights(descriptor: int, like: str) -> None:
     os.fchmod(descriptor, mode)
 
 
+def can_give(status: os.stat_result) -> bool:
+    """Whether a new file of ours can have that one's owner and group."""
+    me = os.geteuid()
+    return me == 0 or (status.st_uid == me and status.st_gid in (os.getegid(), *os.getgroups()))
+
+
+def alike(path: str, other: str) -> bool:
+    """Whether two files have the same owner, group and mode."""
+    mine, theirs = os.lstat(path), os.lstat(other)
+    return (mine.st_uid, mine.st_gid, mine.st_mode & 0o777) == (theirs.st_uid, theirs.st_gid, theirs.st_mode & 0o777)
+
+
 def _attribute(path: str, name: str) -> bytes | None:
     try:
         return os.getxattr(path, name, follow_symlinks=False)

@@ -15,14 +15,15 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from snaptree.errors import RefusedError
+from snaptree.errors import RefusedError, UnhealthyError
 from snaptree.images import durable
-from snaptree.images.header import MAX_L1_BYTES
+from snaptree.images.header import MAX_L1_BYTES, read_internals
 from snaptree.images.refcounts import Clusters, Numbers, RefCounts
 from snaptree.images.tables import COPIED_BIT, OFFSET, ZERO_BIT, Allocation, Places, Qcow2Allocation
 
 _SIZE_AT, _L1_AT, _AUTOCLEAR_AT = 24, 36, 88
 """Where the header has them; each lies within one sector, and is written whole."""
+_CHECK = "look at it with 'qemu-img check'"
 Mask = npt.NDArray[np.bool_]
 
 
@@ -48,10 +49,11 @@ class Target:
         """How much memory this round takes by now, in bytes."""
         return 0
 
-    def require_room(self, size: int) -> None:
-        """See that a disk of that many bytes can be in the file, before anything is written.
+    def prepare(self, size: int) -> None:
+        """See that the file can be written to and hold a disk of that many bytes, before anything is written.
 
-        :raise RefusedError: it cannot.
+        :raise RefusedError: it cannot hold it.
+        :raise UnhealthyError: its tables are where they cannot be.
         """
 
     def writable(self, entries: Places) -> Mask:
@@ -124,33 +126,69 @@ class Qcow2Target(Target):
     def __init__(self, descriptor: int, allocation: Qcow2Allocation, settle: Callable[[], None]) -> None:
         header = allocation.header
         super().__init__(descriptor, allocation, header.cluster_size, settle)
+        self._header = header
         self._size = header.virtual_size
+        self._length = os.fstat(descriptor).st_size
         self._per_table = self.unit // 8
         self._l1_at = header.l1_table_offset
         self._l1 = self._words(self._l1_at, header.l1_size)
-        self._clusters = Clusters(os.fstat(descriptor).st_size, self.unit)
+        self._clusters = Clusters(self._length, self.unit)
         self._counts = RefCounts(descriptor, self.path, header, self._clusters)
         self._tables: dict[int, Numbers] = {}
         self._changed: dict[int, tuple[int, int]] = {}
         self._l1_grew = False
         self._given_up: list[Numbers] = []
-        if header.autoclear:
-            # Who does not keep up to date what they stand for has to clear them before writing.
-            durable.write_in_place(descriptor, _AUTOCLEAR_AT, bytes(8), self.path)
+        self._protected = np.zeros(1, dtype=np.uint64)
 
     @property
     def weight(self) -> int:
         return len(self._tables) * self.unit + sum(len(each) * 8 for each in self._given_up)
 
-    def require_room(self, size: int) -> None:
+    def prepare(self, size: int) -> None:
         if -(-size // (self._per_table * self.unit)) * 8 > MAX_L1_BYTES:
             raise RefusedError(
                 f"{self.path} has clusters of {self.unit} bytes, too small for a disk of {size} bytes",
                 "merge with --merge pull",
             )
+        self._protect()
+        if self._header.autoclear:
+            # Who does not keep up to date what they stand for has to clear them before writing.
+            durable.write_in_place(self.descriptor, _AUTOCLEAR_AT, bytes(8), self.path)
+
+    def _protect(self) -> None:
+        """Find out where the tables are, which no data may overwrite, and see that none is where another is."""
+        header, unit, active = self._header, self.unit, self._l1 & OFFSET
+        own = [np.zeros(1, dtype=np.uint64), active[active != 0], *self._counts.occupied()]
+        own.append(self._clusters.occupied(self._l1_at, len(self._l1) * 8))
+        points = read_internals(self.descriptor, header, self.path)
+        others: list[Numbers] = []
+        if points:
+            own.append(np.array([header.snapshots_offset], dtype=np.uint64))
+        for each in points:
+            own.append(self._clusters.occupied(each.l1_table_offset, each.l1_size * 8))
+            # These may be the active tables as well.
+            others.append(self._words(each.l1_table_offset, each.l1_size) & OFFSET)
+        places = np.sort(np.concatenate(own))
+        self._require_places(places)
+        if np.any(places[1:] == places[:-1]):
+            raise UnhealthyError(f"{self.path} is damaged: two of its tables overlap", _CHECK)
+        self._protected = np.sort(np.concatenate([places, *others])) // np.uint64(unit)
+
+    def _require_places(self, places: Numbers) -> None:
+        if len(places) and (int(places.max()) >= self._length or np.any(places % np.uint64(self.unit))):
+            raise UnhealthyError(f"{self.path} is damaged: something in it is said to be where nothing can be", _CHECK)
 
     def writable(self, entries: Places) -> Mask:
-        return np.asarray(((entries & OFFSET) != 0) & ((entries & COPIED_BIT) != 0), dtype=bool)
+        """Those that the flag and the count say are ours alone."""
+        found = np.asarray(((entries & OFFSET) != 0) & ((entries & COPIED_BIT) != 0), dtype=bool)
+        places = entries[found] & OFFSET
+        self._require_places(places)
+        numbers = places // np.uint64(self.unit)
+        at = np.minimum(np.searchsorted(self._protected, numbers), len(self._protected) - 1)
+        if np.any(self._protected[at] == numbers):
+            raise UnhealthyError(f"{self.path} is damaged: data is said to be where a table is", _CHECK)
+        found[found] = self._counts.are_one(places)
+        return found
 
     def held(self, numbers: Numbers, entries: Places) -> Numbers:
         return entries & OFFSET
@@ -233,7 +271,7 @@ class Qcow2Target(Target):
         moved: dict[int, int] = {}
         for number in sorted(self._changed):
             entry = self._l1[number]
-            if entry & OFFSET and entry & COPIED_BIT:
+            if entry & COPIED_BIT and self._counts.are_one(np.array([entry & OFFSET], dtype=np.uint64))[0]:
                 continue
             if entry & OFFSET:
                 self._given_up.append(np.array([entry & OFFSET], dtype=np.uint64))

@@ -275,6 +275,8 @@ def open_as_asked(draft: Draft, row: Row, way: str, closed: dict[str, str]) -> N
     elif "all the same with --merge" in reason:
         draft.notes.append(reason.partition(";")[0])
         del closed[way]
+        if way.startswith("reflink") and (unshared := draft.survey.rows[row].unshared):
+            closed[way] = unshared
 
 
 def _dearness(choice: Choice, *, rooted: bool) -> tuple[int, bool, int, bool]:

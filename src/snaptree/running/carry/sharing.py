@@ -11,6 +11,7 @@ from snaptree.images.facts import open_to_read
 from snaptree.images.inode import inode_of, is_still
 from snaptree.images.locks import who_has_open
 from snaptree.images.mover import Merge, merge
+from snaptree.images.rights import alike
 from snaptree.planning.steps import BuildMerged, PutInPlace
 from snaptree.running.carry.headers import repoint_file
 from snaptree.running.carry.moving import Tally, note_sources, require_counted
@@ -24,6 +25,9 @@ async def build(step: BuildMerged, context: Context) -> None:
         unbuild(step, context)
     temporary = durable.prepare_file(step.path, step.path, context.token, (), 0)
     context.journal.claim(step.path, *inode_of(temporary))
+    if not alike(temporary, step.path):
+        hint = "use sudo, or merge with --merge commit or --merge pull"
+        raise RefusedError(f"not allowed to give a new file the owner, group and mode of {step.path}", hint)
     _copy(step.path, temporary)
     image_format = step.row[step.into][1]
     # It may be a copy of late reference counts; the copy is ours alone.
