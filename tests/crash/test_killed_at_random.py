@@ -70,7 +70,10 @@ class Killer:
         """Begin the request and kill it at a random moment of it; whether it was still at it."""
         steps = sum(len(plan.steps) for plan in self.world.machine.plan(request).every())
         # Most steps are over in a millisecond; before the first word there is nothing to recover.
-        number, moment = self.random.randint(min(steps, self.random.random() > 0.1), steps), self.random.random() ** 4 * 0.008
+        number, moment = (
+            self.random.randint(min(steps, self.random.random() > 0.1), steps),
+            self.random.random() ** 4 * 0.008,
+        )
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:

@@ -14,12 +14,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 from snaptree.errors import CancelledError, IoError
 from snaptree.images import durable, sharing
 from snaptree.images.tables import data_ranges
+from snaptree.images.workers import run_together
 
 PIECE = 8 << 20
 """So much is copied by one call, and so often it is looked whether to stop, in bytes."""
@@ -105,11 +106,9 @@ class Mover:
                     self.watch.check()
                     self._share(extent, fresh=fresh)
                 return
-            pieces = _batches(extents)
-            with ThreadPoolExecutor(THREADS) as threads:
-                work = [threads.submit(self._work, pieces, fresh=fresh) for _ in range(THREADS)]
-            for each in work:
-                each.result()
+            batches = (partial(self._copy_all, batch, fresh=fresh) for batch in _batches(extents))
+            large = sum(extent[3] for extent in extents) > BATCH
+            run_together(batches, THREADS - 1 if large else 0)
 
     def finish(self) -> None:
         """What was copied leaves the page cache: call it when all is on disk."""
@@ -119,22 +118,9 @@ class Mover:
 
     # ---- copying --------------------------------------------------------------------------------------------------
 
-    def _work(self, batches: Iterator[list[Extent]], *, fresh: bool) -> None:
-        failed = True
-        try:
-            while True:
-                with self._lock:
-                    batch = next(batches, None)
-                if batch is None:
-                    break
-                for piece in batch:
-                    self._copy(piece, fresh=fresh)
-            failed = False
-        finally:
-            if failed:
-                with self._lock:
-                    for _ in batches:
-                        pass  # The other thread has nothing more to do.
+    def _copy_all(self, pieces: Sequence[Extent], *, fresh: bool) -> None:
+        for piece in pieces:
+            self._copy(piece, fresh=fresh)
 
     def _copy(self, piece: Extent, *, fresh: bool) -> None:
         source, at, to, length = piece

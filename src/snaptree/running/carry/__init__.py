@@ -38,7 +38,7 @@ async def do(step: Step, context: Context) -> None:
         case MakeOverlay():
             making.make_overlay(step, context)
         case BuildFromPoint():
-            await making.build_from_point(step, context)
+            making.build_from_point(step, context)
         case CopyFirmware():
             firmware.copy(step, context)
         case RemoveFirmware():
@@ -56,7 +56,7 @@ async def do(step: Step, context: Context) -> None:
         case Move():
             await moving.move(step, context)
         case BuildMerged():
-            await sharing.build(step, context)
+            sharing.build(step, context)
         case PutInPlace():
             sharing.put_in_place(step, context)
         case Repoint():

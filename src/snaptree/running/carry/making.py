@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 
 from snaptree.images import durable, gate, layout, qemu_img
@@ -40,10 +39,10 @@ def make_overlay(step: MakeOverlay, context: Context) -> None:
     durable.make_file(step.path, writes, length, step.like, _claimer(step.path, context), context.token)
 
 
-async def build_from_point(step: BuildFromPoint, context: Context) -> None:
+def build_from_point(step: BuildFromPoint, context: Context) -> None:
     """Make a new layer out of an internal snapshot."""
     if not step.by_qemu:
-        temporary = await _brought(step, context)
+        temporary = _brought(step, context)
     elif read_facts(step.source, "qcow2").virtual_size == step.virtual_size:
         temporary = _converted(step, context)
     else:
@@ -66,13 +65,13 @@ def _empty(step: BuildFromPoint, context: Context) -> str:
     return temporary
 
 
-async def _brought(step: BuildFromPoint, context: Context) -> str:
+def _brought(step: BuildFromPoint, context: Context) -> str:
     """A new layer into which the mover brings the point's own data, by copying or by sharing blocks."""
     temporary = _empty(step, context)
     row = ((step.source, "qcow2"), (temporary, "qcow2"))
     work = Merge(row, step.below, 1, copy=temporary, share=step.shared > 0, tag=step.tag)
     tally = Tally(context, step.bytes + step.shared)
-    context.journal.moved += await asyncio.to_thread(merge, work, tally.watch(step.path))
+    context.journal.moved += merge(work, tally.watch(step.path))
     return temporary
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from snaptree.errors import ToolError, UnhealthyError
@@ -16,6 +16,7 @@ from snaptree.images.holes import cut_tail, punch_free
 from snaptree.images.measure import hidden_ranges, holds
 from snaptree.images.mover import Merge, merge
 from snaptree.images.tail import zero_tail
+from snaptree.images.workers import run_together
 from snaptree.planning.steps import BuildMerged, Cover, Move, MoveJob, Shrink, Step
 from snaptree.qemu.daemon import StorageDaemon
 from snaptree.qemu.jobs import Commit, JobProgress, Pull, run_jobs
@@ -62,10 +63,10 @@ async def move(step: Move, context: Context) -> None:
     tally = Tally(context, sum(job.bytes for job in step.jobs))
     own = [job for job in step.jobs if not job.by_qemu]
     theirs = [job for job in step.jobs if job.by_qemu]
-    work = [asyncio.to_thread(_move_own, job, tally) for job in own]
+    run_together((partial(_move_own, job, tally) for job in own), len(own) - 1)
+    context.journal.moved += tally.copied
     if theirs:
-        work.append(_by_qemu(theirs, context, tally))
-    await _all(work, tally)
+        context.journal.moved += await _by_qemu(theirs, context, tally)
     for job in step.jobs:
         path, image_format = target_of(job)
         if image_format == "qcow2":
@@ -74,27 +75,21 @@ async def move(step: Move, context: Context) -> None:
     context.moved(tally.total, tally.total)
 
 
-async def _all(work: Sequence[Coroutine[Any, Any, int]], tally: Tally) -> None:
-    """Do it all at once. When one fails the others are stopped, and the failure is told that came first."""
-    tasks = [asyncio.ensure_future(each) for each in work]
-    try:
-        for done in asyncio.as_completed(tasks):
-            tally.context.journal.moved += await done
-    except BaseException:
-        tally.fail()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
-
-
 class Tally:
     """What the jobs of a step have moved together, told as it grows, by whichever thread."""
 
     def __init__(self, context: Context, total: int) -> None:
         self.context = context
         self.total = total
+        self.copied = 0
         self._moved: dict[str, int] = {}
         self._lock = threading.Lock()
         self._failed = threading.Event()
+
+    def count(self, copied: int) -> None:
+        """A job has ended, and so many bytes were copied for it."""
+        with self._lock:
+            self.copied += copied
 
     def fail(self) -> None:
         """One of the jobs has failed: the others stop."""
@@ -121,9 +116,14 @@ class Tally:
         return Watch(moved, self.stopped, self.context.limiter)
 
 
-def _move_own(job: MoveJob, tally: Tally) -> int:
+def _move_own(job: MoveJob, tally: Tally) -> None:
+    """Have the mover do one job; when it fails the others stop."""
     into = 0 if job.way == "commit" else len(job.row) - 1
-    return merge(Merge(job.row, job.below, into), tally.watch(job.name))
+    try:
+        tally.count(merge(Merge(job.row, job.below, into), tally.watch(job.name)))
+    except BaseException:
+        tally.fail()
+        raise
 
 
 async def _by_qemu(jobs: Sequence[MoveJob], context: Context, tally: Tally) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 
 from snaptree.errors import BusyError, IoError, RefusedError
@@ -19,7 +18,7 @@ from snaptree.running.context import Context
 from snaptree.running.journal import Journal
 
 
-async def build(step: BuildMerged, context: Context) -> None:
+def build(step: BuildMerged, context: Context) -> None:
     """Build the merged file under a hidden name, whole and on disk."""
     if context.recovering:
         unbuild(step, context)
@@ -34,7 +33,7 @@ async def build(step: BuildMerged, context: Context) -> None:
     require_counted(temporary, image_format)
     work = Merge(step.row, step.below, step.into, copy=temporary, share=True)
     tally = Tally(context, step.shared + step.bytes)
-    context.journal.moved += await asyncio.to_thread(merge, work, tally.watch(step.path))
+    context.journal.moved += merge(work, tally.watch(step.path))
     if step.into != 0:
         below = step.below[0] if step.below else None
         name = gate.relative_backing_name(step.path, below[0]) if below else None
