@@ -166,7 +166,7 @@ class Trials:
             for test, (seconds, numbers) in self.tests.items()
             if number in numbers
         )
-        quick = [test for _, _, test in tests if self.tests[test][0] < QUICK_SECONDS][:QUICK_TESTS]
+        quick = [test for far, _, test in tests if far == 0 or self.tests[test][0] < QUICK_SECONDS][:QUICK_TESTS]
         points = self._places(number)
         return (
             self._wrong(cases[:FIRST_CASES], number)
