@@ -166,7 +166,7 @@ class Trials:
             for test, (seconds, numbers) in self.tests.items()
             if number in numbers
         )
-        quick = [test for _, _, test in tests if self.tests[test][0] < QUICK_SECONDS][:QUICK_TESTS]
+        quick = [test for far, _, test in tests if far == 0 or self.tests[test][0] < QUICK_SECONDS][:QUICK_TESTS]
         points = self._places(number)
         return (
             self._wrong(cases[:FIRST_CASES], number)
@@ -268,6 +268,9 @@ def try_all(options: argparse.Namespace, folder: Path) -> None:
     names = json.loads((folder / "names.json").read_text())
     wanted = []
     for name, mutant in zip(names, found, strict=True):
+        if mutant.kind == "mend" and not options.mends:
+            kept.pop(name, None)
+            continue
         of = digest([ROOT / "src" / mutant.path])
         known = kept.get(name, {})
         if options.only in name and (known.get("of") != of or (options.again and not known["by"])):
@@ -296,6 +299,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="say which there are, and stop")
     parser.add_argument("--again", action="store_true", help="try those again that were alive")
     parser.add_argument("--stride", type=int, default=5, help="kill at every so manieth call")
+    parser.add_argument("--mends", action="store_true", help="also those without a repair of what a kill has left")
     parser.add_argument("--points", type=int, default=400, help="so many kills are tried at most on each")
     options = parser.parse_args()
     if "SNAPTREE_MUTANTS" in os.environ:
