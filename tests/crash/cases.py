@@ -213,6 +213,7 @@ CASES: Mapping[str, Case] = {
     "revert within the tip, discard": _of(inner, RevertRequest("s1", True)),
     "revert within the tip, discard, delete": _of(inner, RevertRequest("s2", True, delete=True)),
     "revert to an internal one below": _of(mixed, RevertRequest("s2")),
+    "revert to an internal one below, by QEMU": _of(mixed, RevertRequest("s2"), by_qemu=True),
     "revert with firmware": _of(with_firmware, RevertRequest("s1")),
     "revert, discard, with firmware": _of(with_firmware, RevertRequest("s1", True, delete=True)),
     "branch from a snapshot": _of(line, BranchRequest("new", "s1")),

@@ -217,7 +217,7 @@ CASES = (
     ("delete an internal one", "qemu-img"),
     ("revert within the tip, discard", "qemu-img"),
     ("revert within the tip, discard, delete", "qemu-img"),
-    ("revert to an internal one below", "qemu-img"),
+    ("revert to an internal one below, by QEMU", "qemu-img"),
     ("branch from an internal one, by QEMU", "qemu-img"),
     ("switch to an internal one", "qemu-img"),
     ("delete internal and external ones", "qemu-img"),
