@@ -85,6 +85,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "overlay larger than base": (
         f"{MERGING}::test_a_merged_layer_is_as_long_as_the_upper_one",
+        f"{MERGING}::test_a_disk_that_the_lower_file_cannot_hold_is_merged_into_the_upper_one",
         "cli/test_bad_input.py::test_a_merge_that_would_not_fit_is_refused_with_the_figures",
     ),
     "overlay smaller than base": (
