@@ -157,14 +157,29 @@ def _sum(mapping: Mapping, below: Sequence[Allocation]) -> _Sum:
         else:
             total.grows += _holes(mapping, window, copies | mixed)
     if isinstance(target, Qcow2Allocation):
-        per_block = target.cluster * 8 // target.header.refcount_bits
-        blocks = -(-(total.grows // target.cluster + len(tables)) // per_block) + 1 if total.grows or tables else 0
-        total.tables = (len(tables) + blocks) * target.cluster
+        total.tables = _tables(target, mapping.size, total.grows // target.cluster, len(tables)) * target.cluster
     return total
 
 
 def _there(target: Qcow2Allocation, number: int) -> bool:
-    return number < len(target.l1) and bool(target.l1[number])
+    """Whether there is a table that can be changed where it is; an internal snapshot may need it as it is."""
+    return number < len(target.l1) and bool(target.l1[number]) and bool(target.own_tables[number])
+
+
+def _tables(target: Qcow2Allocation, size: int, clusters: int, tables: int) -> int:
+    """How many clusters of tables come with so many of data and so many L2 tables, on a disk of that size."""
+    header, unit = target.header, target.cluster
+    entries = -(-size // (target.per_table * unit))
+    tables += -(-entries * 8 // unit) if entries > len(target.l1) else 0
+    if not clusters and not tables:
+        return 0
+    per_block = unit * 8 // header.refcount_bits
+    blocks = -(-(clusters + tables) // per_block) + 1
+    needed = -(-(-(-target.file_size // unit) + clusters + tables + blocks) // per_block) + 1
+    if needed > header.refcount_table_clusters * unit // 8:
+        # The mover makes a table with room for twice as much.
+        blocks += -(-needed * 2 * 8 // unit) + 1
+    return tables + blocks
 
 
 def _add_extents(

@@ -30,6 +30,8 @@ _MODES: dict[str, tuple[frozenset[int], frozenset[int]]] = {
     "write": (frozenset({0, 1, 3}), frozenset({1, 3})),
     "exclusive": (frozenset({0, 1, 3}), frozenset({0, 1, 2, 3})),
 }
+_TRIES = 100
+"""So often a file that was replaced before it was locked is opened anew at once."""
 OWN_BYTE = 0x736E6170
 """snaptree's own lock is on this byte ("snap"), far from QEMU's; images may be shorter than that."""
 
@@ -125,11 +127,12 @@ class MachineLock:
         """
         deadline = time.monotonic() + max(0.0, wait)
         while True:
-            taken, replaced = self._try(paths)
-            if taken is None:
-                return
-            if replaced:
-                continue
+            for _ in range(_TRIES):
+                taken, replaced = self._try(paths)
+                if taken is None:
+                    return
+                if not replaced:
+                    break
             if time.monotonic() >= deadline:
                 hint = "try again later, or wait for it with --wait SECONDS"
                 raise BusyError(f"another snaptree operation works on {taken}", hint)

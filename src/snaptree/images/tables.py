@@ -131,7 +131,9 @@ class Qcow2Allocation(Allocation):
         data = os.pread(self.descriptor, entries * 8, offset)
         if len(data) < entries * 8:
             raise self._bad("its L1 table lies past its end")
-        self.l1 = np.frombuffer(data, ">u8").astype(np.uint64) & OFFSET
+        words = words_of(data)
+        self.l1 = words & OFFSET
+        self.own_tables = (words & COPIED_BIT) != 0
 
     def _bad(self, what: str) -> UnhealthyError:
         return UnhealthyError(f"{self.path} is damaged: {what}", "look at it with 'qemu-img check'")
