@@ -89,6 +89,15 @@ class Stage(Scene):
         shown = self.show(machine)
         return {each["path"] for each in shown["disks"]} if shown["state"] != "off" else set()
 
+    def sound(self, *machines: str) -> None:
+        """As a scene's; and what QEMU has open is what the tree says, without any job of snaptree's left."""
+        shown = self.show()
+        assert shown["state"] != "unknown", shown["state_detail"]
+        if shown["state"] != "off" and self.monitor.exists():
+            with self.qmp() as qmp:
+                assert not [each for each in qmp("query-jobs") if each["id"].startswith("snaptree-")]
+        super().sound(*machines)
+
     def finish(self) -> int:
         """Shut the guest down, and see that all is there that it had flushed; the last record."""
         self("stop web1")

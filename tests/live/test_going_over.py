@@ -69,6 +69,7 @@ def test_killed_while_the_guests_requests_wait(stage: Stage, before: bool, also:
         guest.go(at=last[1])
     stage("gc web1")
     guest.writes_on()
+    stage.sound()
     assert stage.show()["pending"] == []
     assert stage("path web1 vda").out.strip() == str(stage.disks / "vda.qcow2")
     stage.finish()

@@ -17,7 +17,9 @@ from snaptree.store.database import Database
 
 LOOK_SECONDS, WORK_SECONDS = 1.0, 5.0
 """So long a monitor may take to greet a command that only looks, and one that changes something."""
-NEEDED = frozenset({"x-debug-query-block-graph", "query-named-block-nodes", "blockdev-snapshot", "transaction"})
+NEEDED = frozenset(
+    ("x-debug-query-block-graph", "query-named-block-nodes", "query-block", "blockdev-snapshot", "transaction")
+)
 """What a monitor must be able to do for a machine to be handled while it runs."""
 
 

@@ -24,9 +24,7 @@ FILTERS = ("commit_top", "mirror_top", "stream", "copy-on-read", "throttle", "pr
 class Node:
     """One node. ``file`` and ``backing`` are the nodes beneath it, ``above`` those that stand on it.
 
-    ``path`` and ``inode`` are of the file that a protocol node has open. ``users`` are the devices, jobs and exports
-    that use the node directly, as QEMU names them (``block-backend``, ``block-job``) with their own names.
-    ``cache`` has ``direct`` and ``no-flush``.
+    ``path`` and ``inode`` are of the file that a protocol node has open. ``cache`` has ``direct`` and ``no-flush``.
     """
 
     name: str
@@ -37,16 +35,16 @@ class Node:
     path: str | None = None
     inode: Inode | None = None
     above: tuple[str, ...] = ()
-    users: tuple[tuple[str, str], ...] = ()
     cache: Mapping[str, bool] = field(default_factory=dict)
     detect_zeroes: str = "off"
 
 
 @dataclass(frozen=True)
 class BlockGraph:
-    """All nodes by name."""
+    """All nodes by name; ``disks`` are those that devices have as their disks."""
 
     nodes: Mapping[str, Node]
+    disks: frozenset[str]
 
     def opened(self, inode: Inode) -> tuple[Node, ...]:
         """The nodes that show the image in a file: its format's, or the file's own where there is none above it."""
@@ -88,57 +86,54 @@ class BlockGraph:
             at = self.nodes[at.above[0]]
         return at
 
-    def used(self, node: Node) -> tuple[tuple[str, str], ...]:
-        """Who uses the image, or a node that a job or a filter has put above it."""
-        found = list(node.users)
-        for name in node.above:
-            above = self.nodes[name]
-            if above.driver in FILTERS:
-                found += self.used(above)
-        return tuple(found)
-
     def top(self, inode: Inode) -> Node | None:
-        """The image in the file, where a device uses it; ``None`` when no device has it as its disk.
+        """The image in the file, where a device has it as its disk; ``None`` when none has.
 
-        :raise UnhealthyError: it is open more than once.
+        :raise UnhealthyError: it is the disk of more than one device.
         """
-        found = [node for node in self.opened(inode) if any(kind == "block-backend" for kind, _ in self.used(node))]
+        found = [node for node in self.opened(inode) if self._is_disk(node)]
         if len(found) > 1:
             names = ", ".join(node.name for node in found)
             raise UnhealthyError(f"QEMU has one image open {len(found)} times ({names})", "give each disk its own")
         return found[0] if found else None
 
+    def _is_disk(self, node: Node) -> bool:
+        """Whether a device has the image, or a filter above it, as its disk. What a job uses is no device's."""
+        above = (self.nodes[each] for each in node.above)
+        return node.name in self.disks or any(each.driver in FILTERS and self._is_disk(each) for each in above)
 
-def read_graph(told: Sequence[Mapping[str, Any]], edges: Mapping[str, Any], folder: str) -> BlockGraph:
+
+def read_graph(
+    told: Sequence[Mapping[str, Any]], edges: Mapping[str, Any], devices: Sequence[Mapping[str, Any]], folder: str
+) -> BlockGraph:
     """The graph from what QEMU says.
 
     :param told: the answer to ``query-named-block-nodes``.
     :param edges: the answer to ``x-debug-query-block-graph``: the only one that says which node stands on which.
+    :param devices: the answer to ``query-block``, which looks through the nodes that jobs put between.
     :param folder: QEMU's working folder, which relative names start from.
     :raise ToolError: the answers make no sense.
     """
     try:
-        return _read(told, edges, folder)
+        return _read(told, edges, devices, folder)
     except (TypeError, KeyError, AttributeError) as error:
         raise ToolError(f"QEMU gave no block graph that makes sense: {type(error).__name__} {error}") from error
 
 
-def _read(told: Sequence[Mapping[str, Any]], edges: Mapping[str, Any], folder: str) -> BlockGraph:
+def _read(
+    told: Sequence[Mapping[str, Any]], edges: Mapping[str, Any], devices: Sequence[Mapping[str, Any]], folder: str
+) -> BlockGraph:
     known = {each["node-name"] for each in told}
     names = {each["id"]: each["name"] for each in edges["nodes"] if each["type"] == "block-driver"}
     names = {number: name for number, name in names.items() if name in known}
-    others = {each["id"]: (each["type"], each["name"]) for each in edges["nodes"] if each["id"] not in names}
     beneath: dict[str, dict[str, str]] = {}
     above: dict[str, list[str]] = {}
-    users: dict[str, list[tuple[str, str]]] = {}
     for edge in edges["edges"]:
         child = names.get(edge["child"])
         if child is None:
             continue
         parent = names.get(edge["parent"])
-        if parent is None:
-            users.setdefault(child, []).append(others[edge["parent"]])
-        else:
+        if parent is not None:
             beneath.setdefault(parent, {})[edge["name"]] = child
             above.setdefault(child, []).append(parent)
     nodes: dict[str, Node] = {}
@@ -154,11 +149,10 @@ def _read(told: Sequence[Mapping[str, Any]], edges: Mapping[str, Any], folder: s
             path=path,
             inode=_inode(path) if path is not None else None,
             above=tuple(above.get(name, ())),
-            users=tuple(users.get(name, ())),
             cache={key: bool(each["cache"][key]) for key in ("direct", "no-flush")},
             detect_zeroes=str(each["detect_zeroes"]),
         )
-    return BlockGraph(nodes)
+    return BlockGraph(nodes, frozenset(each["inserted"]["node-name"] for each in devices if "inserted" in each))
 
 
 def _inode(path: str) -> Inode | None:

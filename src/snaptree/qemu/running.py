@@ -90,7 +90,8 @@ class RunningQemu:
         """The block graph as it is now."""
         told = await self.qmp.execute("query-named-block-nodes", flat=True)
         edges = await self.qmp.execute("x-debug-query-block-graph")
-        return read_graph(told, edges, self._working_folder())
+        devices = await self.qmp.execute("query-block")
+        return read_graph(told, edges, devices, self._working_folder())
 
     async def open_files(self) -> frozenset[Inode]:
         """The files that it has open, by device and inode."""

@@ -12,6 +12,7 @@ import select
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from types import TracebackType
 
 from snaptree.errors import ToolError
@@ -60,7 +61,8 @@ class Guard:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # It is told that all is well, and has nothing to do.
-        self._ours.send(b"!")
+        with suppress(OSError):
+            self._ours.send(b"!")
         self._ours.close()
         self._process.wait(READY_SECONDS)
 
