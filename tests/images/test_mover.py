@@ -66,6 +66,7 @@ def test_random_chains_show_the_same_when_they_are_merged(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_thousands_of_random_chains_show_the_same_when_they_are_merged(tmp_path: Path) -> None:
     count, first = chains_wanted(5000)
     with file_systems(tmp_path, "xfs", "btrfs", "ext4") as places:
@@ -472,6 +473,7 @@ def test_what_only_qemu_can_merge_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_huge_image_needs_little_memory(tmp_path: Path) -> None:
     """10 TiB with 1 TiB allocated in each of two layers: tables only, the data is a hole."""
     row: Row = tuple((str(path), "qcow2") for path in chains.huge_pair(tmp_path, 10 << 40, 1 << 40))

@@ -33,7 +33,7 @@ from snaptree.planning.delete import DeleteRequest
 from snaptree.planning.plan import Plan
 from snaptree.planning.revert import RevertRequest, SwitchRequest
 from snaptree.planning.settle import loose_layers
-from snaptree.planning.steps import Cover
+from snaptree.planning.steps import Cover, Move
 from snaptree.planning.sweep import SquashRequest
 from snaptree.planning.verbs import DeleteBranchRequest, GcRequest, RenameRequest, Request
 
@@ -162,7 +162,9 @@ class RandomOperations(RuleBasedStateMachine):
             return
         for way in ("commit", "pull"):
             other = _planned(self.world, request, way)
-            if other is not None and len(jobs_of(other)) == 1 and "as --merge pull asks" not in str(other.public()):
+            if other is None or len(other.end.layers) > len(plan.end.layers):
+                continue  # It would leave the lower file, which an internal snapshot needs.
+            if len(jobs_of(other)) == 1 and "as --merge pull asks" not in str(other.public()):
                 assert plan.total_bytes <= other.total_bytes, f"{way} would copy {other.total_bytes}"
 
     def _zero_data(self, path: str, lower: list[tuple[int, int]]) -> int:
@@ -198,7 +200,10 @@ class RandomOperations(RuleBasedStateMachine):
                 # The cluster in which a shorter layer ends is copied into the top before the rest is moved.
                 room = 2 * MiB * sum(isinstance(step, Cover) for step in merge.steps)
                 wanted = merge.bytes_to_copy
-                assert wanted <= entry.bytes <= wanted + room, f"foretold {wanted}, moved {entry.bytes}"
+                # To XFS, blocks that it has reserved in a raw file are data while they are in the page cache.
+                rows = [job.row[0][1] for step in merge.steps if isinstance(step, Move) for job in step.jobs]
+                least = 0 if PLACE is not None and "raw" in rows else wanted
+                assert least <= entry.bytes <= wanted + room, f"foretold {wanted}, moved {entry.bytes}"
                 COMPARED["merges, by what QEMU counted"] += 1
         for path, (before, lower) in pulled.items():
             job = jobs_of(plan)[0]
