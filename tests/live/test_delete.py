@@ -76,6 +76,7 @@ def test_a_snapshot_is_deleted_while_the_guest_writes(stage: Stage, case: str) -
     assert all(stage.holds(each) == counts for each, counts in wanted.items() if each != name)
 
 
+@LONG
 def test_several_at_once_and_then_all(stage: Stage) -> None:
     guest = stage.start()
     wanted = snapshots(stage, 5, 30)
@@ -102,6 +103,7 @@ def test_the_ways_that_are_chosen_keep_the_roots_name_and_pull_into_the_tip(stag
     assert plan["paths_after"]["vda"] == str(stage.disks / "vda.qcow2")
 
 
+@LONG
 def test_merging_is_put_off_and_done_later(stage: Stage) -> None:
     guest = stage.start()
     wanted = snapshots(stage, 3)

@@ -43,7 +43,9 @@ def test_going_back_and_dropping_the_work_of_now(stage: Stage) -> None:
     stage.finish()
 
 
-@pytest.mark.parametrize("word", ["stopped", "paused", "running"])
+@pytest.mark.parametrize(
+    "word", ["stopped", *(pytest.param(word, marks=pytest.mark.slow) for word in ("paused", "running"))]
+)
 def test_what_the_machine_does_afterwards(stage: Stage, word: str) -> None:
     guest = stage.start()
     stage("snapshot web1 s1")
@@ -58,6 +60,7 @@ def test_what_the_machine_does_afterwards(stage: Stage, word: str) -> None:
     stage.sound()
 
 
+@pytest.mark.slow
 def test_switching_to_and_fro(stage: Stage) -> None:
     guest = stage.start(raw=False)
     stage("snapshot web1 s1")
@@ -91,6 +94,7 @@ def test_what_could_not_be_started_again_is_not_turned_off(stage: Stage, monkeyp
     assert state(stage) == "off"
 
 
+@pytest.mark.slow
 def test_a_start_command_that_fails_is_told_and_the_disks_are_right(stage: Stage) -> None:
     guest = stage.start()
     stage("snapshot web1 s1")

@@ -35,8 +35,15 @@ sys.exit(run(sys.argv[1:]))
 """snaptree, killed just before or just after the journal says that the guest goes over."""
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-@pytest.mark.parametrize("also", ["", "qemu"])
+@pytest.mark.parametrize(
+    ("before", "also"),
+    [
+        pytest.param(True, "", id="before"),
+        pytest.param(False, "qemu", id="after, both"),
+        pytest.param(False, "", id="after", marks=pytest.mark.slow),
+        pytest.param(True, "qemu", id="before, both", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_while_the_guests_requests_wait(stage: Stage, before: bool, also: str) -> None:
     guest = stage.start(raw=False)
     stage("snapshot web1 s1")
@@ -75,6 +82,7 @@ def test_killed_while_the_guests_requests_wait(stage: Stage, before: bool, also:
     stage.finish()
 
 
+@pytest.mark.slow
 def test_a_machine_that_somebody_started_on_the_stale_file_is_told(stage: Stage) -> None:
     """snaptree cannot know which of the two to believe, and says so before it touches either."""
     guest = stage.start(raw=False)
