@@ -197,7 +197,7 @@ def measure_survey(folder: Path, size: int = 10 << 40) -> None:
             file.write((at | np.uint64(1 << 63)).astype(">u8").tobytes())
     script = (
         "import re; from snaptree.images.facts import read_facts;"
-        "from snaptree.images.cost import foreseen as measure_row;"
+        "from snaptree.images.mover.cost import foreseen as measure_row;"
         f"read_facts({str(path)!r}, 'qcow2');"
         f"row = measure_row([({str(base)!r}, 'qcow2'), ({str(path)!r}, 'qcow2')]);"
         "print(row.commit_bytes, re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])"

@@ -22,11 +22,12 @@ from tests.kit.images import GiB, KiB, MiB
 from tests.kit.space import mounted
 
 from snaptree.errors import CancelledError, NoSpaceError, NotFoundError, RefusedError, UnhealthyError
-from snaptree.images import holes, mapping, sharing, target
-from snaptree.images.copying import Limiter, Watch
-from snaptree.images.cost import foreseen
-from snaptree.images.mover import Merge, merge
-from snaptree.images.sharing import can_share
+from snaptree.images import holes
+from snaptree.images.mover import mapping, sharing, target
+from snaptree.images.mover.copying import Limiter, Watch
+from snaptree.images.mover.cost import foreseen
+from snaptree.images.mover.merging import Merge, merge
+from snaptree.images.mover.sharing import can_share
 
 Row = tuple[tuple[str, str], ...]
 
@@ -478,8 +479,9 @@ def test_a_huge_image_needs_little_memory(tmp_path: Path) -> None:
     """10 TiB with 1 TiB allocated in each of two layers: tables only, the data is a hole."""
     row: Row = tuple((str(path), "qcow2") for path in chains.huge_pair(tmp_path, 10 << 40, 1 << 40))
     program = (
-        "import resource, sys; from snaptree.images.copying import Watch; from snaptree.images.cost import foreseen; "
-        "from snaptree.images.mover import Merge, merge; row = tuple((path, 'qcow2') for path in sys.argv[1:]); "
+        "import resource, sys; from snaptree.images.mover.copying import Watch; "
+        "from snaptree.images.mover.cost import foreseen; from snaptree.images.mover.merging import Merge, merge; "
+        "row = tuple((path, 'qcow2') for path in sys.argv[1:]); "
         "told = foreseen(row).commit_bytes; assert merge(Merge(row, (), 0), Watch()) == told, told; "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )

@@ -16,11 +16,11 @@ import numpy as np
 from tests.kit import images
 from tests.kit.images import KiB, MiB
 
-from snaptree.images import copying, mapping, mover, sharing
-from snaptree.images.copying import Watch
-from snaptree.images.cost import foreseen
 from snaptree.images.facts import read_facts
-from snaptree.images.mover import Merge, merge
+from snaptree.images.mover import copying, mapping, merging, sharing
+from snaptree.images.mover.copying import Watch
+from snaptree.images.mover.cost import foreseen
+from snaptree.images.mover.merging import Merge, merge
 
 CLUSTERS = (512, 2 * KiB, 4 * KiB, 64 * KiB, 64 * KiB, 64 * KiB, 256 * KiB, 2 * MiB)
 BEYOND = 5 << 40
@@ -93,9 +93,9 @@ def one(seed: int, place: str) -> str:
     The mover's limits are made small, so that small images have several windows and rounds.
     """
     chance = random.Random(seed)
-    before = mapping.WINDOW_GRANULES, mover.ROUND, copying.PIECE
+    before = mapping.WINDOW_GRANULES, merging.ROUND, copying.PIECE
     mapping.WINDOW_GRANULES = chance.choice((1, 8, 64, 1 << 18))
-    mover.ROUND = chance.choice((1, MiB, 64 * MiB))
+    merging.ROUND = chance.choice((1, MiB, 64 * MiB))
     copying.PIECE = chance.choice((64 * KiB, 8 * MiB))
     folder = Path(tempfile.mkdtemp(prefix=f"chain{seed}-", dir=place))
     try:
@@ -104,7 +104,7 @@ def one(seed: int, place: str) -> str:
         error.add_note(f"chain {seed} in {place}")
         raise
     finally:
-        mapping.WINDOW_GRANULES, mover.ROUND, copying.PIECE = before
+        mapping.WINDOW_GRANULES, merging.ROUND, copying.PIECE = before
         shutil.rmtree(folder)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from snaptree.images import durable
 from snaptree.images.header import Header, read_header, read_internals
-from snaptree.images.refcounts import Numbers, decode
+from snaptree.images.mover.refcounts import Numbers, decode
 from snaptree.images.tables import COMPRESSED_BIT, OFFSET, words_of
 
 _RUNS = 1 << 20

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from snaptree.images.facts import open_to_read
-from snaptree.images.mapping import look_at_point
+from snaptree.images.mover.mapping import look_at_point
 from snaptree.images.tables import (
     COMPRESSED,
     DATA,

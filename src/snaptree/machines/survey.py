@@ -160,7 +160,7 @@ def _speed(database: Database, machine: str) -> float:
 
 def measure(tree: Tree, survey: Survey, wanted: Unmeasured) -> Survey:
     """The survey with the figures of these rows and points."""
-    from snaptree.images.cost import foreseen, foreseen_point
+    from snaptree.images.mover.cost import foreseen, foreseen_point
 
     figures: dict[tuple[LayerId, ...], RowFacts] = dict(survey.rows)
     points: dict[Point, PointFacts] = dict(survey.points)

@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from snaptree.images.copying import Limiter
 from snaptree.images.locks import MachineLock
+from snaptree.images.mover.copying import Limiter
 from snaptree.qemu.running import RunningQemu
 from snaptree.running.holding import Holding
 from snaptree.running.journal import Journal

@@ -9,8 +9,8 @@ from collections.abc import Callable, Collection
 
 from snaptree.errors import CancelledError, IoError, NotFoundError, RefusedError, SnaptreeError
 from snaptree.images import durable
-from snaptree.images.copying import Limiter
 from snaptree.images.locks import MachineLock
+from snaptree.images.mover.copying import Limiter
 from snaptree.planning.live_steps import LiveMerge
 from snaptree.planning.plan import Plan
 from snaptree.planning.steps import BuildFromPoint, BuildMerged, CopyFirmware, MakeOverlay, Move, Record, Step, Unlink

@@ -8,7 +8,7 @@ from snaptree.images import durable, gate, layout, qemu_img
 from snaptree.images.facts import read_facts
 from snaptree.images.inode import inode_of
 from snaptree.images.measure import holds
-from snaptree.images.mover import Merge, merge
+from snaptree.images.mover.merging import Merge, merge
 from snaptree.planning.steps import BuildFromPoint, MakeOverlay, TakeName, Unlink
 from snaptree.running.carry.headers import repoint_file
 from snaptree.running.carry.internals import go_back, id_of, require

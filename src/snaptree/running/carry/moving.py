@@ -10,13 +10,13 @@ from typing import Any
 
 from snaptree.errors import ToolError, UnhealthyError
 from snaptree.images import durable, gate, qemu_img
-from snaptree.images.copying import Watch
 from snaptree.images.facts import read_facts
 from snaptree.images.holes import cut_tail, punch_free
 from snaptree.images.measure import hidden_ranges, holds
-from snaptree.images.mover import Merge, merge
+from snaptree.images.mover.copying import Watch
+from snaptree.images.mover.merging import Merge, merge
+from snaptree.images.mover.workers import run_together
 from snaptree.images.tail import zero_tail
-from snaptree.images.workers import run_together
 from snaptree.planning.steps import BuildMerged, Cover, Move, MoveJob, Shrink, Step
 from snaptree.qemu.daemon import StorageDaemon
 from snaptree.qemu.jobs import Commit, JobProgress, Pull, run_jobs

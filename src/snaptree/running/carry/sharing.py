@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 
 from snaptree.errors import BusyError, IoError, RefusedError
-from snaptree.images import durable, gate, sharing
+from snaptree.images import durable, gate
 from snaptree.images.facts import open_to_read
 from snaptree.images.inode import inode_of, is_still
 from snaptree.images.locks import who_has_open
-from snaptree.images.mover import Merge, merge
+from snaptree.images.mover import sharing
+from snaptree.images.mover.merging import Merge, merge
 from snaptree.images.rights import alike
 from snaptree.planning.steps import BuildMerged, PutInPlace
 from snaptree.running.carry.headers import repoint_file

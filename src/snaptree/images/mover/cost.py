@@ -8,9 +8,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from snaptree.images import sharing
-from snaptree.images.mapping import COPY, MIX, WINDOW_GRANULES, ZEROES, Mapping, Mask, Window, look_at_point, opened
 from snaptree.images.measure import measure_row
+from snaptree.images.mover import sharing
+from snaptree.images.mover.mapping import (
+    COPY,
+    MIX,
+    WINDOW_GRANULES,
+    ZEROES,
+    Mapping,
+    Mask,
+    Window,
+    look_at_point,
+    opened,
+)
 from snaptree.images.rights import can_give
 from snaptree.images.tables import COMPRESSED, COPIED_BIT, DATA, OFFSET, Allocation, Qcow2Allocation
 from snaptree.model.survey import PointFacts, RowFacts

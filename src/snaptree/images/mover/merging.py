@@ -13,12 +13,12 @@ import numpy as np
 
 from snaptree.errors import UnhealthyError
 from snaptree.images import durable
-from snaptree.images.copying import Extent, Mover, Watch
-from snaptree.images.mapping import COPY, MIX, ZEROES, Mapping, Mask, Window, look_at_point, opened
-from snaptree.images.refcounts import Numbers
-from snaptree.images.seen import read_seen
+from snaptree.images.mover.copying import Extent, Mover, Watch
+from snaptree.images.mover.mapping import COPY, MIX, ZEROES, Mapping, Mask, Window, look_at_point, opened
+from snaptree.images.mover.refcounts import Numbers
+from snaptree.images.mover.seen import read_seen
+from snaptree.images.mover.target import Target, open_target
 from snaptree.images.tables import COPIED_BIT, Allocation
-from snaptree.images.target import Target, open_target
 
 ROUND = 64 << 20
 """So much memory (bytes) the tables of a round may take: with the usual clusters they stand for 512 GiB of the disk."""

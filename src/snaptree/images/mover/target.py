@@ -18,7 +18,7 @@ import numpy.typing as npt
 from snaptree.errors import RefusedError, UnhealthyError
 from snaptree.images import durable
 from snaptree.images.header import MAX_L1_BYTES, read_internals
-from snaptree.images.refcounts import Clusters, Numbers, RefCounts
+from snaptree.images.mover.refcounts import Clusters, Numbers, RefCounts
 from snaptree.images.tables import COPIED_BIT, OFFSET, ZERO_BIT, Allocation, Places, Qcow2Allocation
 
 _SIZE_AT, _L1_AT, _AUTOCLEAR_AT = 24, 36, 88
