@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -64,7 +65,15 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its status."""
     # Loading NumPy starts a thread for each processor, for linear algebra that nobody asks for here.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    sys.exit(run(arguments))
+    status = run(arguments)
+    database = sys.modules.get("snaptree.store.database")
+    if database is not None:
+        database.close_all()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    # Taking Python and NumPy apart again takes as long as a small merge.
+    os._exit(status)
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -192,7 +192,7 @@ def _copy_range(reading: int, writing: int, at: int, length: int) -> int:
     return len(data)
 
 
-def write_all(descriptor: int, offset: int, data: bytes) -> None:
+def write_all(descriptor: int, offset: int, data: bytes | memoryview) -> None:
     """Write all of the data at the offset."""
     view = memoryview(data)
     while view:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -60,6 +61,15 @@ def _sync_folder(path: str) -> None:
         os.close(descriptor)
 
 
+_USED: weakref.WeakSet[Database] = weakref.WeakSet()
+
+
+def close_all() -> None:
+    """Close every state file that is open in this process: SQLite clears up after itself then."""
+    for each in list(_USED):
+        each.close()
+
+
 class Database:
     """The state file of one state folder.
 
@@ -73,6 +83,7 @@ class Database:
         self.folder = os.path.abspath(folder)
         self.path = os.path.join(self.folder, "state.sqlite")
         self._connection: sqlite3.Connection | None = None
+        _USED.add(self)
 
     def exists(self) -> bool:
         """Whether anything has been remembered yet.
@@ -112,6 +123,10 @@ class Database:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+    def __del__(self) -> None:
+        # The connection may be in a cycle, and outlive us until the next collection, or the end.
+        self.close()
 
     def sync(self) -> None:
         """Bring to disk what another process has committed, and was killed before it had synced it."""
