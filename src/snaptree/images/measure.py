@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from snaptree.images.facts import open_to_read
-from snaptree.images.mover.mapping import look_at_point
+from snaptree.images.mover.mapping import look_at_point, opened
 from snaptree.images.tables import (
     COMPRESSED,
     DATA,
@@ -21,7 +18,6 @@ from snaptree.images.tables import (
     Classes,
     Qcow2Allocation,
     RawAllocation,
-    open_allocation,
 )
 from snaptree.model.survey import RowFacts
 
@@ -46,18 +42,6 @@ class _Way:
     profile: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(STEPS + 1))
 
 
-@contextlib.contextmanager
-def _opened(layers: Sequence[tuple[str, str]]) -> Iterator[list[Allocation]]:
-    """The allocation of each layer, in their order, while the block lasts."""
-    with contextlib.ExitStack() as stack:
-        row: list[Allocation] = []
-        for path, image_format in layers:
-            descriptor = open_to_read(path)
-            stack.callback(os.close, descriptor)
-            row.append(open_allocation(descriptor, path, image_format))
-        yield row
-
-
 def measure_row(layers: Sequence[tuple[str, str]], below: Sequence[tuple[str, str]] = ()) -> RowFacts:
     """Count what merging the row would move, as QEMU's jobs do it.
 
@@ -68,7 +52,7 @@ def measure_row(layers: Sequence[tuple[str, str]], below: Sequence[tuple[str, st
     :param below: what the lowest stands on; it is not read.
     :raise UnhealthyError: a table is damaged.
     """
-    with _opened(layers) as row:
+    with opened(layers) as row:
         return _measure(row, has_below=bool(below))
 
 
@@ -129,7 +113,7 @@ def hidden_ranges(layers: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
     :param layers: ``(path, format)``, lowest first.
     """
     found: list[tuple[int, int]] = []
-    with _opened(layers) as row:
+    with opened(layers) as row:
         length = row[-1].virtual_size
         shortest = min(each.virtual_size for each in row[:-1])
         if shortest >= length:
@@ -168,7 +152,7 @@ def holds(target: tuple[str, str], sources: Sequence[tuple[str, str]], *, tag: s
     :param tag: the internal snapshot of the one source that is meant, not its active state.
     :raise UnhealthyError: a table is damaged.
     """
-    with _opened([target, *sources]) as (into, *row):
+    with opened([target, *sources]) as (into, *row):
         if isinstance(into, RawAllocation):
             return True
         if tag is not None:
