@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.kit import images
+from tests.kit import images, shim
 from tests.kit.guest import DISKS, Boot, Guest
 from tests.kit.qmp import Qmp
 from tests.kit.records import DISK_BYTES, read_records
@@ -139,3 +139,13 @@ def kill_all(folder: Path) -> None:
     """End every QEMU that has something of the folder: tests that fail leave some."""
     for process in processes_of(folder):
         os.kill(process, signal.SIGKILL)
+
+
+def killed_at(stage: Stage, when: int, line: str) -> bool:
+    """Run the command and kill it at its n-th call that changes a file; whether it came so far."""
+    tell = stage.folder / "tell"
+    tell.unlink(missing_ok=True)
+    process = stage.command(line, **shim.place(memory=False), **shim.environment(when, tell))
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode in (0, -signal.SIGKILL), said
+    return process.returncode != 0

@@ -5,24 +5,11 @@ The guest goes on within a second, what it had flushed is there, what is kept ho
 
 from __future__ import annotations
 
-import signal
-
 import pytest
-from tests.kit import shim
-from tests.kit.stage import Stage
+from tests.kit.stage import Stage, killed_at
 
 STALL_SECONDS = 1.5
 """A record may take no longer, whatever is killed: a second, and what an emulated guest on a busy machine adds."""
-
-
-def killed_at(stage: Stage, when: int, line: str) -> bool:
-    """Run the command and kill it at its n-th call that changes a file; whether it came so far."""
-    tell = stage.folder / "tell"
-    tell.unlink(missing_ok=True)
-    process = stage.command(line, **shim.place(memory=False), **shim.environment(when, tell))
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode in (0, -signal.SIGKILL), said
-    return process.returncode != 0
 
 
 def started_again(stage: Stage) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-
 import pytest
-from tests.kit import shim
-from tests.kit.stage import Stage
+from tests.kit.stage import Stage, killed_at
 
 
 def test_a_snapshot_holds_what_was_written_and_the_guest_runs_on(stage: Stage) -> None:
@@ -112,16 +109,6 @@ def test_qemu_refuses_and_nothing_is_left(stage: Stage) -> None:
 
 
 # ---- kills --------------------------------------------------------------------------------------------------------
-
-
-def killed_at(stage: Stage, when: int, line: str) -> bool:
-    """Run the command and kill it at its n-th call that changes a file; whether it came so far."""
-    tell = stage.folder / "tell"
-    tell.unlink(missing_ok=True)
-    process = stage.command(line, **shim.place(memory=False), **shim.environment(when, tell))
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode in (0, -signal.SIGKILL), said
-    return process.returncode != 0
 
 
 def _points(every: int) -> range:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from snaptree.model.delta import diff
-from snaptree.model.layer import LayerId, Point
+from snaptree.model.layer import LayerId
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
 from snaptree.planning.draft import Draft, is_tip, paths_of
 from snaptree.planning.live_steps import LiveJob, LiveMerge
+from snaptree.planning.merged import merged_down, to_be_known
 from snaptree.planning.plan import Plan
 from snaptree.planning.settle import settle
 from snaptree.planning.steps import Record, Step
@@ -129,15 +130,10 @@ def _steps(draft: Draft, choices: Sequence[Choice]) -> Plan:
     steps.append(LiveMerge(jobs))
     no_return = len(steps)
     for choice in choices:
-        draft.tree = _down(draft.tree, choice) if choice.down else _up(draft, choice)
+        draft.tree = merged_down(draft.tree, choice.row) if choice.down else _up(draft, choice)
     after = settle(draft.tree, draft.outsiders)
     cleanup, freed = draft.cleanup(after)
-    baseline = tuple(
-        layer.id
-        for layer in after.layers.values()
-        if layer.owned and layer.identity is None and not layer.half_merged and not is_tip(after, layer.id)
-    )
-    steps += [Record(diff(marked, after), baseline, "the merged layers are one"), *cleanup]
+    steps += [Record(diff(marked, after), to_be_known(after), "the merged layers are one"), *cleanup]
     copied = sum(choice.bytes for choice in choices)
     grown = sum(choice.grows for choice in choices)
     ways = sorted({choice.way for choice in choices})
@@ -159,26 +155,6 @@ def _steps(draft: Draft, choices: Sequence[Choice]) -> Plan:
         touches=tuple(sorted({tree.layers[each].path for choice in choices for each in choice.row})),
         estimate=True,
     )
-
-
-def _down(tree: Tree, choice: Choice) -> Tree:
-    """The tree when the lowest layer has it all: what stood on the highest stands on it, and has its name."""
-    lowest, top = tree.layers[choice.row[0]], tree.layers[choice.row[-1]]
-    merged = replace(lowest, half_merged=top.half_merged, identity=None)
-    was, now = Point(top.id), Point(lowest.id)
-    snapshots = [
-        replace(each, points={disk: now if point == was else point for disk, point in each.points.items()})
-        for each in tree.snapshots.values()
-        if was in each.points.values()
-    ]
-    branches = [
-        replace(each, tips={disk: now if point == was else point for disk, point in each.tips.items()})
-        for each in tree.branches.values()
-        if was in each.tips.values()
-    ]
-    children = [replace(tree.layers[each], parent=lowest.id, identity=None) for each in tree.children.get(top.id, ())]
-    left = tree.without_layers(frozenset(choice.row[1:])).with_layers(merged, *children)
-    return left.with_snapshots(*snapshots).with_branches(*branches)
 
 
 def _up(draft: Draft, choice: Choice) -> Tree:

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from snaptree.model.delta import diff
-from snaptree.model.layer import Layer, LayerId, Point
+from snaptree.model.layer import Layer, LayerId
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
-from snaptree.planning.draft import Draft, is_tip, paths_of
+from snaptree.planning.draft import Draft, paths_of
 from snaptree.planning.external import bound, make_external
 from snaptree.planning.health import ailments
 from snaptree.planning.live_merge import is_live, merge_live
+from snaptree.planning.merged import merged_down, to_be_known
 from snaptree.planning.plan import Plan
 from snaptree.planning.settle import settle
 from snaptree.planning.steps import (
@@ -119,12 +120,7 @@ def _steps(draft: Draft, choices: Sequence[Choice]) -> Plan:
         steps += _down(draft, choice) if choice.down else _up(draft, choice)
     after = settle(draft.tree, draft.outsiders)
     cleanup, freed = draft.cleanup(after)
-    baseline = tuple(
-        layer.id
-        for layer in after.layers.values()
-        if layer.owned and layer.identity is None and not layer.half_merged and not is_tip(after, layer.id)
-    )
-    steps += [Record(diff(marked, after), baseline, "the merged layers are one"), *cleanup]
+    steps += [Record(diff(marked, after), to_be_known(after), "the merged layers are one"), *cleanup]
     copied = sum(choice.bytes for choice in choices)
     grown = sum(choice.grows for choice in choices)
     # What is shared with a file that stays takes no room.
@@ -204,25 +200,7 @@ def _down(draft: Draft, choice: Choice) -> list[Step]:
         steps.append(Shrink(lowest.path, lowest.format, draft.files_below(lowest.id), top.virtual_size))
     children = [tree.layers[each] for each in tree.children.get(top.id, ())]
     steps += [Repoint(child.path, lowest.path, lowest.format) for child in children]
-    # Where the top itself waits for a commit to go on, so does what it is merged into.
-    merged = replace(lowest, virtual_size=top.virtual_size, half_merged=top.half_merged, identity=None)
-    was, now = Point(top.id), Point(lowest.id)
-    snapshots = [
-        replace(each, points={disk: now if point == was else point for disk, point in each.points.items()})
-        for each in tree.snapshots.values()
-        if was in each.points.values()
-    ]
-    branches = [
-        replace(each, tips={disk: now if point == was else point for disk, point in each.tips.items()})
-        for each in tree.branches.values()
-        if was in each.tips.values()
-    ]
-    draft.tree = (
-        tree.without_layers(frozenset(choice.row[1:]))
-        .with_layers(merged, *(replace(child, parent=lowest.id, identity=None) for child in children))
-        .with_snapshots(*snapshots)
-        .with_branches(*branches)
-    )
+    draft.tree = merged_down(tree, choice.row)
     return steps
 
 

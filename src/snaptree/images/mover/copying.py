@@ -88,7 +88,6 @@ class Mover:
         self.path = path
         self.watch = watch
         self.share = share
-        self._block = sharing.block_size(path) if share else 0
         self._sizes = [os.fstat(each).st_size or os.lseek(each, 0, os.SEEK_END) for each in sources]
         self._block = os.fstatvfs(target).f_bsize
         # Where it can share blocks the kernel does so, and copies nothing; where not, buffers are twice as fast.
