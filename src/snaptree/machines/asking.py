@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 from snaptree.errors import SnaptreeError, UnhealthyError
-from snaptree.machines.power import Power, monitor_of, written_by
+from snaptree.machines.power import LOOK_SECONDS, WORK_SECONDS, Power, monitor_of, written_by
 from snaptree.model.layer import Layer, LayerId
 from snaptree.model.live import OFF, RUNNING, UNKNOWN, Live
 from snaptree.model.machine import MachineConfig
@@ -15,8 +15,6 @@ from snaptree.qemu.graph import PROTOCOLS, BlockGraph, Inode, Node
 from snaptree.qemu.running import RunningQemu
 from snaptree.store.database import Database
 
-LOOK_SECONDS, WORK_SECONDS = 1.0, 5.0
-"""So long a monitor may take to greet a command that only looks, and one that changes something."""
 NEEDED = frozenset(
     ("x-debug-query-block-graph", "query-named-block-nodes", "query-block", "blockdev-snapshot", "transaction")
 )

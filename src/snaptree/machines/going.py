@@ -10,6 +10,7 @@ from snaptree.model.live import OFF, PAUSED
 from snaptree.model.tree import Tree
 from snaptree.planning.plan import Plan
 from snaptree.planning.revert import RevertRequest, SwitchRequest
+from snaptree.running.loops import within
 
 if TYPE_CHECKING:
     from snaptree.machines.standalone import Standalone
@@ -41,7 +42,7 @@ class Going:
         if state != OFF:
             from snaptree.machines import switching
 
-            await switching.launch(machine, machine.tree(), paused=state == PAUSED)
+            await within(switching.launch(machine, machine.tree(), paused=state == PAUSED))
 
 
 def going(machine: Standalone, request: object, power: Power, tree: Tree) -> Going | None:

@@ -14,6 +14,9 @@ from snaptree.model.tree import Tree
 from snaptree.qemu.dialling import dial
 from snaptree.store.database import Database
 
+LOOK_SECONDS, WORK_SECONDS = 1.0, 5.0
+"""So long a monitor may take to greet a command that only looks, and one that changes something."""
+
 
 @dataclass(frozen=True)
 class Power:

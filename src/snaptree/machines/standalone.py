@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from snaptree.errors import BusyError, NotFoundError, RefusedError
 from snaptree.images import durable
@@ -18,7 +18,7 @@ from snaptree.machines.findings import Finding
 from snaptree.machines.free import require_free, without_others
 from snaptree.machines.going import going
 from snaptree.machines.options import DiskOption
-from snaptree.machines.power import Power, silent
+from snaptree.machines.power import LOOK_SECONDS, WORK_SECONDS, Power, silent
 from snaptree.machines.survey import measure, read_survey
 from snaptree.model.layer import LayerId
 from snaptree.model.live import OFF
@@ -34,7 +34,9 @@ from snaptree.planning.plan import Plan
 from snaptree.planning.settle import loose_layers
 from snaptree.planning.unmeasured import Unmeasured
 from snaptree.planning.verbs import RenameRequest, Request, SetRequest
+from snaptree.running import loops
 from snaptree.running.journal import LogEntry, log
+from snaptree.running.loops import LoopNeededError
 from snaptree.running.pace import FREELY, Pace
 from snaptree.running.progress import Report
 from snaptree.running.progress import silent as unheard
@@ -102,7 +104,9 @@ class Standalone:
         if silent(self.database, self.config, tree):
             yield Power(OFF), None
             return
-        from snaptree.machines.asking import LOOK_SECONDS, look
+        if not loops.runs():
+            raise LoopNeededError
+        from snaptree.machines.asking import look
 
         power, qemu = await look(self.database, self.config, tree, seconds or LOOK_SECONDS)
         try:
@@ -189,11 +193,17 @@ class Standalone:
         :raise BusyError: another operation has the machine, or another process one of its images.
         :raise CancelledError: it was stopped, or ``confirm`` said no.
         """
+
+        def work() -> Coroutine[Any, Any, Plan]:
+            return self.operate(request, wait=wait, pace=pace, progress=progress, confirm=confirm, cancelled=cancelled)
+
+        if not loops.runs():
+            # Only what has nothing to do with a QEMU that runs can do without; nothing of it has begun.
+            with suppress(LoopNeededError):
+                return loops.without(work())
         import asyncio
 
-        return asyncio.run(
-            self.operate(request, wait=wait, pace=pace, progress=progress, confirm=confirm, cancelled=cancelled)
-        )
+        return asyncio.run(work())
 
     async def operate(
         self,
@@ -207,7 +217,6 @@ class Standalone:
     ) -> Plan:
         """As :meth:`run`, in an event loop that runs already."""
         from snaptree.errors import CancelledError
-        from snaptree.machines.asking import WORK_SECONDS
         from snaptree.running import executor
         from snaptree.running.holding import files_of
 
@@ -254,13 +263,15 @@ class Standalone:
 
     async def settle(self, lock: MachineLock) -> tuple[str, ...]:
         """Finish or undo what was killed, under the machine's lock."""
-        from snaptree.running import recovery
-
         if not operations.unfinished(self.database, self.name):
             return ()
+        from snaptree.running import recovery
+
         lock.extend(recovery.files_of(self.database, self.name))
         if silent(self.database, self.config, self.tree()):
             return await recovery.recover(self.database, self.name, lock)
+        if not loops.runs():
+            raise LoopNeededError
         from snaptree.machines.asking import for_recovery
 
         qemu = await for_recovery(self.database, self.config, self.tree())

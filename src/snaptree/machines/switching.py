@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from snaptree.errors import BusyError, RefusedError, SnaptreeError, ToolError, UsageError
 from snaptree.images import durable
-from snaptree.machines.asking import WORK_SECONDS, match
-from snaptree.machines.power import Power, own_monitor, written_by
+from snaptree.machines.asking import match
+from snaptree.machines.power import WORK_SECONDS, Power, own_monitor, written_by
 from snaptree.model.live import OFF, PAUSED
 from snaptree.model.machine import MachineConfig
 from snaptree.model.tree import Tree

@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from snaptree.images.locks import MachineLock
 from snaptree.images.mover.copying import Limiter
-from snaptree.qemu.running import RunningQemu
 from snaptree.running.holding import Holding
 from snaptree.running.journal import Journal
+
+if TYPE_CHECKING:
+    from snaptree.qemu.running import RunningQemu
 
 
 @dataclass

@@ -6,6 +6,7 @@ import os
 import resource
 import threading
 from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
 
 from snaptree.errors import CancelledError, IoError, NotFoundError, RefusedError, SnaptreeError
 from snaptree.images import durable
@@ -14,7 +15,6 @@ from snaptree.images.mover.copying import Limiter
 from snaptree.planning.live_steps import LiveMerge
 from snaptree.planning.plan import Plan
 from snaptree.planning.steps import BuildFromPoint, BuildMerged, CopyFirmware, MakeOverlay, Move, Record, Step, Unlink
-from snaptree.qemu.running import RunningQemu
 from snaptree.running import carry
 from snaptree.running.carry import firmware
 from snaptree.running.carry.tree import refresh
@@ -25,6 +25,9 @@ from snaptree.running.pace import FREELY, Pace, kept
 from snaptree.running.progress import Progress, Report, silent
 from snaptree.store import operations
 from snaptree.store.database import Database
+
+if TYPE_CHECKING:
+    from snaptree.qemu.running import RunningQemu
 
 
 async def run(

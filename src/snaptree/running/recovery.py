@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 from snaptree.images.locks import MachineLock
 from snaptree.planning.steps import BuildMerged, Move, PutInPlace, Record, Step, Unlink
-from snaptree.qemu.running import RunningQemu
 from snaptree.running import carry
 from snaptree.running.carry import moving, sharing
 from snaptree.running.context import Context
@@ -15,6 +15,9 @@ from snaptree.running.holding import Holding, written_by
 from snaptree.running.journal import Journal
 from snaptree.store import operations
 from snaptree.store.database import Database
+
+if TYPE_CHECKING:
+    from snaptree.qemu.running import RunningQemu
 
 DYING_SECONDS = 10.0
 """So long QEMU's programs may take to go after the snaptree that started them was killed."""

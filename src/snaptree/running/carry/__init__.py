@@ -27,7 +27,7 @@ from snaptree.planning.steps import (
     TakeName,
     Unlink,
 )
-from snaptree.running.carry import firmware, headers, internals, live, live_merge, making, sharing, tree
+from snaptree.running.carry import firmware, headers, internals, making, sharing, tree
 from snaptree.running.carry import moving as moving
 from snaptree.running.context import Context
 
@@ -64,8 +64,12 @@ async def do(step: Step, context: Context) -> None:
         case TakeName():
             making.take_name(step)
         case LiveSnapshot():
+            from snaptree.running.carry import live
+
             await live.snapshot(step, context)
         case LiveMerge():
+            from snaptree.running.carry import live_merge
+
             await live_merge.merge(step, context)
         case Unlink():
             making.unlink(step, context)
@@ -95,8 +99,12 @@ async def undo(step: Step, context: Context) -> None:
         case BuildMerged():
             sharing.unbuild(step, context)
         case LiveSnapshot():
+            from snaptree.running.carry import live
+
             await live.unsnapshot(step, context)
         case LiveMerge():
+            from snaptree.running.carry import live_merge
+
             await live_merge.unmerge(step, context)
         case _:
             pass
@@ -111,8 +119,12 @@ async def happened(steps: tuple[Step, ...], context: Context) -> bool:
     step = steps[context.journal.step] if context.journal.step >= 0 else None
     match step:
         case LiveSnapshot():
+            from snaptree.running.carry import live
+
             return await live.was_cut(step, context)
         case LiveMerge():
+            from snaptree.running.carry import live_merge
+
             return await live_merge.went_on(step, context)
         case _:
             return False

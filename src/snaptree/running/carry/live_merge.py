@@ -19,6 +19,7 @@ from snaptree.qemu.jobs import JobProgress, abandon
 from snaptree.qemu.live_jobs import Merging
 from snaptree.qemu.running import RunningQemu
 from snaptree.running.carry import headers, moving
+from snaptree.running.carry.by_qemu import bytes_moved
 from snaptree.running.carry.live import inode_at, is_top
 from snaptree.running.context import Context
 from snaptree.running.guard import PIVOT, STAY, Guard
@@ -67,7 +68,7 @@ def _reporter(step: LiveMerge, jobs: Mapping[LiveJob, Merging], context: Context
     done = sum(job.bytes for job in step.jobs if job not in jobs)
 
     def report(state: Mapping[str, JobProgress]) -> None:
-        parts = (moving.bytes_moved(_move_job(job), state.get(merging.id)) for job, merging in jobs.items())
+        parts = (bytes_moved(_move_job(job), state.get(merging.id)) for job, merging in jobs.items())
         context.moved(done + sum(parts), total)
 
     return report

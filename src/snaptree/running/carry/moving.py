@@ -6,7 +6,6 @@ import os
 import threading
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from snaptree.errors import ToolError, UnhealthyError
 from snaptree.images import durable, gate, qemu_img
@@ -18,10 +17,9 @@ from snaptree.images.mover.merging import Merge, merge
 from snaptree.images.mover.workers import run_together
 from snaptree.images.tail import zero_tail
 from snaptree.planning.steps import BuildMerged, Cover, Move, MoveJob, Shrink, Step
-from snaptree.qemu.daemon import StorageDaemon
-from snaptree.qemu.jobs import Commit, JobProgress, Pull, run_jobs
 from snaptree.running.carry.internals import mend, require
 from snaptree.running.context import Context
+from snaptree.running.loops import within
 
 
 def cover(step: Cover, context: Context) -> None:
@@ -128,26 +126,15 @@ def _move_own(job: MoveJob, tally: Tally) -> None:
 
 async def _by_qemu(jobs: Sequence[MoveJob], context: Context, tally: Tally) -> int:
     """Have QEMU's jobs move the data; how many bytes that was."""
-
-    def report(state: dict[str, JobProgress]) -> None:
-        for job in jobs:
-            tally.tell(job.name, bytes_moved(job, state.get(job.name)))
+    from snaptree.running.carry import by_qemu
 
     with context.holding.lent([path for job in jobs for path, _ in (*job.row, *job.below)]):
-        async with StorageDaemon() as daemon:
-            opened = [await _open(daemon, job, number) for number, job in enumerate(jobs)]
-            started = [_job(job, nodes) for job, nodes in zip(jobs, opened, strict=True)]
-            speed = int(context.limiter.speed / len(jobs))
-            ended = await run_jobs(daemon.qmp, started, progress=report, cancelled=tally.stopped, speed=speed)
-            for job, nodes in zip(jobs, opened, strict=True):
-                await daemon.settle(nodes[len(job.below) if job.way == "commit" else -1])
+        copied = await within(by_qemu.merge(jobs, tally.tell, tally.stopped, context.limiter.speed))
         for job in jobs:
             durable.sync_file(target_of(job)[0])
     for job in jobs:
         _require_moved(job)
-    # QEMU counts zeroes among what a commit has written.
-    counted = {job.name: max(0, ended[job.name].current - job.zeroes) for job in jobs}
-    return sum(counted[job.name] if job.way == "commit" else job.bytes for job in jobs)
+    return copied
 
 
 def require_counted(path: str, image_format: str) -> None:
@@ -173,37 +160,6 @@ def _require_moved(job: MoveJob) -> None:
             f"qemu-storage-daemon reported success, but {target[0]} has not all that was to be moved",
             "is it QEMU's program of that name?",
         )
-
-
-async def _open(daemon: StorageDaemon, job: MoveJob, number: int) -> list[dict[str, Any]]:
-    """Open the job's chain, lowest first, with nodes of its own; what each was opened with."""
-    nodes: list[dict[str, Any]] = []
-    for place, (path, image_format) in enumerate([*reversed(job.below), *job.row]):
-        below = nodes[-1]["node-name"] if nodes else None
-        nodes.append(gate.blockdev(path, image_format, f"j{number}n{place}", below, locking=False))
-        await daemon.add(nodes[-1])
-    return nodes
-
-
-def _job(job: MoveJob, nodes: list[dict[str, Any]]) -> Commit | Pull:
-    names = [node["node-name"] for node in nodes]
-    if job.way == "commit":
-        return Commit(job.name, names[-1], names[len(job.below)])
-    return Pull(job.name, names[-1], names[len(job.below) - 1] if job.below else None)
-
-
-def bytes_moved(job: MoveJob, state: JobProgress | None) -> int:
-    """How many of the job's bytes have moved.
-
-    A commit counts what it has to copy; a stream counts the guest's address range, which the job's profile turns into
-    bytes.
-    """
-    if state is None or state.total <= 0:
-        return 0
-    part = min(1.0, state.current / state.total)
-    if job.way == "commit" or not job.profile:
-        return int(job.bytes * part)
-    return job.profile[min(len(job.profile) - 1, int(part * (len(job.profile) - 1)))]
 
 
 def sources(step: Step) -> list[tuple[str, str]]:

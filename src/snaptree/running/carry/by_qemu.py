@@ -1,0 +1,67 @@
+"""Merges that QEMU's block jobs do, in a storage daemon that dies with us."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from snaptree.images import gate
+from snaptree.planning.steps import MoveJob
+from snaptree.qemu.daemon import StorageDaemon
+from snaptree.qemu.jobs import Commit, JobProgress, Pull, run_jobs
+
+
+async def merge(
+    jobs: Sequence[MoveJob], tell: Callable[[str, int], None], cancelled: Callable[[], bool], limit: float
+) -> int:
+    """Have QEMU's jobs move the data of all of them at once; how many bytes that was.
+
+    :param tell: is told of each job how many bytes it has moved so far.
+    :param limit: how many bytes a second may move in all, 0 for no limit.
+    """
+
+    def report(state: dict[str, JobProgress]) -> None:
+        for job in jobs:
+            tell(job.name, bytes_moved(job, state.get(job.name)))
+
+    async with StorageDaemon() as daemon:
+        opened = [await _open(daemon, job, number) for number, job in enumerate(jobs)]
+        started = [_job(job, nodes) for job, nodes in zip(jobs, opened, strict=True)]
+        speed = int(limit / len(jobs))
+        ended = await run_jobs(daemon.qmp, started, progress=report, cancelled=cancelled, speed=speed)
+        for job, nodes in zip(jobs, opened, strict=True):
+            await daemon.settle(nodes[len(job.below) if job.way == "commit" else -1])
+    # QEMU counts zeroes among what a commit has written.
+    counted = {job.name: max(0, ended[job.name].current - job.zeroes) for job in jobs}
+    return sum(counted[job.name] if job.way == "commit" else job.bytes for job in jobs)
+
+
+async def _open(daemon: StorageDaemon, job: MoveJob, number: int) -> list[dict[str, Any]]:
+    """Open the job's chain, lowest first, with nodes of its own; what each was opened with."""
+    nodes: list[dict[str, Any]] = []
+    for place, (path, image_format) in enumerate([*reversed(job.below), *job.row]):
+        below = nodes[-1]["node-name"] if nodes else None
+        nodes.append(gate.blockdev(path, image_format, f"j{number}n{place}", below, locking=False))
+        await daemon.add(nodes[-1])
+    return nodes
+
+
+def _job(job: MoveJob, nodes: list[dict[str, Any]]) -> Commit | Pull:
+    names = [node["node-name"] for node in nodes]
+    if job.way == "commit":
+        return Commit(job.name, names[-1], names[len(job.below)])
+    return Pull(job.name, names[-1], names[len(job.below) - 1] if job.below else None)
+
+
+def bytes_moved(job: MoveJob, state: JobProgress | None) -> int:
+    """How many of the job's bytes have moved.
+
+    A commit counts what it has to copy; a stream counts the guest's address range, which the job's profile turns into
+    bytes.
+    """
+    if state is None or state.total <= 0:
+        return 0
+    part = min(1.0, state.current / state.total)
+    if job.way == "commit" or not job.profile:
+        return int(job.bytes * part)
+    return job.profile[min(len(job.profile) - 1, int(part * (len(job.profile) - 1)))]
