@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from snaptree.images.mover.workers import run_together
+from snaptree.images.workers import run_together
 
 
 def test_all_is_done_and_helpers_help() -> None:

@@ -221,7 +221,7 @@ class Qcow2Allocation(Allocation):
         return found.reshape(-1)
 
     def _require_inside(self, offsets: Places) -> None:
-        if len(offsets) and (int(offsets.max()) >= self.file_size or np.any(offsets % np.uint64(self.cluster))):
+        if len(offsets) and (int(offsets.max()) >= self.file_size or np.any(offsets & np.uint64(self.cluster - 1))):
             raise self._bad("an L2 entry points outside the file")
 
 

@@ -43,33 +43,39 @@ def log(database: Database, machine: str) -> tuple[LogEntry, ...]:
 class Journal:
     """What the executor tells of one operation. Every method returns when its word is on disk.
 
-    Identities of frozen layers that a step has written to are kept together with the word that the next step begins: a
-    crash between the two repeats the step, and with it the reading of the identity.
+    Each word is a sync, so that what belongs together is one. What ``remember`` and ``keep`` are told goes with the
+    word that the next step begins: a crash between the two repeats the step, and with it what it has found out. The
+    first step begins with the operation, and after a change of the tree, which is on disk when it is done, the next
+    step begins with it, or the operation ends.
     """
 
-    def __init__(self, database: Database, machine: str, operation: int, token: str) -> None:
+    def __init__(self, database: Database, machine: str, operation: int, token: str, step: int = 0) -> None:
         self.database = database
         self.machine = machine
         self.operation = operation
         self.token = token
-        self.step = -1
+        self.step = step
         self.moved = 0
         self._identities: dict[LayerId, Identity] = {}
+        self._notes: list[tuple[int, str, str]] = []
+        self._last: int | None = None
+        self._ended = False
 
     @classmethod
     def begin(cls, database: Database, machine: str, plan: Plan) -> Journal:
-        """Put the plan into the journal."""
+        """Put the plan into the journal; its first step is about to be taken."""
         now = time.time()
         with database.transaction() as connection:
             number = operations.begin(connection, machine, plan, now)
-        return cls(database, machine, number, token_of(number, now))
+        journal = cls(database, machine, number, token_of(number, now))
+        journal._last = len(plan.steps) - 1
+        return journal
 
     @classmethod
     def resume(cls, database: Database, operation: operations.Operation) -> Journal:
         """Go on with an operation that was killed."""
-        journal = cls(database, operation.machine, operation.id, token_of(operation.id, operation.started))
-        journal.step = operation.step
-        return journal
+        token = token_of(operation.id, operation.started)
+        return cls(database, operation.machine, operation.id, token, operation.step)
 
     def layer(self, number: LayerId) -> Layer | None:
         """One layer of the stored tree."""
@@ -89,6 +95,8 @@ class Journal:
 
     def take(self, step: int) -> None:
         """A step is about to be taken."""
+        if step == self.step and not (self._identities or self._notes):
+            return
         with self.database.transaction() as connection:
             self._flush(connection)
             operations.take_step(connection, self.operation, step)
@@ -96,6 +104,8 @@ class Journal:
 
     def end(self, state: str, detail: str = "") -> None:
         """The operation has come to an end."""
+        if self._ended and state == operations.DONE:
+            return
         with self.database.transaction() as connection:
             self._flush(connection)
             operations.end(connection, self.operation, state, time.time(), self.moved, detail)
@@ -104,10 +114,17 @@ class Journal:
         """Keep, with the next word, what a frozen layer looks like now."""
         self._identities[layer] = identity
 
+    def keep(self, path: str, value: str) -> None:
+        """Keep, with the next word, what later steps must know of a file that this one has worked on."""
+        self._notes.append((self.step, path, value))
+
     def _flush(self, connection: sqlite3.Connection) -> None:
         for layer, identity in self._identities.items():
             trees.put_identity(connection, self.machine, layer, identity)
         self._identities.clear()
+        for step, path, value in self._notes:
+            operations.put_note(connection, self.operation, step, path, value)
+        self._notes.clear()
 
     def record(self, step: Record, identities: dict[LayerId, Identity]) -> None:
         """Change the tree."""
@@ -116,6 +133,14 @@ class Journal:
             trees.apply_delta(connection, self.machine, step.delta)
             for layer, identity in identities.items():
                 trees.put_identity(connection, self.machine, layer, identity)
+            if self._last is None:
+                return
+            if self.step < self._last:
+                operations.take_step(connection, self.operation, self.step + 1)
+            else:
+                operations.end(connection, self.operation, operations.DONE, time.time(), self.moved)
+        self._ended = self.step == self._last
+        self.step = min(self.step + 1, self._last)
 
     def register(self, step: Register, *, new: bool) -> None:
         """Remember a machine."""

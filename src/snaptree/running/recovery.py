@@ -50,8 +50,7 @@ async def _settle(
     holding = Holding(patience=DYING_SECONDS, spared=await qemu.open_files() if qemu is not None else ())
     context = Context(journal, holding, lock, recovering=True, qemu=qemu)
     try:
-        back = operation.step < operation.no_return or operation.step < 0
-        if back and not await carry.happened(steps, context):
+        if operation.step < operation.no_return and not await carry.happened(steps, context):
             begun = steps[: operation.step + 1]
             holding.take_steps(begun)
             state = await undo_all(begun, context, "it was killed and has been recovered")

@@ -15,7 +15,7 @@ RUNNING, DONE, UNDONE, PAUSED = "running", "done", "undone", "paused"
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One operation as the journal has it. ``step`` is the one that was being taken, -1 before the first."""
+    """One operation as the journal has it. ``step`` is the one that was being taken."""
 
     id: int
     machine: str
@@ -44,10 +44,10 @@ _COLUMNS = "id, machine, operation, summary, no_return, way, state, step, starte
 
 
 def begin(connection: sqlite3.Connection, machine: str, plan: Plan, now: float) -> int:
-    """Put a plan into the journal, before its first step; the number of the operation."""
+    """Put a plan into the journal, whose first step is about to be taken; the number of the operation."""
     cursor = connection.execute(
         "INSERT INTO operation (machine, operation, summary, steps, no_return, way, state, step, started)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, -1, ?)",
+        " VALUES (?, ?, ?, ?, ?, ?, ?, 0, ?)",
         (machine, plan.operation, plan.summary, dump(plan.steps), plan.point_of_no_return, plan.way, RUNNING, now),
     )
     assert cursor.lastrowid is not None

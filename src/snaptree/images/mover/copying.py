@@ -20,8 +20,8 @@ from functools import partial
 from snaptree.errors import CancelledError, IoError
 from snaptree.images import durable
 from snaptree.images.mover import sharing
-from snaptree.images.mover.workers import run_together
 from snaptree.images.tables import data_ranges
+from snaptree.images.workers import run_together
 
 PIECE = 8 << 20
 """So much is copied by one call, and so often it is looked whether to stop, in bytes."""

@@ -116,7 +116,7 @@ async def happened(steps: tuple[Step, ...], context: Context) -> bool:
     What QEMU does is done at one instant that we may not have lived to see. Then the operation goes forward from there:
     the step is taken once more, and finds that it is done.
     """
-    step = steps[context.journal.step] if context.journal.step >= 0 else None
+    step = steps[context.journal.step]
     match step:
         case LiveSnapshot():
             from snaptree.running.carry import live

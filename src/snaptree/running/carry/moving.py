@@ -14,8 +14,8 @@ from snaptree.images.holes import cut_tail, punch_free
 from snaptree.images.measure import hidden_ranges, holds
 from snaptree.images.mover.copying import Watch
 from snaptree.images.mover.merging import Merge, merge
-from snaptree.images.mover.workers import run_together
 from snaptree.images.tail import zero_tail
+from snaptree.images.workers import run_together
 from snaptree.planning.steps import BuildMerged, Cover, Move, MoveJob, Shrink, Step
 from snaptree.running.carry.internals import mend, require
 from snaptree.running.context import Context
@@ -178,7 +178,7 @@ def sources(step: Step) -> list[tuple[str, str]]:
 def note_sources(step: Step, context: Context) -> None:
     """Keep what the tops look like now."""
     for path, looks in sources(step):
-        context.journal.note(path, looks)
+        context.journal.keep(path, looks)
 
 
 def target_of(job: MoveJob) -> tuple[str, str]:
