@@ -91,6 +91,9 @@ def put_in_place(step: PutInPlace, context: Context) -> None:
             f"{temporary}, which was to take the place of {step.path}, is gone",
             "nothing is lost, since its sources are there; was it removed by hand?",
         )
+    else:
+        # Who was killed had put it in place, but perhaps not come to have that on disk.
+        durable.sync_folder(step.path)
 
 
 def unbuild(step: BuildMerged, context: Context) -> None:
