@@ -236,8 +236,11 @@ def _take(descriptor: int, *, writable: bool) -> bool:
     return True
 
 
-def who_has_open(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """The other processes that have each file open, as ``name (pid)``, as far as we may see them."""
+def who_has_open(paths: Iterable[str], besides: int = 0) -> dict[str, tuple[str, ...]]:
+    """The other processes that have each file open, as ``name (pid)``, as far as we may see them.
+
+    :param besides: a process that may.
+    """
     wanted: dict[tuple[int, int], str] = {}
     for path in paths:
         try:
@@ -247,7 +250,7 @@ def who_has_open(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
         wanted[status.st_dev, status.st_ino] = path
     found: dict[str, list[str]] = {}
     for process in os.listdir("/proc"):
-        if not process.isdigit() or int(process) == os.getpid():
+        if not process.isdigit() or int(process) in (os.getpid(), besides):
             continue
         for path in _open_files(process, wanted):
             found.setdefault(path, []).append(f"{_name_of(process)} ({process})")

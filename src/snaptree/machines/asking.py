@@ -12,6 +12,7 @@ from snaptree.model.live import OFF, RUNNING, UNKNOWN, Live
 from snaptree.model.machine import MachineConfig
 from snaptree.model.tree import Tree
 from snaptree.qemu.graph import PROTOCOLS, BlockGraph, Inode, Node
+from snaptree.qemu.options import options_of
 from snaptree.qemu.running import RunningQemu
 from snaptree.store.database import Database
 
@@ -62,7 +63,9 @@ async def _asked(qemu: RunningQemu, tree: Tree, writer: str, name: str) -> tuple
             return Power(OFF, None, f"the QEMU at {qemu.path} runs another machine"), None
         nodes = match(graph, tree, qemu.path)
         state = await qemu.state()
-        return Power(state, Live(state, qemu.pid, frozenset(nodes), commands)), qemu
+        words = qemu.command_line()
+        known = {layer for layer, node in nodes.items() if options_of(graph, node, words) is not None}
+        return Power(state, Live(state, qemu.pid, frozenset(nodes), commands, frozenset(known))), qemu
     except SnaptreeError as error:
         await qemu.close()
         return Power(UNKNOWN, None, error.message, error.hint), None

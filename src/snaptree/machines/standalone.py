@@ -30,6 +30,7 @@ from snaptree.planning.accept import AcceptRequest
 from snaptree.planning.adopt import AttachRequest
 from snaptree.planning.health import Ailment, ailments
 from snaptree.planning.live import require_possible
+from snaptree.planning.naming import renamed_roots
 from snaptree.planning.plan import Plan
 from snaptree.planning.settle import loose_layers
 from snaptree.planning.unmeasured import Unmeasured
@@ -139,6 +140,10 @@ class Standalone:
         waiting = [
             f"{tree.layers[number].path} waits to be merged ('snaptree gc {self.name}')"
             for number in sorted(loose_layers(tree, outsiders))
+        ]
+        waiting += [
+            f"{root.path} gets the name {tree.roots[disk][0]} back when the machine has stopped"
+            for disk, root in renamed_roots(tree).items()
         ]
         return (*self.unfinished(), *waiting)
 

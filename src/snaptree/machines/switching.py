@@ -21,7 +21,9 @@ from snaptree.model.live import OFF, PAUSED
 from snaptree.model.machine import MachineConfig
 from snaptree.model.tree import Tree
 from snaptree.planning.health import ailments, require_whole
+from snaptree.planning.naming import renamed_roots
 from snaptree.planning.plan import Plan
+from snaptree.planning.verbs import PutBackRequest
 from snaptree.qemu import launching
 from snaptree.qemu.launching import Chain
 from snaptree.qemu.running import RunningQemu
@@ -137,7 +139,10 @@ def stop(machine: Standalone, *, seconds: float, force: bool = False, wait: floa
     :raise RefusedError: it is paused, so that it cannot hear us.
     :raise BusyError: its monitor tells us nothing, or another operation has the machine.
     """
-    return asyncio.run(_stop(machine, seconds, wait, force=force))
+    said = asyncio.run(_stop(machine, seconds, wait, force=force))
+    if renamed_roots(machine.tree()):
+        machine.run(PutBackRequest(), wait=wait)
+    return said
 
 
 async def _stop(machine: Standalone, seconds: float, wait: float, *, force: bool) -> str:

@@ -14,10 +14,11 @@ class Live:
     """The QEMU that has the active tips open.
 
     ``state`` is ``running`` or ``paused``. ``open`` are the layers that it has open, tips and all beneath them;
-    ``commands`` what its monitor can be asked for.
+    of ``reopenable`` it is known how it has opened them. ``commands`` is what its monitor can be asked for.
     """
 
     state: str
     pid: int
     open: frozenset[LayerId] = frozenset()
     commands: frozenset[str] = frozenset()
+    reopenable: frozenset[LayerId] = frozenset()

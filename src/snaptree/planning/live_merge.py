@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from snaptree.model.delta import diff
 from snaptree.model.layer import LayerId
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
+from snaptree.planning import live_swap
 from snaptree.planning.draft import Draft, is_tip, paths_of
 from snaptree.planning.live_steps import LiveJob, LiveMerge
 from snaptree.planning.merged import merged_down, to_be_known
@@ -31,8 +32,10 @@ def is_live(survey: Survey, row: Row) -> bool:
     return survey.live is not None and row[-1] in survey.live.open
 
 
-def merge_live(draft: Draft, rows: Sequence[Row], way: str) -> Plan:
-    """The plan that merges these rows, one of each disk at the most.
+def merge_live(draft: Draft, rows: Sequence[Row], way: str) -> tuple[Plan, ...]:
+    """The plans that merge these rows, one of each disk at the most.
+
+    What is shared is shared first. Into the running tip it takes three: the guest goes on in an overlay meanwhile.
 
     :raise NoSpaceError: there is no room for the data.
     """
@@ -48,10 +51,26 @@ def merge_live(draft: Draft, rows: Sequence[Row], way: str) -> Plan:
             choices.append(choice)
     require_room(draft, choices)
     if not choices:
-        return Plan(
-            "merge", "merge nothing", (), 0, draft.tree, notes=tuple(draft.notes), paths_after=paths_of(draft.tree)
-        )
-    return _steps(draft, choices)
+        nothing = Plan("merge", "merge nothing", (), 0, draft.tree, paths_after=paths_of(draft.tree))
+        return (replace(nothing, notes=tuple(draft.notes)),)
+    plans: list[Plan] = []
+    shared = [choice for choice in choices if choice.way == "reflink"]
+    frozen = [choice.row for choice in shared if is_tip(draft.tree, choice.row[-1])]
+    over: Mapping[Row, LayerId] = {}
+    if frozen:
+        plan, over = live_swap.freeze(draft, frozen)
+        plans.append(plan)
+        draft = _after(draft, plan)
+    if shared:
+        plans.append(live_swap.swap(draft, shared, over))
+        draft = _after(draft, plans[-1])
+    moved = [choice for choice in choices if choice.way != "reflink"]
+    moved += [live_swap.back(row, layer) for row, layer in over.items()]
+    return (*plans, _steps(draft, moved)) if moved else tuple(plans)
+
+
+def _after(draft: Draft, plan: Plan) -> Draft:
+    return Draft(plan.after, draft.survey, sick=draft.ailments)
 
 
 def _choose(draft: Draft, row: Row, way: str) -> Choice | str:
@@ -62,19 +81,18 @@ def _choose(draft: Draft, row: Row, way: str) -> Choice | str:
     """
     tree = draft.tree
     closed = dict(obstacles(draft, row))
-    # QEMU's own jobs move all data; what can be shared is not shared while the machine runs.
     reason = _uneven(draft, row)
     if reason:
         closed |= {"commit": closed.get("commit") or reason, "pull": closed.get("pull") or reason}
+    if reason := live_swap.obstacle(draft, row, closed):
+        closed["reflink"] = reason
     rooted = is_owned_root(tree, row[0])
     if rooted and "pull" not in closed and len(tree.children.get(row[0], ())) == 1:
         closed["pull"] = (
             f"{tree.layers[row[0]].path} is the root, and its name stays unless --merge pull says otherwise: "
             "nothing is renamed while the machine runs"
         )
-    if way == "reflink":
-        draft.notes.append("blocks are not shared while the machine runs: its data is copied")
-    asked = ("commit", "pull") if way in ("auto", "reflink") else (way,)
+    asked = ("commit", "pull", "reflink") if way == "auto" else (way,)
     if way != "auto":
         for each in asked:
             open_as_asked(draft, row, each, closed)
@@ -84,7 +102,13 @@ def _choose(draft: Draft, row: Row, way: str) -> Choice | str:
         reasons = dict.fromkeys(closed[each] for each in asked)
         return f"{tree.layers[row[0]].path} stays as it is: {'; '.join(reasons)}"
     into_tip = is_tip(tree, row[-1])
-    return min(choices, key=lambda choice: (into_tip and choice.down, choice.bytes, choice.down != rooted))
+
+    def dearness(choice: Choice) -> tuple[bool, int, bool, bool]:
+        shares = choice.way == "reflink"
+        worth = choice.bytes + (live_swap.NOT_WORTH if shares and into_tip else 0)
+        return into_tip and choice.down and "pull" not in closed, worth, shares, choice.down != rooted
+
+    return min(choices, key=dearness)
 
 
 def _uneven(draft: Draft, row: Row) -> str:

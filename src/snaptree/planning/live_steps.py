@@ -102,3 +102,57 @@ class LiveMerge:
             for job in self.jobs
         ]
         return "; ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """One disk of a live swap: what was built takes the place of ``row[-1]``, under ``child``, on ``below``.
+
+    ``row`` is lowest first, ``below`` what its lowest stands on, nearest first.
+    """
+
+    disk: str
+    row: tuple[File, ...]
+    below: tuple[File, ...]
+    child: File
+
+    @property
+    def upper(self) -> str:
+        """The file that is replaced."""
+        return self.row[-1][0]
+
+
+@dataclass(frozen=True, slots=True)
+class LiveSwap:
+    """Have a running machine's QEMU read what was built, under its hidden name, instead of the row.
+
+    It comes before the rename: what QEMU refuses it refuses while nothing has changed.
+    """
+
+    kind: ClassVar[str] = "live-swap"
+    crash: ClassVar[str] = (
+        "QEMU reads the row or what was built of it, which shows the same; recovery has it read the row again"
+    )
+
+    swaps: tuple[Swap, ...]
+
+    @property
+    def summary(self) -> str:
+        return "have QEMU read what was built instead of " + ", ".join(each.upper for each in self.swaps)
+
+
+@dataclass(frozen=True, slots=True)
+class LiveSettle:
+    """Have a running machine's QEMU open what is in place now by its name, and close what was merged."""
+
+    kind: ClassVar[str] = "live-settle"
+    crash: ClassVar[str] = (
+        "QEMU has the merged file open under its hidden name of before or under its own; recovery goes on until it has "
+        "it under its own"
+    )
+
+    swaps: tuple[Swap, ...]
+
+    @property
+    def summary(self) -> str:
+        return "have QEMU open " + ", ".join(each.upper for each in self.swaps) + " by name, and close what was merged"

@@ -69,9 +69,9 @@ def plan_merges(
             if is_live(survey, row) == live and tree.layers[row[0]].disk not in taken:
                 batch.append(row)
                 waiting.remove(row)
-        plan = (merge_live if live else _merge)(Draft(tree, survey, sick=sick), batch, way)
-        plans.append(plan)
-        tree = plan.after
+        draft = Draft(tree, survey, sick=sick)
+        plans += merge_live(draft, batch, way) if live else (_merge(draft, batch, way),)
+        tree = plans[-1].after
         renamed = {gone: stays for row in batch for gone, stays in _merged_into(row, tree)}
         waiting = [tuple(dict.fromkeys(renamed.get(each, each) for each in row)) for row in waiting]
     return tuple(plan for plan in plans if plan.steps or plan.notes)

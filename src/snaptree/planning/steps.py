@@ -13,7 +13,7 @@ from snaptree.model.delta import Delta
 from snaptree.model.layer import LayerId
 from snaptree.model.machine import MachineConfig
 from snaptree.model.sizes import readable
-from snaptree.planning.live_steps import LiveMerge, LiveSnapshot
+from snaptree.planning.live_steps import LiveMerge, LiveSettle, LiveSnapshot, LiveSwap
 
 File: TypeAlias = tuple[str, str]
 """One image in a chain: ``(path, format)``."""
@@ -249,6 +249,8 @@ class PutInPlace:
     crash: ClassVar[str] = "the path names the file of before or the merged one; what stands on it shows the same"
 
     path: str
+    live: bool = False
+    """Whether the machine's QEMU has the file open that it replaces: it goes over to what was built."""
 
     @property
     def summary(self) -> str:
@@ -378,6 +380,8 @@ Step: TypeAlias = (
     | TakeName
     | LiveSnapshot
     | LiveMerge
+    | LiveSwap
+    | LiveSettle
     | Record
     | Unlink
     | RemoveFirmware
@@ -401,6 +405,8 @@ STEPS: tuple[type[Step], ...] = (
     TakeName,
     LiveSnapshot,
     LiveMerge,
+    LiveSwap,
+    LiveSettle,
     Record,
     Unlink,
     RemoveFirmware,

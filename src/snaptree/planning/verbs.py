@@ -9,7 +9,7 @@ from snaptree.model.machine import MachineConfig
 from snaptree.model.sizes import readable
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
-from snaptree.planning import accept, adopt, create, delete, revert, sweep
+from snaptree.planning import accept, adopt, create, delete, naming, revert, sweep
 from snaptree.planning.draft import paths_of
 from snaptree.planning.plan import Plan
 from snaptree.planning.steps import Register, Step, Unlink
@@ -39,6 +39,11 @@ class GcRequest:
 
 
 @dataclass(frozen=True)
+class PutBackRequest:
+    """What a stop leaves to be done: roots get their names back."""
+
+
+@dataclass(frozen=True)
 class SetRequest:
     """``snaptree set NAME …``: what is remembered of the machine besides its tree."""
 
@@ -64,6 +69,7 @@ Request: TypeAlias = (
     | sweep.SquashRequest
     | DeleteBranchRequest
     | GcRequest
+    | PutBackRequest
     | RemoveRequest
     | RenameRequest
     | SetRequest
@@ -108,6 +114,8 @@ def plan(tree: Tree, survey: Survey, request: Request) -> Plan:
             return sweep.squash(tree, survey, request)
         case GcRequest():
             return _gc(tree, survey, request)
+        case PutBackRequest():
+            return naming.put_back(tree, survey) or Plan("name", "nothing to rename", (), 0, tree)
         case adopt.AttachRequest():
             return adopt.attach(tree, survey, request)
         case adopt.DetachRequest():
@@ -133,7 +141,8 @@ def _gc(tree: Tree, survey: Survey, request: GcRequest) -> Plan:
     for outsider in survey.outsiders:
         below = tree.layers[outsider.layer].path
         notes.append(f"{outsider.what} stands on {below} and is not in the tree: both are left alone")
-    merges = sweep.gc(tree, survey)
+    named = naming.put_back(tree, survey) if survey.live is None else None
+    merges = sweep.gc(named.after if named is not None else tree, survey)
     return Plan(
         operation="gc",
         summary="finish merges that wait" + (" and remove what nothing needs" if steps else ""),
@@ -143,7 +152,7 @@ def _gc(tree: Tree, survey: Survey, request: GcRequest) -> Plan:
         frees_bytes=sum(stray.allocated for stray in survey.strays if stray.made and request.delete),
         paths_after=paths_of(tree),
         notes=tuple(notes),
-        then=merges,
+        then=(*([named] if named is not None else []), *merges),
     )
 
 

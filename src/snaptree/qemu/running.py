@@ -98,6 +98,14 @@ class RunningQemu:
         graph = await self.graph()
         return frozenset(node.inode for node in graph.nodes.values() if node.inode is not None)
 
+    def command_line(self) -> tuple[str, ...]:
+        """The words that started it; none when we may not know them."""
+        try:
+            with open(f"/proc/{self.pid}/cmdline", "rb") as file:
+                return tuple(os.fsdecode(word) for word in file.read().split(b"\0"))
+        except OSError:
+            return ()
+
     def _working_folder(self) -> str:
         if self._folder is None:
             try:

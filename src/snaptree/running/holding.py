@@ -118,7 +118,8 @@ class Holding:
         for step in steps:
             for path in written_by(step):
                 # What nothing needs any more may still be open there: it is let go before it is removed.
-                if not isinstance(step, Unlink | LiveMerge) and _inode(path) in self._spared:
+                goes_over = isinstance(step, PutInPlace) and step.live
+                if not (isinstance(step, Unlink | LiveMerge) or goes_over) and _inode(path) in self._spared:
                     raise self._busy(path)
             written.update(dict.fromkeys(written_by(step)))
             read.update(dict.fromkeys(read_by(step)))

@@ -14,7 +14,7 @@ from snaptree.model.layer import Identity, Layer, Point
 from snaptree.model.machine import MachineConfig
 from snaptree.model.memory import Memory
 from snaptree.model.snapshot import FirmwareFile, Snapshot
-from snaptree.planning.live_steps import Cut, LiveJob
+from snaptree.planning.live_steps import Cut, LiveJob, Swap
 from snaptree.planning.steps import STEPS, MoveJob, Step
 
 _CLASSES: dict[str, type[Any]] = {
@@ -32,6 +32,7 @@ _CLASSES: dict[str, type[Any]] = {
         MoveJob,
         Point,
         Snapshot,
+        Swap,
         *STEPS,
     )
 }

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from snaptree.planning.live_steps import LiveMerge, LiveSnapshot
+from snaptree.planning.live_steps import LiveMerge, LiveSettle, LiveSnapshot, LiveSwap
 from snaptree.planning.steps import (
     ApplyInternal,
     BuildFromPoint,
@@ -71,6 +71,14 @@ async def do(step: Step, context: Context) -> None:
             from snaptree.running.carry import live_merge
 
             await live_merge.merge(step, context)
+        case LiveSwap():
+            from snaptree.running.carry import live_swap
+
+            await live_swap.swap(step, context)
+        case LiveSettle():
+            from snaptree.running.carry import live_swap
+
+            await live_swap.settle(step, context)
         case Unlink():
             making.unlink(step, context)
         case Record():
@@ -106,6 +114,10 @@ async def undo(step: Step, context: Context) -> None:
             from snaptree.running.carry import live_merge
 
             await live_merge.unmerge(step, context)
+        case LiveSwap():
+            from snaptree.running.carry import live_swap
+
+            await live_swap.unswap(step, context)
         case _:
             pass
 

@@ -42,7 +42,7 @@ def build(step: BuildMerged, context: Context) -> None:
     durable.sync_file(temporary)
     # Its name, too: whether it has taken the other's place is told from which of the two is there.
     durable.sync_folder(temporary)
-    _require_replaceable(step.path)
+    _require_replaceable(step.path, context.qemu.pid if context.qemu is not None else 0)
     note_sources(step, context)
 
 
@@ -56,8 +56,10 @@ def _copy(path: str, temporary: str) -> None:
         os.close(source)
 
 
-def _require_replaceable(path: str) -> None:
+def _require_replaceable(path: str, qemu: int) -> None:
     """Refuse to put another file in the place of one that is known elsewhere by its inode.
+
+    :param qemu: the process of the machine's own QEMU, which goes over to what was built.
 
     :raise RefusedError: it has other names.
     :raise BusyError: another process has it open.
@@ -66,7 +68,7 @@ def _require_replaceable(path: str) -> None:
         links = os.lstat(path).st_nlink
     if links > 1:
         raise RefusedError(f"{path} has {links} names (hard links)", "the others would go on naming the old file")
-    who = who_has_open((path,)).get(path)
+    who = who_has_open((path,), qemu).get(path)
     if who:
         raise BusyError(f"{path} is open by {', '.join(who)}", "stop the program that uses it, then try again")
 
@@ -84,7 +86,9 @@ def put_in_place(step: PutInPlace, context: Context) -> None:
     if os.path.lexists(temporary):
         # Nobody may come upon it unlocked: it has the name that others know in the next moment.
         context.lock.extend([temporary])
-        context.holding.take_new(temporary)
+        if not step.live or context.qemu is None:
+            # Otherwise QEMU reads it already, and has it locked.
+            context.holding.take_new(temporary)
         durable.replace(temporary, step.path)
     elif not is_ready(step, context.journal):
         raise IoError(

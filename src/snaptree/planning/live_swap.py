@@ -1,0 +1,135 @@
+"""Merging by shared blocks what a running machine has open: a merged file takes a layer's place under its QEMU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from snaptree.model.delta import diff
+from snaptree.model.layer import LayerId, Point
+from snaptree.model.survey import RowFacts
+from snaptree.model.tree import MAX_CHAIN, Tree
+from snaptree.planning.draft import Draft, is_tip, paths_of
+from snaptree.planning.live_steps import Cut, LiveSettle, LiveSnapshot, LiveSwap, Swap
+from snaptree.planning.merged import to_be_known
+from snaptree.planning.plan import Plan
+from snaptree.planning.settle import settle
+from snaptree.planning.steps import BuildMerged, PutInPlace, Record, Step
+from snaptree.planning.ways import Choice, Row, is_owned_root, rootless
+
+SHARING_SECONDS = 50e-6
+"""What sharing one run of clusters takes, for an estimate."""
+SWAP_SECONDS, CUT_SECONDS = 0.02, 0.02
+"""So long a guest's disk waits while QEMU goes over to another file beneath it, or to a new overlay."""
+NOT_WORTH = 16 << 20
+"""As many bytes are copied into the running tip rather than that the guest goes over to another file and back."""
+
+
+def obstacle(draft: Draft, row: Row, closed: Mapping[str, str]) -> str:
+    """Why the row cannot be merged by shared blocks under the running machine; empty when it can."""
+    tree, live = draft.tree, draft.survey.live
+    assert live is not None
+    reason = closed.get("reflink up", "")
+    if reason and not rootless(reason):
+        return reason
+    if "blockdev-reopen" not in live.commands:
+        return "its QEMU does not know blockdev-reopen"
+    tip = is_tip(tree, row[-1])
+    above = [each for each in tree.children.get(row[-1], ()) if each in live.open]
+    if tip and len(list(tree.chain(row[-1]))) >= MAX_CHAIN:
+        return f"the chain under {tree.layers[row[-1]].path} is as deep as it may be"
+    for each in (row[-1], *above):
+        if each not in live.reopenable:
+            return f"how its QEMU has opened {tree.layers[each].path} is not known, so that it cannot be reopened"
+    return ""
+
+
+def freeze(draft: Draft, rows: Sequence[Row]) -> tuple[Plan, Mapping[Row, LayerId]]:
+    """The plan that lets the guest go on in new overlays, so that its tips can be merged; and which overlay is on which
+    row.
+    """
+    branch = draft.tree.active_branch
+    tips, over, cuts = dict(branch.tips), dict[Row, LayerId](), list[Cut]()
+    for row in rows:
+        layer = draft.tree.layers[row[-1]]
+        new = draft.stack(layer.id, "merging", f"merge into {layer.path}")
+        tips[layer.disk], over[row] = Point(new.id), new.id
+        cuts.append(Cut(layer.disk, layer.path, new.path))
+    draft.prepare.append(LiveSnapshot(tuple(cuts)))
+    draft.pause = CUT_SECONDS
+    draft.tree = draft.tree.with_branches(replace(branch, tips=tips))
+    paths = ", ".join(cut.tip for cut in cuts)
+    return draft.conclude("merge", f"let the guest go on beside {paths}", "the guest goes on beside"), over
+
+
+def swap(draft: Draft, choices: Sequence[Choice], over: Mapping[Row, LayerId]) -> Plan:
+    """The plan that builds the merged files and puts them in place of the rows' highest layers.
+
+    :param over: overlays that have only just been made on rows.
+    """
+    tree = draft.tree
+    swaps = tuple(_swap(draft, choice, over) for choice in choices)
+    steps: list[Step] = [_build(choice, each) for choice, each in zip(choices, swaps, strict=True)]
+    steps.append(LiveSwap(swaps))
+    no_return = len(steps)
+    steps += [PutInPlace(each.upper, live=True) for each in swaps]
+    steps.append(LiveSettle(swaps))
+    for choice in choices:
+        draft.tree = _up(draft, choice)
+    after = settle(draft.tree, draft.outsiders)
+    cleanup, freed = draft.cleanup(after)
+    steps += [Record(diff(tree, after), to_be_known(after), "the merged layers are one"), *cleanup]
+    copied, grown = sum(choice.bytes for choice in choices), sum(choice.grows for choice in choices)
+    extents = sum(choice.extents for choice in choices)
+    return Plan(
+        operation="merge",
+        summary="merge " + ", ".join(tree.layers[choice.row[0]].path for choice in choices) + " in the running machine",
+        steps=tuple(steps),
+        point_of_no_return=no_return,
+        after=after,
+        bytes_to_copy=copied,
+        peak_extra_bytes=grown,
+        frees_bytes=freed - grown,
+        seconds=0.1 + extents * SHARING_SECONDS,
+        guest_pause=SWAP_SECONDS,
+        way="reflink",
+        cancel="undoes",
+        paths_after=paths_of(after),
+        notes=tuple(draft.notes),
+        touches=tuple(sorted({tree.layers[each].path for choice in choices for each in choice.row})),
+        estimate=True,
+    )
+
+
+def back(row: Row, over: LayerId) -> Choice:
+    """The commit of what the overlay has gathered meanwhile into the merged tip."""
+    return Choice((row[-1], over), "commit", RowFacts(0, 0, 0, 0, 0), down=True)
+
+
+def _swap(draft: Draft, choice: Choice, over: Mapping[Row, LayerId]) -> Swap:
+    tree, live = draft.tree, draft.survey.live
+    assert live is not None
+    layers = [tree.layers[each] for each in choice.row]
+    child = over.get(choice.row)
+    if child is None:
+        (child,) = (each for each in tree.children.get(choice.row[-1], ()) if each in live.open)
+    return Swap(
+        disk=layers[0].disk,
+        row=tuple((layer.path, layer.format) for layer in layers),
+        below=draft.files_below(choice.row[0]),
+        child=(tree.layers[child].path, tree.layers[child].format),
+    )
+
+
+def _build(choice: Choice, swap: Swap) -> BuildMerged:
+    return BuildMerged(swap.upper, swap.row, swap.below, choice.moves - choice.bytes, choice.bytes)
+
+
+def _up(draft: Draft, choice: Choice) -> Tree:
+    """The tree when the merged file is in the highest layer's place. The root gets its name back later."""
+    tree = draft.tree
+    lowest, top = tree.layers[choice.row[0]], tree.layers[choice.row[-1]]
+    pulled = tree.with_layers(replace(top, parent=lowest.parent, identity=None))
+    if is_owned_root(tree, lowest.id) and lowest.id not in settle(pulled, draft.outsiders).layers:
+        draft.notes.append(f"{top.path} gets the name {lowest.path} when the machine has stopped")
+    return pulled

@@ -1,0 +1,164 @@
+"""Steps with which the QEMU of a running machine goes over to a merged file that was built aside.
+
+The order is: QEMU reads what was built under its hidden name; the rename; QEMU opens it by its name. What it has open
+it opens anew by the name when it is to write to it, so that the name has to lead to the same file in the end. Nodes are
+found by their names and their files' names: after the rename a name leads to another file than a node has open.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import Any
+
+from snaptree.errors import RefusedError, SnaptreeError, ToolError, UnhealthyError
+from snaptree.images import durable
+from snaptree.planning.live_steps import LiveSettle, LiveSwap, Swap
+from snaptree.qemu.graph import BlockGraph, Node
+from snaptree.qemu.options import opened_anew, options_of, reopened
+from snaptree.qemu.running import RunningQemu
+from snaptree.running.carry.live import inode_at
+from snaptree.running.context import Context
+
+
+async def swap(step: LiveSwap, context: Context) -> None:
+    """Have QEMU read what was built. Without QEMU there is nothing to be done."""
+    if context.qemu is None:
+        return
+    await _go_over(context.qemu, step.swaps, context, hidden=True)
+
+
+async def settle(step: LiveSettle, context: Context) -> None:
+    """Have QEMU open the merged files by their names, and close what is out of its graph."""
+    qemu = context.qemu
+    if qemu is None:
+        return
+    await _go_over(qemu, step.swaps, context, hidden=False)
+    for each in step.swaps:
+        await _close(qemu, each, context)
+
+
+async def unswap(step: LiveSwap, context: Context) -> None:
+    """Have QEMU read the row again."""
+    qemu = context.qemu
+    if qemu is None:
+        return
+    graph = await qemu.graph()
+    back: list[dict[str, Any]] = []
+    for each in step.swaps:
+        child, built = _child(graph, each), graph.nodes.get(_name(step.swaps, each, context, hidden=True))
+        below = graph.below(child)
+        if built is not None and below is not None and below.name == built.name:
+            upper = _others(graph, each.upper, _names(step.swaps, each, context))
+            if not upper:
+                raise UnhealthyError(f"QEMU has {each.upper} open no more", "see what was done to the machine")
+            back.append(reopened(child, _options(qemu, graph, child), upper[0].name))
+    if back:
+        await qemu.qmp.execute("blockdev-reopen", options=back)
+    for each in step.swaps:
+        name = _name(step.swaps, each, context, hidden=True)
+        if name in (await qemu.graph()).nodes:
+            await qemu.blockdev_del(name)
+
+
+async def _go_over(qemu: RunningQemu, swaps: tuple[Swap, ...], context: Context, *, hidden: bool) -> None:
+    graph = await qemu.graph()
+    over: list[dict[str, Any]] = []
+    for each in swaps:
+        name = _name(swaps, each, context, hidden=hidden)
+        child = _child(graph, each)
+        at = graph.below(child)
+        if at is not None and at.name == name:
+            continue
+        if name not in graph.nodes:
+            path = durable.temporary_path(each.upper, context.token) if hidden else each.upper
+            below = _node(graph, each.below[0][0]).name if each.below else None
+            await qemu.add(opened_anew(_options(qemu, graph, _upper(graph, swaps, each, context)), path, name, below))
+        over.append(reopened(child, _options(qemu, graph, child), name))
+    if over:
+        await qemu.qmp.execute("blockdev-reopen", options=over)
+    graph = await qemu.graph()
+    for each in swaps:
+        at = graph.below(_child(graph, each))
+        if at is None or at.name != _name(swaps, each, context, hidden=hidden):
+            raise ToolError(f"QEMU reported success, but {each.child[0]} does not stand on what was built")
+
+
+def _name(swaps: tuple[Swap, ...], each: Swap, context: Context, *, hidden: bool) -> str:
+    """The name of a node of ours: of what was built under its hidden name, or under its own."""
+    return f"s{'v' if hidden else 'w'}{swaps.index(each)}-{context.token}"[:26]
+
+
+def _names(swaps: tuple[Swap, ...], each: Swap, context: Context) -> frozenset[str]:
+    return frozenset(_name(swaps, each, context, hidden=hidden) for hidden in (True, False))
+
+
+def _node(graph: BlockGraph, path: str) -> Node:
+    """The node that shows the image of a file that keeps its name.
+
+    :raise UnhealthyError: QEMU has not just one.
+    """
+    found = graph.opened(inode_at(path))
+    if len(found) != 1:
+        raise UnhealthyError(f"QEMU has {path} open {len(found)} times", "see what was done to the machine")
+    return found[0]
+
+
+def _others(graph: BlockGraph, path: str, ours: frozenset[str]) -> list[Node]:
+    """The nodes of images that were opened at the path, but for ours."""
+    found: dict[str, Node] = {}
+    for node in graph.nodes.values():
+        if _is_at(node, path):
+            above = [graph.nodes[each] for each in node.above if graph.nodes[each].file == node.name]
+            found.update({each.name: each for each in above or [node] if each.name not in ours})
+    return list(found.values())
+
+
+def _is_at(node: Node, path: str) -> bool:
+    """Whether the node was opened at the path: the file that it has open may have another name by now, or none."""
+    if node.path is None:
+        return False
+    folder, name = os.path.split(node.path)
+    return os.path.join(os.path.realpath(folder), name) == path
+
+
+def _child(graph: BlockGraph, swap: Swap) -> Node:
+    return _node(graph, swap.child[0])
+
+
+def _upper(graph: BlockGraph, swaps: tuple[Swap, ...], swap: Swap, context: Context) -> Node:
+    """What the options are taken from: the upper layer as it was opened, or what has taken its place already."""
+    opened = _others(graph, swap.upper, _names(swaps, swap, context))
+    if opened:
+        return opened[0]
+    at = graph.below(_child(graph, swap))
+    if at is None:
+        raise UnhealthyError(f"QEMU has nothing beneath {swap.child[0]}", "see what was done to the machine")
+    return at
+
+
+def _options(qemu: RunningQemu, graph: BlockGraph, node: Node) -> dict[str, Any]:
+    found = options_of(graph, node, qemu.command_line())
+    if found is None:
+        path = graph.file_of(node).path or node.name
+        raise RefusedError(
+            f"how QEMU has opened {path} cannot be found out, so that it cannot be reopened as it is",
+            "use --merge commit or --merge pull",
+        )
+    return found
+
+
+async def _close(qemu: RunningQemu, swap: Swap, context: Context) -> None:
+    """Have QEMU close what it has no use for: what was built under its hidden name, and the row, top first."""
+    paths = [durable.temporary_path(swap.upper, context.token), *(path for path, _ in reversed(swap.row))]
+    for path in paths:
+        graph = await qemu.graph()
+        current = graph.below(_child(graph, swap))
+        assert current is not None
+        kept = {current.name, current.file}
+        formats = [node.name for node in _others(graph, path, frozenset()) if node.name not in kept]
+        files = [node.name for node in graph.nodes.values() if _is_at(node, path) and node.name not in kept]
+        for name in dict.fromkeys([*formats, *files]):
+            # One that something else uses stays open; its file's room comes back when QEMU ends.
+            with suppress(SnaptreeError):
+                await qemu.blockdev_del(name)
