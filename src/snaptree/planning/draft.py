@@ -59,6 +59,8 @@ class Draft:
         self.touches: set[str] = set()
         self.made: set[str] = set()
         self.spared: set[LayerId] = set()
+        self.fresh: frozenset[LayerId] = frozenset()
+        """Layers that an operation before this one makes, which nobody has read."""
         self.extra = 0
         self.pause = 0.0
         self.needs: dict[int, int] = {}
@@ -77,7 +79,7 @@ class Draft:
         found = self.survey.layers.get(layer)
         if found is not None:
             return found
-        known = self.tree.layers[layer]
+        known = self.tree.layers.get(layer) or self.before.layers[layer]
         return LayerFacts(
             path=known.path, format=known.format, virtual_size=known.virtual_size, identity=known.identity
         )
@@ -361,6 +363,8 @@ class Draft:
         named = {layer.path for layer in after.layers.values()}
         for layer in self.before.deepest_first(gone):
             facts = self.facts(layer.id)
+            if layer.id in self.fresh:
+                steps.append(Unlink(layer.path, 0, 0))
             if layer.id in self.spared or facts.identity is None or facts.problem == "missing":
                 continue
             room = facts.allocated if facts.links == 1 else 0

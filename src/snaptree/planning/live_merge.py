@@ -66,6 +66,7 @@ def merge_live(draft: Draft, rows: Sequence[Row], way: str) -> tuple[Plan, ...]:
         draft = _after(draft, plans[-1])
     moved = [choice for choice in choices if choice.way != "reflink"]
     moved += [live_swap.back(row, layer) for row, layer in over.items()]
+    draft.fresh = frozenset(over.values())
     return (*plans, _steps(draft, moved)) if moved else tuple(plans)
 
 
