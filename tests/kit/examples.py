@@ -36,6 +36,8 @@ class Machine:
         self.runner = Runner(disk, tree, random.Random(0), lambda: None)
         self.number = 1
         self.runs = False
+        self.reopens = False
+        """Whether the QEMU that runs it can be made to read a layer anew."""
 
     def plan(self, request: Request) -> Plan:
         """The plan for the request, on the files as they are."""
@@ -43,7 +45,10 @@ class Machine:
         found = survey(disk, tree, self.number)
         if self.runs:
             opened = frozenset(each.id for tip in tree.active_branch.tips.values() for each in tree.chain(tip.layer))
-            found = replace(found, running=True, live=Live("running", 1, opened))
+            live = Live("running", 1, opened)
+            if self.reopens:
+                live = replace(live, commands=frozenset({"blockdev-reopen"}), reopenable=opened)
+            found = replace(found, running=True, live=live)
         while True:
             try:
                 return plan(tree, found, request)
