@@ -20,6 +20,8 @@ from bench.rows import (
     OURS,
     REBASE_NONE,
     ROWS,
+    RUNNING,
+    RUNNING_EIGHT,
     SAME_EXTENTS,
     SMALL,
     SNAPTREE,
@@ -37,17 +39,33 @@ class Space:
 
 
 @dataclass
+class Stall:
+    """The longest that the guest waited for its disk, in seconds: with nothing going on, and during the deletion."""
+
+    idle: float
+    during: float
+
+
+@dataclass
 class Figures:
     """The times of one row in seconds, by way, and what was left out, by way, with the reason."""
 
     times: dict[str, list[float]] = field(default_factory=dict)
     space: list[Space] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    stalls: dict[str, list[Stall]] = field(default_factory=dict)
 
     def median(self, way: str) -> float | None:
         """The median of a way's times."""
         times = self.times.get(way)
         return statistics.median(times) if times else None
+
+    def stall(self, way: str) -> Stall | None:
+        """The medians of the guest's longest waits."""
+        found = self.stalls.get(way)
+        if not found:
+            return None
+        return Stall(statistics.median(each.idle for each in found), statistics.median(each.during for each in found))
 
     def beyond_start(self, way: str = SNAPTREE) -> float | None:
         """The median without the start of a bare Python with the same imports; at least 10 ms, which is noise."""
@@ -73,7 +91,12 @@ class Results:
         """What :meth:`save` has kept."""
         kept = json.loads(path.read_text())
         rows = {
-            name: Figures(row["times"], [Space(**each) for each in row["space"]], row["left_out"])
+            name: Figures(
+                row["times"],
+                [Space(**each) for each in row["space"]],
+                row["left_out"],
+                {way: [Stall(**each) for each in stalls] for way, stalls in row.get("stalls", {}).items()},
+            )
             for name, row in kept["rows"].items()
         }
         return cls(kept["divisor"], kept["host"], rows)
@@ -140,7 +163,7 @@ class Target:
 
 def targets(results: Results) -> list[Target]:
     """Every target, with what was measured."""
-    return [*_sharing(results), *_copying(results)]
+    return [*_sharing(results), *_copying(results), *_running(results)]
 
 
 def _sharing(results: Results) -> Iterator[Target]:
@@ -175,7 +198,7 @@ def _copying(results: Results) -> Iterator[Target]:
         True,
     )
     for row in ROWS:
-        if row.system != system or row.what == SMALL:
+        if row.system != system or row.what == SMALL or row.running:
             continue
         figures = results.get(system, row.what)
         ours = figures.median(SNAPTREE)
@@ -194,6 +217,22 @@ def _copying(results: Results) -> Iterator[Target]:
     yield Target(f"{system}, {FINE}: {REBASE_NONE} / snaptree", _ratio(theirs, fine.median(SNAPTREE)), 3, True)
 
 
+def _running(results: Results) -> Iterator[Target]:
+    for system, what, bound in (("xfs", RUNNING, 2), ("xfs", RUNNING_EIGHT, 10), ("ext4", RUNNING, 1)):
+        figures = results.get(system, what)
+        theirs, name = figures.median(VIRSH), f"{system}, {what}: {VIRSH} / snaptree"
+        yield Target(name, _ratio(theirs, figures.median(SNAPTREE)), bound, True)
+        if (system, what) == ("xfs", RUNNING):
+            yield Target(f"{name} without Python's start", _ratio(theirs, figures.beyond_start()), 5, True)
+        if system != "xfs":
+            continue
+        wait, rival = figures.stall(SNAPTREE), figures.stall(VIRSH)
+        added = (wait.during - wait.idle) * 1000 if wait else None
+        yield Target(f"{system}, {what}: ms that the guest waits longer than otherwise", added, 50, False)
+        compared = _ratio(wait.during, rival.during) if wait and rival else None
+        yield Target(f"{system}, {what}: the guest's longest wait, snaptree / {VIRSH}", compared, 1, False)
+
+
 def _ratio(above: float | None, below: float | None) -> float | None:
     return above / below if above is not None and below else None
 
@@ -204,6 +243,12 @@ def report(results: Results) -> str:
     parts += [
         f"left out in {name}: {way}: {why}" for name, row in results.rows.items() for way, why in row.left_out.items()
     ]
+    for name, row in results.rows.items():
+        for way in row.stalls:
+            wait = row.stall(way)
+            assert wait is not None
+            figures = f"{wait.during * 1000:.1f} ms, with nothing going on {wait.idle * 1000:.1f} ms"
+            parts.append(f"the guest's longest wait in {name}, {way}: {figures}")
     if results.divisor != 1:
         parts.append(f"sizes divided by {results.divisor}: a try, the figures say nothing")
     fewest = min((len(times) for row in results.rows.values() for times in row.times.values()), default=0)

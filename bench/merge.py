@@ -19,6 +19,7 @@ from pathlib import Path
 
 from bench.chains import Chain
 from bench.figures import Figures, Results, report
+from bench.live import LiveWays
 from bench.rows import MIB, OURS, ROWS, VIRSH, Row
 from bench.systems import Unavailable, mounted, run
 from bench.ways import Ways
@@ -50,7 +51,7 @@ def measure(row: Row, folder: Path, options: argparse.Namespace) -> Figures:
         chain.make()
         sharing = "blocks can be shared" if system.shares() else "blocks can't be shared"
         say(f"{row.name}: {chain.moved // MIB} MiB to move on each of {row.disks} disks; {sharing}")
-        ways = Ways(system, chain, libvirt, options.check)
+        ways = (LiveWays if row.running else Ways)(system, chain, libvirt, options.check)
         stack.callback(ways.undefine)
         for number in range(options.runs):
             for way in row.ways():
@@ -68,6 +69,8 @@ def measure(row: Row, folder: Path, options: argparse.Namespace) -> Figures:
             told = ", ".join(f"{way} {times[-1]:.3f}" for way, times in figures.times.items())
             say(f"  run {number + 1} of {options.runs}: {told}")
         figures.space = ways.space
+        if isinstance(ways, LiveWays):
+            figures.stalls = ways.stalls
     return figures
 
 

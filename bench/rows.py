@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MIB = 1 << 20
 SMALLEST = 16 * MIB
@@ -21,7 +21,8 @@ class Row:
     """One row of the table.
 
     ``delta`` is how many bytes the layers that go hold, on each disk, in extents of ``extent`` bytes: scattered over
-    the disk and over the files, or one after the other. ``merged`` layers become one.
+    the disk and over the files, or one after the other. ``merged`` layers become one. ``running`` has a guest write to
+    the disk meanwhile.
     """
 
     what: str
@@ -32,6 +33,7 @@ class Row:
     merged: int = 2
     disks: int = 1
     every_way: bool = False
+    running: bool = False
 
     @property
     def name(self) -> str:
@@ -44,16 +46,19 @@ class Row:
             return self
         delta = max(SMALLEST, self.delta // divisor)
         extent = max(65536, delta * self.extent // self.delta) if self.what == SAME_EXTENTS else self.extent
-        return Row(self.what, self.system, delta, extent, self.scattered, self.merged, self.disks, self.every_way)
+        return replace(self, delta=delta, extent=extent)
 
     def ways(self) -> tuple[str, ...]:
         """What is compared, in the order in which it is tried."""
+        if self.running:
+            return (BARE, SNAPTREE, VIRSH)
         return (BARE, DD, *(OURS if self.every_way else (SNAPTREE,)), COMMIT, VIRSH, REBASE, REBASE_NONE)
 
 
 ONE, SMALL, FOUR, EIGHT = "1 GiB", "256 MiB", "4 GiB", "8 GiB"
 SAME_EXTENTS = "8 GiB in 1024 extents"
 FINE, CONTIGUOUS = "1 GiB in extents of 64 KiB", "1 GiB in one piece"
+RUNNING, RUNNING_EIGHT = "1 GiB, running", "8 GiB, running"
 TWO_DISKS, THIRTY = "two disks, 1 GiB each", "30 layers into one, 1 GiB"
 
 ROWS = (
@@ -73,4 +78,7 @@ ROWS = (
         )
     ),
     Row(SAME_EXTENTS, "btrfs", 8192 * MIB, extent=8 * MIB),
+    Row(RUNNING, "xfs", 1024 * MIB, running=True),
+    Row(RUNNING_EIGHT, "xfs", 8192 * MIB, running=True),
+    Row(RUNNING, "ext4", 1024 * MIB, running=True),
 )

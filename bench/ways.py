@@ -197,16 +197,20 @@ class Ways:
         assert self.libvirt is not None
         self.undefine()
         chain = self.chain
-        disks = "".join(
-            _DISK.format(path=chain.work / target / "base.qcow2", target=target) for target in chain.targets
-        )
         domain = chain.place / "domain.xml"
-        domain.write_text(_DOMAIN.format(name=MACHINE, disks=disks))
+        domain.write_text(self._domain())
         self.libvirt.virsh("define", domain)
         for number, name in enumerate(chain.overlays, 1):
             files = [f"--diskspec={target},file={chain.work / target / name}.qcow2" for target in chain.targets]
             words = [MACHINE, f"n{number}", "--disk-only", "--reuse-external", *files]
             self.libvirt.virsh("snapshot-create-as", *words)
+
+    def _domain(self) -> str:
+        """The domain's definition."""
+        disks = "".join(
+            _DISK.format(path=self.chain.work / target / "base.qcow2", target=target) for target in self.chain.targets
+        )
+        return _DOMAIN.format(name=MACHINE, disks=disks)
 
     def _metadata(self) -> int:
         """The tables in the merged images, and what a file system itself may need to know of them."""

@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 from tests.kit import images
 from tests.kit.qmp import Qmp
 from tests.kit.records import DISK_BYTES
@@ -96,6 +95,8 @@ def kernel() -> Path:
     if not found and shutil.which("dpkg") and "ID=debian" in Path("/etc/os-release").read_text():
         raise AssertionError("there is no kernel for the guest: run scripts/setup test")
     if not found:
+        import pytest
+
         pytest.skip("there is no kernel for the guest here")
     return found[-1]
 

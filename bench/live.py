@@ -1,0 +1,113 @@
+"""The same deletions while the machine runs: a Linux guest writes to the disk meanwhile, and tells how long it waited."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.figures import Stall
+from bench.rows import BARE, SNAPTREE
+from bench.ways import LIMIT, MACHINE, Ways
+from tests.kit.guest import Boot, Guest, build, device
+
+IDLE_SECONDS = 3.0
+"""So long the guest's waits are watched with nothing going on."""
+_DOMAIN = """<domain type='qemu'><name>{name}</name><memory unit='MiB'>96</memory><vcpu>1</vcpu>
+<os><type arch='x86_64' machine='q35'>hvm</type><kernel>{kernel}</kernel><initrd>{initrd}</initrd>
+<cmdline>{cmdline}</cmdline></os><features><acpi/></features><on_reboot>destroy</on_reboot><devices>
+<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{path}'/>
+<target dev='vda' bus='virtio'/></disk>
+<serial type='unix'><source mode='bind' path='{folder}/console'/>
+<log file='{folder}/console.log' append='off'/></serial>
+<memballoon model='none'/></devices></domain>"""
+
+
+@dataclass
+class LiveWays(Ways):
+    """Tries each way on fresh chains with a guest that runs, and times it."""
+
+    stalls: dict[str, list[Stall]] = field(default_factory=dict)
+
+    @property
+    def _folder(self) -> Path:
+        """The guest's: its console is there."""
+        return self.chain.place / "guest"
+
+    def _boot(self) -> Boot:
+        initramfs = self.chain.place / "initramfs"
+        return Boot(initramfs if initramfs.exists() else build(self.chain.place), Path("/nonexistent"))
+
+    def timed(self, way: str) -> float:
+        """Try a way once, while the guest writes; how many seconds it took until all of it was on the device.
+
+        :raise RuntimeError: it failed, or what it left is wrong.
+        """
+        if way == BARE:
+            return super().timed(way)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir()
+        self._prepare(way)
+        start, stop = self._by_snaptree() if way == SNAPTREE else self._by_virsh()
+        start()
+        guest = Guest(self._folder)
+        try:
+            guest.wait_for("its first word", lambda lines: any(line.startswith("R ") for line in lines))
+            guest.go()
+            since = guest.flushed()
+            time.sleep(IDLE_SECONDS)
+            idle = guest.stall(since)
+            self.system.sync()
+            since = guest.flushed()
+            began = time.monotonic()
+            done = subprocess.run(
+                ["/bin/sh", "-c", self.line(way)],
+                env=self.environment if way == SNAPTREE else None,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=LIMIT,
+            )
+            self.system.sync()
+            seconds = time.monotonic() - began
+            if done.returncode != 0:
+                raise RuntimeError(f"{self.line(way)}: {(done.stderr or done.stdout).strip()}")
+            guest.writes_on()
+            self.stalls.setdefault(way, []).append(Stall(idle, guest.stall(since)))
+        finally:
+            stop()
+        self.chain.require_merged()
+        self._clean(way)
+        return seconds
+
+    def _by_snaptree(self) -> tuple[Callable[[], object], Callable[[], object]]:
+        boot = self._boot()
+        command = [*boot.words(self._folder, saved=False), "-device", device("vda", "{vda}")]
+        self._snaptree("set", MACHINE, "--start", shlex.join(command))
+        return lambda: self._snaptree("start", MACHINE), lambda: self._snaptree("stop", MACHINE, "--force")
+
+    def _snaptree(self, *words: str) -> None:
+        self._python("import sys; from snaptree.cli.main import run; sys.exit(run(sys.argv[1:]))", *words)
+
+    def _by_virsh(self) -> tuple[Callable[[], object], Callable[[], object]]:
+        libvirt = self.libvirt
+        assert libvirt is not None
+        return lambda: libvirt.virsh("start", MACHINE), lambda: libvirt.virsh("destroy", MACHINE)
+
+    def _domain(self) -> str:
+        boot = self._boot()
+        words = boot.words(self._folder, saved=False)
+        told = {key: words[words.index(f"-{key}") + 1] for key in ("kernel", "append")}
+        return _DOMAIN.format(
+            name=MACHINE,
+            kernel=told["kernel"],
+            initrd=boot.initramfs,
+            cmdline=told["append"],
+            path=self.chain.work / "vda" / "base.qcow2",
+            folder=self._folder,
+        )
