@@ -1,4 +1,4 @@
-"""The same deletions while the machine runs: a Linux guest writes to the disk meanwhile, and tells how long it waited."""
+"""The same deletions while the machine runs: its guest writes to the disk meanwhile, and tells how long it waited."""
 
 from __future__ import annotations
 
