@@ -34,7 +34,9 @@ from snaptree.planning.plan import Plan
 from snaptree.planning.settle import loose_layers
 from snaptree.planning.unmeasured import Unmeasured
 from snaptree.planning.verbs import RenameRequest, Request, SetRequest
+from snaptree.running.control import Control, recovering
 from snaptree.running.journal import LogEntry, log
+from snaptree.running.listening import heard
 from snaptree.running.pace import FREELY, Pace
 from snaptree.running.progress import Report
 from snaptree.running.progress import silent as unheard
@@ -180,30 +182,30 @@ class Standalone:
         progress: Report | None = None,
         confirm: Callable[[Plan], bool] | None = None,
         cancelled: threading.Event | None = None,
+        control: Control | None = None,
     ) -> Plan:
         """Lock, recover, survey, plan, confirm, run.
 
         :param wait: for how many seconds to wait while another operation has the machine.
         :param pace: how fast data may move.
         :param confirm: is shown the plan; when it says no, nothing is touched.
+        :param control: steers it from outside; it has ``pace`` and ``cancelled`` of its own.
         :raise BusyError: another operation has the machine, or another process one of its images.
         :raise CancelledError: it was stopped, or ``confirm`` said no.
         """
         import asyncio
 
-        return asyncio.run(
-            self.operate(request, wait=wait, pace=pace, progress=progress, confirm=confirm, cancelled=cancelled)
-        )
+        control = control or Control(self.name, pace=pace, cancelled=cancelled)
+        return asyncio.run(self.operate(request, wait=wait, progress=progress, confirm=confirm, control=control))
 
     async def operate(
         self,
         request: Request,
         *,
         wait: float = 0.0,
-        pace: Pace = FREELY,
         progress: Report | None = None,
         confirm: Callable[[Plan], bool] | None = None,
-        cancelled: threading.Event | None = None,
+        control: Control,
     ) -> Plan:
         """As :meth:`run`, in an event loop that runs already."""
         from snaptree.errors import CancelledError
@@ -211,8 +213,12 @@ class Standalone:
         from snaptree.running import executor
         from snaptree.running.holding import files_of
 
-        with durable.explained(f"a file of machine {self.name}", "use"), self.locked(wait, cancelled) as lock:
-            await self.settle(lock)
+        with (
+            durable.explained(f"a file of machine {self.name}", "use"),
+            heard(self.database.folder, control),
+            self.locked(wait, control.cancelled) as lock,
+        ):
+            await self.settle(lock, control)
             self.config = trees.load_config(self.database, self.name)
             tree = self.tree()
             lock.extend(_anchors(tree))
@@ -238,11 +244,10 @@ class Standalone:
                         self.name,
                         plan,
                         lock=lock,
-                        pace=pace,
                         still=_still(tree, request) if power.live is None else (),
                         qemu=qemu,
                         report=progress or unheard,
-                        cancelled=cancelled,
+                        control=control,
                     )
                 except BaseException:
                     if gone is not None and not operations.unfinished(self.database, self.name):
@@ -252,7 +257,7 @@ class Standalone:
                     await gone.start(self, gone.after)
                 return plan
 
-    async def settle(self, lock: MachineLock) -> tuple[str, ...]:
+    async def settle(self, lock: MachineLock, control: Control | None = None) -> tuple[str, ...]:
         """Finish or undo what was killed, under the machine's lock."""
         from snaptree.running import recovery
 
@@ -260,12 +265,12 @@ class Standalone:
             return ()
         lock.extend(recovery.files_of(self.database, self.name))
         if silent(self.database, self.config, self.tree()):
-            return await recovery.recover(self.database, self.name, lock)
+            return await recovery.recover(self.database, self.name, lock, None, control)
         from snaptree.machines.asking import for_recovery
 
         qemu = await for_recovery(self.database, self.config, self.tree())
         try:
-            return await recovery.recover(self.database, self.name, lock, qemu)
+            return await recovery.recover(self.database, self.name, lock, qemu, control)
         finally:
             if qemu is not None:
                 await qemu.close()
@@ -293,8 +298,9 @@ class Standalone:
 
         if not operations.unfinished(self.database, self.name):
             return ()
-        with self.locked(wait) as lock:
-            return asyncio.run(self.settle(lock))
+        control = recovering(self.name)
+        with heard(self.database.folder, control), self.locked(wait) as lock:
+            return asyncio.run(self.settle(lock, control))
 
     # ---- looking --------------------------------------------------------------------------------------------------
 

@@ -137,8 +137,8 @@ async def _by_qemu(jobs: Sequence[MoveJob], context: Context, tally: Tally) -> i
         async with StorageDaemon() as daemon:
             opened = [await _open(daemon, job, number) for number, job in enumerate(jobs)]
             started = [_job(job, nodes) for job, nodes in zip(jobs, opened, strict=True)]
-            speed = int(context.limiter.speed / len(jobs))
-            ended = await run_jobs(daemon.qmp, started, progress=report, cancelled=tally.stopped, speed=speed)
+            limiter = context.limiter
+            ended = await run_jobs(daemon.qmp, started, progress=report, cancelled=tally.stopped, limiter=limiter)
             for job, nodes in zip(jobs, opened, strict=True):
                 await daemon.settle(nodes[len(job.below) if job.way == "commit" else -1])
         for job in jobs:
