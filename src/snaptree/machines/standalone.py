@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from snaptree.errors import BusyError, NotFoundError, RefusedError
@@ -15,10 +15,10 @@ from snaptree.images import durable
 from snaptree.images.locks import MachineLock
 from snaptree.machines.finding import find_disk
 from snaptree.machines.findings import Finding
-from snaptree.machines.free import require_free, without_others
+from snaptree.machines.free import require_free, require_plugged_in, without_others
 from snaptree.machines.going import going
 from snaptree.machines.options import DiskOption
-from snaptree.machines.power import Power, silent
+from snaptree.machines.power import Power, monitor_of, silent
 from snaptree.machines.survey import measure, read_survey
 from snaptree.model.layer import LayerId
 from snaptree.model.live import OFF
@@ -27,7 +27,7 @@ from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
 from snaptree.planning import verbs
 from snaptree.planning.accept import AcceptRequest
-from snaptree.planning.adopt import AttachRequest
+from snaptree.planning.adopt import AttachRequest, DetachRequest
 from snaptree.planning.health import Ailment, ailments
 from snaptree.planning.live import require_possible
 from snaptree.planning.plan import Plan
@@ -152,7 +152,7 @@ class Standalone:
     def plan(self, request: Request) -> Plan:
         """The plan for a request; takes no lock and touches nothing."""
         tree = self.tree()
-        power = self.power(tree)
+        power = self.power(_expected(tree, request))
         gone = going(self, request, power, tree)
         plan = self._plan(tree, Power(OFF) if gone else power, request)
         return gone.told(plan) if gone else plan
@@ -209,7 +209,7 @@ class Standalone:
     ) -> Plan:
         """As :meth:`run`, in an event loop that runs already."""
         from snaptree.errors import CancelledError
-        from snaptree.machines.asking import WORK_SECONDS
+        from snaptree.machines.asking import WORK_SECONDS, match
         from snaptree.running import executor
         from snaptree.running.holding import files_of
 
@@ -222,10 +222,12 @@ class Standalone:
             self.config = trees.load_config(self.database, self.name)
             tree = self.tree()
             lock.extend(_anchors(tree))
-            async with self.asked(tree, WORK_SECONDS) as (power, qemu):
+            async with self.asked(_expected(tree, request), WORK_SECONDS) as (power, qemu):
                 seen = _seen(tree, request)
                 gone = going(self, request, power, tree)
                 plan = self._plan(tree, Power(OFF) if gone else power, request)
+                if isinstance(request, AttachRequest) and qemu is not None:
+                    match(await qemu.graph(), plan.after, qemu.path)
                 if confirm is not None and not confirm(plan):
                     raise CancelledError("nothing was done", "")
                 if gone is not None and qemu is not None:
@@ -308,10 +310,14 @@ class Standalone:
         """Read a disk that is to be attached.
 
         :raise ExistsError: a machine owns it.
+        :raise RefusedError: the machine runs, and has it not as a disk.
         """
         found = find_disk(disk, (*self.config.bases, *bases), adopt=adopt)
         found = without_others(self.database, found)
-        require_free(self.database, found, adopt=adopt)
+        monitor = monitor_of(self.database, self.config)
+        require_free(self.database, found, adopt=adopt, monitor=monitor)
+        if self.power(self.tree()).live is not None:
+            require_plugged_in(self.name, found, monitor)
         return AttachRequest(found, adopt)
 
     def verify(self) -> tuple[Finding, ...]:
@@ -343,6 +349,15 @@ def _anchors(tree: Tree) -> dict[str, tuple[int, int]]:
             status = os.stat(path)
             there[path] = (status.st_dev, status.st_ino)
     return there
+
+
+def _expected(tree: Tree, request: Request) -> Tree:
+    """The tree that a running machine is compared with. A disk that is to be let go may have been unplugged already."""
+    if not isinstance(request, DetachRequest):
+        return tree
+    active = tree.active_branch
+    tips = {disk: tip for disk, tip in active.tips.items() if disk != request.target}
+    return tree.with_branches(replace(active, tips=tips))
 
 
 def _folders(request: Request) -> list[str]:

@@ -14,10 +14,13 @@ class Live:
     """The QEMU that has the active tips open.
 
     ``state`` is ``running`` or ``paused``. ``open`` are the layers that it has open, tips and all beneath them;
-    ``commands`` what its monitor can be asked for.
+    ``commands`` what its monitor can be asked for. ``files`` are all files that it has open, by device and inode,
+    ``disks`` those of them that its devices have as their disks.
     """
 
     state: str
     pid: int
     open: frozenset[LayerId] = frozenset()
     commands: frozenset[str] = frozenset()
+    files: frozenset[tuple[int, int]] = frozenset()
+    disks: frozenset[tuple[int, int]] = frozenset()
