@@ -24,8 +24,9 @@ from tests.kit.space import mounted
 from snaptree.errors import CancelledError, NoSpaceError, NotFoundError, RefusedError, UnhealthyError
 from snaptree.images import holes
 from snaptree.images.mover import mapping, sharing, target
-from snaptree.images.mover.copying import Limiter, Watch
+from snaptree.images.mover.copying import Watch
 from snaptree.images.mover.cost import foreseen
+from snaptree.images.mover.limiting import Limiter
 from snaptree.images.mover.merging import Merge, merge
 from snaptree.images.mover.sharing import can_share
 

@@ -136,7 +136,7 @@ def disk_command() -> None:
 def attach_command(
     machine: str, disk: str, bases: tuple[str, ...], adopt: bool, only_plan: bool, as_json: bool, wait: float
 ) -> None:
-    """Look after one more disk of a machine."""
+    """Look after one more disk of a machine. While it runs, it must have the disk plugged in already."""
     if "=" not in disk:
         raise UsageError(f"{disk!r} is not TARGET=PATH", "use vdb=PATH")
     found = Connection().machine(machine)

@@ -36,6 +36,11 @@ COMMANDS = {
     "gc": "upkeep",
     "start": "running",
     "stop": "running",
+    "operations": "operations",
+    "cancel": "operations",
+    "pause": "operations",
+    "resume": "operations",
+    "limit": "operations",
 }
 """Each command and the module that has it; a module is imported only when one of its commands is used."""
 

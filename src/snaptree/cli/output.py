@@ -125,6 +125,7 @@ def carry_out(
     machine: Standalone, request: Request, *, only_plan: bool, as_json: bool, wait: float, pace: Pace | None = None
 ) -> None:
     """Plan a request and carry it out, or only print the plan; then say what was done."""
+    from snaptree.running.control import Control
     from snaptree.running.pace import Pace
 
     if only_plan:
@@ -147,7 +148,11 @@ def carry_out(
             planned.clear()
             bar(progress)
 
-        plan = machine.run(request, wait=wait, pace=pace or Pace(), progress=report, confirm=confirm, cancelled=stop)
+        def heard(sentence: str) -> None:
+            say(f"\n{sentence}", err=True)
+
+        control = Control(machine.name, pace=pace or Pace(), cancelled=stop, heard=heard)
+        plan = machine.run(request, wait=wait, progress=report, confirm=confirm, control=control)
     done(plan, as_json=as_json)
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import IO
 
 from snaptree.errors import CancelledError, ToolError
+from snaptree.images.mover.limiting import Limiter
 
 STALL_SECONDS = 300.0
 """So long a program may neither read, write nor compute before it is killed."""
@@ -87,10 +88,12 @@ def run_program(
     *,
     told: Callable[[bytes], None] = lambda data: None,
     cancelled: Callable[[], bool] = lambda: False,
+    limiter: Limiter | None = None,
 ) -> Ended:
     """Run one of QEMU's programs to its end; it reads the commands and then the end of its input.
 
     :param told: is given what it prints, as it comes.
+    :param limiter: while it is held the program is kept from running (SIGSTOP).
     :raise CancelledError: ``cancelled`` said so.
     :raise ToolError: it is not installed, stands still, or prints without end.
     """
@@ -109,7 +112,7 @@ def run_program(
     assert process.stdout is not None and process.stderr is not None
     with process.stdout, process.stderr:
         try:
-            out, err = _Watch(process, words[0]).follow(told, cancelled)
+            out, err = _Watch(process, words[0], limiter or Limiter()).follow(told, cancelled)
         except BaseException:
             kill(process, words[0])
             raise
@@ -119,8 +122,9 @@ def run_program(
 class _Watch:
     """Reads what a program prints, and sees whether it gets on."""
 
-    def __init__(self, process: subprocess.Popen[bytes], name: str) -> None:
-        self._process, self._name = process, name
+    def __init__(self, process: subprocess.Popen[bytes], name: str, limiter: Limiter) -> None:
+        self._process, self._name, self._limiter = process, name, limiter
+        self._stopped = False
         self._work = -1
         self._since = time.monotonic()
 
@@ -135,12 +139,14 @@ class _Watch:
                 self._read(selector, said, told, _POLL)
                 if cancelled():
                     raise CancelledError(f"stopped while {self._name} was at work")
+                self._keep_still()
                 self._require_work()
             while selector.get_map() and self._read(selector, said, told, 0.0):
                 pass
         while self._process.poll() is None:
             if cancelled():
                 raise CancelledError(f"stopped while {self._name} was at work")
+            self._keep_still()
             self._require_work()
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_POLL)
@@ -172,10 +178,19 @@ class _Watch:
             told(data)
         return bool(ready)
 
+    def _keep_still(self) -> None:
+        """Let the program stand still while its work is held, and no longer."""
+        if self._limiter.held == self._stopped:
+            return
+        self._stopped = not self._stopped
+        # It is not waited for yet: its number is its own.
+        self._process.send_signal(signal.SIGSTOP if self._stopped else signal.SIGCONT)
+        (self._limiter.begin_rest if self._stopped else self._limiter.end_rest)()
+
     def _require_work(self) -> None:
         now = time.monotonic()
         work = _work_of(self._process.pid)
-        if work != self._work:
+        if work != self._work or self._stopped:
             self._work, self._since = work, now
         elif now - self._since > STALL_SECONDS:
             raise ToolError(

@@ -115,6 +115,18 @@ CLOSERS = 3
 """So many threads at most help to close files that were removed."""
 
 
+def worked_on(path: str) -> bool:
+    """Whether a snaptree has its own lock on the image. Nothing is locked."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        return _held(descriptor, OWN_BYTE)
+    finally:
+        os.close(descriptor)
+
+
 class MachineLock:
     """snaptree's own lock on a machine: on the images themselves, so that two state folders exclude each other.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from snaptree.errors import NoSpaceError, ToolError
 from snaptree.images.child import run_program
+from snaptree.images.mover.limiting import Limiter
 
 Graph = dict[str, Any]
 
@@ -39,14 +40,16 @@ def run(
     good: Sequence[int] = (0,),
     told: Callable[[bytes], None] = lambda data: None,
     cancelled: Callable[[], bool] = lambda: False,
+    limiter: Limiter | None = None,
 ) -> str:
     """Run qemu-img to its end; what it printed.
 
     :param told: is given what it prints, as it comes.
+    :param limiter: while it is held the program is kept from running.
     :raise CancelledError: ``cancelled`` said so.
     :raise ToolError: it failed.
     """
-    done = run_program(["qemu-img", *arguments], told=told, cancelled=cancelled)
+    done = run_program(["qemu-img", *arguments], told=told, cancelled=cancelled, limiter=limiter)
     if done.status not in good or any(each in done.err for each in _LOST_AT_CLOSE):
         raise _fail(arguments, done.err)
     return done.out
@@ -119,16 +122,20 @@ def convert_point(
     *,
     progress: Callable[[float], None] = lambda done: None,
     cancelled: Callable[[], bool] = lambda: False,
+    limiter: Limiter | None = None,
 ) -> None:
     """Copy what an internal snapshot has of its own into an empty overlay on the same backing file.
 
     :param point: id and name of the internal snapshot.
     :param progress: is told the part done, from 0 to 1.
+    :param limiter: how fast it may be, as it is now; while it is held nothing is copied.
     :raise CancelledError: ``cancelled`` said so; the target is worthless.
     """
     backing = source.get("backing")
     number, tag = (each.replace(",", ",,") for each in point)
     arguments = ["convert", "-p", "-n", "-O", "qcow2", "-l", f"snapshot.id={number},snapshot.name={tag}"]
+    if limiter is not None and limiter.speed > 0:
+        arguments += ["-r", str(max(1, int(limiter.speed)))]
     if backing is not None:
         arguments += ["-B", image_name(backing)]
     arguments += [image_name(source), image_name(target)]
@@ -138,4 +145,4 @@ def convert_point(
         if parts:
             progress(float(parts[-1]) / 100)
 
-    run(arguments, told=told, cancelled=cancelled)
+    run(arguments, told=told, cancelled=cancelled, limiter=limiter)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from snaptree.errors import SnaptreeError, UnhealthyError
+from snaptree.errors import RefusedError, SnaptreeError, UnhealthyError
 from snaptree.machines.power import LOOK_SECONDS, WORK_SECONDS, Power, monitor_of, written_by
 from snaptree.model.layer import Layer, LayerId
 from snaptree.model.live import OFF, RUNNING, UNKNOWN, Live
@@ -64,8 +64,9 @@ async def _asked(qemu: RunningQemu, tree: Tree, writer: str, name: str) -> tuple
         nodes = match(graph, tree, qemu.path)
         state = await qemu.state()
         words = qemu.command_line()
-        known = {layer for layer, node in nodes.items() if options_of(graph, node, words) is not None}
-        return Power(state, Live(state, qemu.pid, frozenset(nodes), commands, frozenset(known))), qemu
+        known = frozenset(layer for layer, node in nodes.items() if options_of(graph, node, words) is not None)
+        live = Live(state, qemu.pid, frozenset(nodes), commands, known, graph.files(), graph.plugged())
+        return Power(state, live), qemu
     except SnaptreeError as error:
         await qemu.close()
         return Power(UNKNOWN, None, error.message, error.hint), None
@@ -108,6 +109,7 @@ def _any_open(graph: BlockGraph, tree: Tree) -> bool:
 async def stands_on(monitor: str, paths: Sequence[str]) -> bool:
     """Whether the QEMU at the monitor has the first of the files as a disk, standing on the others.
 
+    :raise RefusedError: it only reads it.
     :raise UnhealthyError: it stands on others there.
     :raise ToolError: the monitor does not answer.
     """
@@ -120,6 +122,9 @@ async def stands_on(monitor: str, paths: Sequence[str]) -> bool:
     top = graph.top(inodes[0]) if inodes[0] is not None else None
     if top is None:
         return False
+    if top.read_only:
+        hint = "a disk that nothing is written to needs no snapshots"
+        raise RefusedError(f"the QEMU at {monitor} has {paths[0]} open for reading only", hint)
     has = [graph.file_of(node) for node in graph.chain(top)]
     if [node.inode for node in has] != inodes:
         there = " on ".join(node.path or node.name for node in has)
@@ -140,6 +145,7 @@ def match(graph: BlockGraph, tree: Tree, monitor: str) -> dict[LayerId, Node]:
         top = graph.top(inode) if inode is not None else None
         hint = f"see what it has with 'info block', and what the tree has with 'snaptree show {tree.machine}'"
         if top is None:
+            hint += f"; one that was unplugged is let go with 'snaptree disk detach {tree.machine} {disk}'"
             raise UnhealthyError(f"the QEMU at {monitor} has not {layers[0].path} as a disk, the tip of {disk}", hint)
         nodes = graph.chain(top)
         if len(nodes) != len(layers) or not all(map(_same, [graph] * len(nodes), nodes, layers)):

@@ -6,7 +6,6 @@ Each verb gives an :class:`Operation`: await it for its plan when it is done, it
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -24,10 +23,11 @@ from snaptree.planning.plan import Plan
 from snaptree.planning.revert import RevertRequest, SwitchRequest
 from snaptree.planning.sweep import SquashRequest
 from snaptree.planning.verbs import DeleteBranchRequest, GcRequest, RemoveRequest, RenameRequest, Request
+from snaptree.running.control import Control
 from snaptree.running.pace import FREELY, Pace
 from snaptree.running.progress import Progress, Report
 
-Work = Callable[[Report, threading.Event], Plan]
+Work = Callable[[Report, Control], Plan]
 
 
 class Operation:
@@ -37,15 +37,34 @@ class Operation:
     with it. Both raise what the operation raises.
     """
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, control: Control) -> None:
         self._work = work
-        self._stop = threading.Event()
+        self._control = control
         self._task: asyncio.Task[Plan] | None = None
         self._queue: asyncio.Queue[Progress | None] = asyncio.Queue()
 
     def cancel(self) -> None:
         """Stop as Ctrl-C does: it is undone, or a commit pauses; whoever waits for it gets ``CancelledError``."""
-        self._stop.set()
+        self._control.cancel()
+
+    def pause(self) -> None:
+        """Let no data move until :meth:`resume`.
+
+        :raise RefusedError: there is nothing left to do that can be paused.
+        """
+        self._control.pause()
+
+    def resume(self) -> None:
+        """Let data move again."""
+        self._control.resume()
+
+    def limit(self, bytes_per_second: float) -> None:
+        """Let so many bytes a second move from now on; 0 for no limit."""
+        self._control.limit(bytes_per_second)
+
+    def tell(self) -> dict[str, Any]:
+        """Where it stands, as ``operations --json`` prints it."""
+        return self._control.tell()
 
     def __await__(self) -> Generator[Any, None, Plan]:
         return self._started().__await__()
@@ -70,7 +89,7 @@ class Operation:
 
         try:
             # Files are synced and QEMU's tools waited for: not in the caller's event loop.
-            return await asyncio.to_thread(self._work, tell, self._stop)
+            return await asyncio.to_thread(self._work, tell, self._control)
         finally:
             self._queue.put_nowait(None)
 
@@ -86,6 +105,39 @@ class Machine:
         """The machine as ``show --json`` prints it."""
         return await asyncio.to_thread(lambda: report.show(Connection(self._state).machine(self.name).view()))
 
+    async def start(self, *, wait: float = 0.0) -> str:
+        """Start the machine from its stored command, on its active tips; what it does then, ``running`` or ``paused``.
+
+        :param wait: for how many seconds to wait while another operation has the machine.
+        :raise BusyError: it runs already, or another operation has it.
+        :raise RefusedError: its monitor is one that somebody else's QEMU has.
+        :raise ToolError: QEMU does not start.
+        :raise UsageError: it has no start command.
+        """
+
+        def work() -> str:
+            from snaptree.machines import switching
+
+            return switching.start(Connection(self._state).machine(self.name), wait=wait)
+
+        return await asyncio.to_thread(work)
+
+    async def stop(self, *, within: float = 60.0, force: bool = False, wait: float = 0.0) -> str:
+        """Ask the guest to shut down, and turn it off when it has not done so in time; in words how it ended.
+
+        :param within: so many seconds the guest may take.
+        :param force: turn it off at once, as by pulling the plug.
+        :raise BusyError: its monitor tells us nothing, or another operation has the machine.
+        :raise RefusedError: it is paused, so that it cannot hear us.
+        """
+
+        def work() -> str:
+            from snaptree.machines import switching
+
+            return switching.stop(Connection(self._state).machine(self.name), seconds=within, force=force, wait=wait)
+
+        return await asyncio.to_thread(work)
+
     async def verify(self) -> tuple[Finding, ...]:
         """What in the machine's files is not as its tree says."""
         return await asyncio.to_thread(lambda: Connection(self._state).machine(self.name).verify())
@@ -97,11 +149,11 @@ class Machine:
     def operate(self, request: Request, *, wait: float = 0.0, pace: Pace = FREELY) -> Operation:
         """Carry out a request; the verbs below make it."""
 
-        def work(tell: Report, stop: threading.Event) -> Plan:
+        def work(tell: Report, control: Control) -> Plan:
             machine = Connection(self._state).machine(self.name)
-            return machine.run(request, wait=wait, pace=pace, progress=tell, cancelled=stop)
+            return machine.run(request, wait=wait, progress=tell, control=control)
 
-        return Operation(work)
+        return Operation(work, Control(self.name, pace=pace))
 
     def snapshot(
         self,
@@ -141,17 +193,23 @@ class Machine:
         delete: bool = False,
         children: bool = False,
         files: Mapping[str, str] | None = None,
+        power: str | None = None,
+        pace: Pace = FREELY,
     ) -> Operation:
-        """Go back to a snapshot; the work of now is parked unless ``discard``."""
-        return self.operate(RevertRequest(name, discard, keep_as, delete, children, dict(files or {})))
+        """Go back to a snapshot; the work of now is parked unless ``discard``.
+
+        :param power: what the machine does afterwards, ``off``, ``paused`` or ``running``; as it does now without it.
+        """
+        request = RevertRequest(name, discard, keep_as, delete, children, dict(files or {}), power)
+        return self.operate(request, pace=pace)
 
     def branch(self, name: str, *, source: str | None = None, files: Mapping[str, str] | None = None) -> Operation:
         """Grow a branch from a snapshot (``source``) or from here."""
         return self.operate(BranchRequest(name, source, dict(files or {})))
 
-    def switch(self, name: str, *, files: Mapping[str, str] | None = None) -> Operation:
-        """Work on another branch."""
-        return self.operate(SwitchRequest(name, dict(files or {})))
+    def switch(self, name: str, *, files: Mapping[str, str] | None = None, power: str | None = None) -> Operation:
+        """Work on another branch; ``power`` as in :meth:`revert`."""
+        return self.operate(SwitchRequest(name, dict(files or {}), power))
 
     def rename(self, old: str, new: str) -> Operation:
         """Give a snapshot or a branch another name."""
@@ -174,11 +232,11 @@ class Machine:
     def attach(self, disk: DiskOption, *, bases: tuple[str, ...] = (), adopt: bool = False) -> Operation:
         """Look after one more disk."""
 
-        def work(tell: Report, stop: threading.Event) -> Plan:
+        def work(tell: Report, control: Control) -> Plan:
             machine = Connection(self._state).machine(self.name)
-            return machine.run(machine.attach_request(disk, bases, adopt=adopt), progress=tell, cancelled=stop)
+            return machine.run(machine.attach_request(disk, bases, adopt=adopt), progress=tell, control=control)
 
-        return Operation(work)
+        return Operation(work, Control(self.name))
 
     def detach(self, target: str, *, delete_files: bool = False) -> Operation:
         """Let a disk go."""
@@ -191,6 +249,32 @@ class Machine:
     def recover(self) -> asyncio.Future[tuple[str, ...]]:
         """Finish or undo what was killed; a sentence for each operation."""
         return asyncio.ensure_future(asyncio.to_thread(lambda: Connection(self._state).machine(self.name).recover()))
+
+    async def operations(self) -> tuple[dict[str, Any], ...]:
+        """What goes on and what waits on the machine, in whatever process, as ``operations --json`` prints it."""
+        return await asyncio.to_thread(lambda: Connection(self._state).operations(self.name))
+
+    async def cancel(self, *, everything: bool = False) -> tuple[dict[str, Any], ...]:
+        """Stop what runs on the machine, in whatever process, and wait until it has; how each ended.
+
+        :param everything: also what waits for its turn.
+        :raise NotFoundError: nothing runs there.
+        :raise RefusedError: it has come to its end, or must.
+        :raise BusyError: its process does not answer.
+        """
+        return await asyncio.to_thread(lambda: Connection(self._state).cancel(self.name, everything=everything))
+
+    async def pause(self) -> tuple[dict[str, Any], ...]:
+        """Let what runs on the machine, in whatever process, move no data; where it stands then. Errors as above."""
+        return await asyncio.to_thread(lambda: Connection(self._state).pause(self.name))
+
+    async def resume(self) -> tuple[dict[str, Any], ...]:
+        """Let what was paused go on."""
+        return await asyncio.to_thread(lambda: Connection(self._state).resume(self.name))
+
+    async def limit(self, bytes_per_second: float) -> tuple[dict[str, Any], ...]:
+        """Let what runs on the machine move so many bytes a second from now on; 0 for no limit."""
+        return await asyncio.to_thread(lambda: Connection(self._state).limit(self.name, bytes_per_second))
 
 
 class Machines:
@@ -213,6 +297,10 @@ class Machines:
     def __getitem__(self, name: str) -> Machine:
         """A machine by name; that there is one is found out by what is done with it."""
         return Machine(self._state, name)
+
+    async def operations(self) -> tuple[dict[str, Any], ...]:
+        """What goes on and what waits on all machines, in whatever process, as ``operations --json`` prints it."""
+        return await asyncio.to_thread(lambda: Connection(self._state).operations())
 
     async def add(self, options: AddOptions) -> Machine:
         """Look after a machine.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from typing import Any
 
 from snaptree.errors import BusyError, ExistsError
 from snaptree.images.locks import MachineLock
@@ -16,6 +18,8 @@ from snaptree.model.machine import MachineConfig
 from snaptree.planning.adopt import AddRequest, FoundSnapshot, add, empty
 from snaptree.planning.launch import checked_command
 from snaptree.planning.plan import Plan
+from snaptree.running.control import Control, recovering
+from snaptree.running.listening import heard
 from snaptree.store import operations, trees
 from snaptree.store.database import Database, default_state
 
@@ -61,7 +65,10 @@ class Connection:
                 # What was read before the lock was taken may have changed since.
                 lock.acquire(now, wait)
                 touched = now
-            asyncio.run(executor.run(self.database, options.name, plan, lock=lock))
+            self.database.open()
+            control = Control(options.name, "add")
+            with heard(self.database.folder, control):
+                asyncio.run(executor.run(self.database, options.name, plan, lock=lock, control=control))
         finally:
             lock.release()
         return plan
@@ -110,12 +117,45 @@ class Connection:
 
         from snaptree.running import recovery
 
-        lock = MachineLock()
+        lock, control = MachineLock(), recovering(machine)
         try:
-            lock.acquire(recovery.files_of(self.database, machine), wait)
-            return asyncio.run(recovery.recover(self.database, machine, lock))
+            with heard(self.database.folder, control):
+                lock.acquire(recovery.files_of(self.database, machine), wait)
+                return asyncio.run(recovery.recover(self.database, machine, lock, None, control))
         finally:
             lock.release()
+
+    def operations(self, name: str | None = None) -> tuple[dict[str, Any], ...]:
+        """What goes on and what waits, on one machine or on all: see ``under_way.operations_of``."""
+        from snaptree.machines import under_way
+
+        return under_way.operations_of(self.database, name)
+
+    def cancel(
+        self, name: str, *, everything: bool = False, told: Callable[[str], None] = lambda sentence: None
+    ) -> tuple[dict[str, Any], ...]:
+        """Stop what runs on a machine, in whatever process: see ``under_way.cancel``."""
+        from snaptree.machines import under_way
+
+        return under_way.cancel(self.database, name, everything=everything, told=told)
+
+    def pause(self, name: str) -> tuple[dict[str, Any], ...]:
+        """Let what runs on a machine rest: see ``under_way.pause``."""
+        from snaptree.machines import under_way
+
+        return under_way.pause(self.database, name)
+
+    def resume(self, name: str) -> tuple[dict[str, Any], ...]:
+        """Let what was paused on a machine go on."""
+        from snaptree.machines import under_way
+
+        return under_way.resume(self.database, name)
+
+    def limit(self, name: str, speed: float) -> tuple[dict[str, Any], ...]:
+        """Let what runs on a machine move so many bytes a second from now on; 0 for no limit."""
+        from snaptree.machines import under_way
+
+        return under_way.limit(self.database, name, speed)
 
     def recover(self, name: str | None = None, *, wait: float = 0.0) -> tuple[str, ...]:
         """Finish or undo what was killed, on one machine or on all; a sentence for each operation."""

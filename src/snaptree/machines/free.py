@@ -55,6 +55,17 @@ def _has_as_disk(monitor: str, facts: LayerFacts, disk: FoundDisk) -> bool:
     return facts is disk.chain[0] and asyncio.run(stands_on(monitor, [each.path for each in disk.chain]))
 
 
+def require_plugged_in(machine: str, disk: FoundDisk, monitor: str) -> None:
+    """Refuse a disk that a running machine has not: from then on its QEMU would have other disks than the tree says.
+
+    :raise RefusedError: it has not, or only reads it.
+    :raise UnhealthyError: it has it on another chain.
+    """
+    if not _has_as_disk(monitor, disk.chain[0], disk):
+        hint = "plug it into the machine first (blockdev-add, device_add), or stop the machine"
+        raise RefusedError(f"machine {machine} is running, and has not {disk.chain[0].path} as a disk", hint)
+
+
 def without_others(database: Database, disk: FoundDisk) -> FoundDisk:
     """The disk without overlays beside it that belong to another machine."""
     siblings = tuple(

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from snaptree.errors import BusyError, NotFoundError, RefusedError
@@ -15,10 +15,10 @@ from snaptree.images import durable
 from snaptree.images.locks import MachineLock
 from snaptree.machines.finding import find_disk
 from snaptree.machines.findings import Finding
-from snaptree.machines.free import require_free, without_others
+from snaptree.machines.free import require_free, require_plugged_in, without_others
 from snaptree.machines.going import going
 from snaptree.machines.options import DiskOption
-from snaptree.machines.power import LOOK_SECONDS, WORK_SECONDS, Power, silent
+from snaptree.machines.power import LOOK_SECONDS, WORK_SECONDS, Power, monitor_of, silent
 from snaptree.machines.survey import measure, read_survey
 from snaptree.model.layer import LayerId
 from snaptree.model.live import OFF
@@ -27,7 +27,7 @@ from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
 from snaptree.planning import verbs
 from snaptree.planning.accept import AcceptRequest
-from snaptree.planning.adopt import AttachRequest
+from snaptree.planning.adopt import AttachRequest, DetachRequest
 from snaptree.planning.health import Ailment, ailments
 from snaptree.planning.live import require_possible
 from snaptree.planning.naming import renamed_roots
@@ -36,7 +36,9 @@ from snaptree.planning.settle import loose_layers
 from snaptree.planning.unmeasured import Unmeasured
 from snaptree.planning.verbs import RenameRequest, Request, SetRequest
 from snaptree.running import loops
+from snaptree.running.control import Control, recovering
 from snaptree.running.journal import LogEntry, log
+from snaptree.running.listening import heard
 from snaptree.running.loops import LoopNeededError
 from snaptree.running.pace import FREELY, Pace
 from snaptree.running.progress import Report
@@ -159,7 +161,7 @@ class Standalone:
     def plan(self, request: Request) -> Plan:
         """The plan for a request; takes no lock and touches nothing."""
         tree = self.tree()
-        power = self.power(tree)
+        power = self.power(_expected(tree, request))
         gone = going(self, request, power, tree)
         plan = self._plan(tree, Power(OFF) if gone else power, request)
         return gone.told(plan) if gone else plan
@@ -189,18 +191,21 @@ class Standalone:
         progress: Report | None = None,
         confirm: Callable[[Plan], bool] | None = None,
         cancelled: threading.Event | None = None,
+        control: Control | None = None,
     ) -> Plan:
         """Lock, recover, survey, plan, confirm, run.
 
         :param wait: for how many seconds to wait while another operation has the machine.
         :param pace: how fast data may move.
         :param confirm: is shown the plan; when it says no, nothing is touched.
+        :param control: steers it from outside; it has ``pace`` and ``cancelled`` of its own.
         :raise BusyError: another operation has the machine, or another process one of its images.
         :raise CancelledError: it was stopped, or ``confirm`` said no.
         """
+        steered = control or Control(self.name, pace=pace, cancelled=cancelled)
 
         def work() -> Coroutine[Any, Any, Plan]:
-            return self.operate(request, wait=wait, pace=pace, progress=progress, confirm=confirm, cancelled=cancelled)
+            return self.operate(request, wait=wait, progress=progress, confirm=confirm, control=steered)
 
         if not loops.runs():
             # Only what has nothing to do with a QEMU that runs can do without; nothing of it has begun.
@@ -215,25 +220,32 @@ class Standalone:
         request: Request,
         *,
         wait: float = 0.0,
-        pace: Pace = FREELY,
         progress: Report | None = None,
         confirm: Callable[[Plan], bool] | None = None,
-        cancelled: threading.Event | None = None,
+        control: Control,
     ) -> Plan:
         """As :meth:`run`, in an event loop that runs already."""
         from snaptree.errors import CancelledError
         from snaptree.running import executor
         from snaptree.running.holding import files_of
 
-        with durable.explained(f"a file of machine {self.name}", "use"), self.locked(wait, cancelled) as lock:
-            await self.settle(lock)
+        with (
+            durable.explained(f"a file of machine {self.name}", "use"),
+            heard(self.database.folder, control),
+            self.locked(wait, control.cancelled) as lock,
+        ):
+            await self.settle(lock, control)
             self.config = trees.load_config(self.database, self.name)
             tree = self.tree()
             lock.extend(_anchors(tree))
-            async with self.asked(tree, WORK_SECONDS) as (power, qemu):
+            async with self.asked(_expected(tree, request), WORK_SECONDS) as (power, qemu):
                 seen = _seen(tree, request)
                 gone = going(self, request, power, tree)
                 plan = self._plan(tree, Power(OFF) if gone else power, request)
+                if isinstance(request, AttachRequest) and qemu is not None:
+                    from snaptree.machines.asking import match
+
+                    match(await qemu.graph(), plan.after, qemu.path)
                 if confirm is not None and not confirm(plan):
                     raise CancelledError("nothing was done", "")
                 if gone is not None and qemu is not None:
@@ -252,11 +264,10 @@ class Standalone:
                         self.name,
                         plan,
                         lock=lock,
-                        pace=pace,
                         still=_still(tree, request) if power.live is None else (),
                         qemu=qemu,
                         report=progress or unheard,
-                        cancelled=cancelled,
+                        control=control,
                     )
                 except BaseException:
                     if gone is not None and not operations.unfinished(self.database, self.name):
@@ -266,7 +277,7 @@ class Standalone:
                     await gone.start(self, gone.after)
                 return plan
 
-    async def settle(self, lock: MachineLock) -> tuple[str, ...]:
+    async def settle(self, lock: MachineLock, control: Control | None = None) -> tuple[str, ...]:
         """Finish or undo what was killed, under the machine's lock."""
         if not operations.unfinished(self.database, self.name):
             return ()
@@ -274,14 +285,14 @@ class Standalone:
 
         lock.extend(recovery.files_of(self.database, self.name))
         if silent(self.database, self.config, self.tree()):
-            return await recovery.recover(self.database, self.name, lock)
+            return await recovery.recover(self.database, self.name, lock, None, control)
         if not loops.runs():
             raise LoopNeededError
         from snaptree.machines.asking import for_recovery
 
         qemu = await for_recovery(self.database, self.config, self.tree())
         try:
-            return await recovery.recover(self.database, self.name, lock, qemu)
+            return await recovery.recover(self.database, self.name, lock, qemu, control)
         finally:
             if qemu is not None:
                 await qemu.close()
@@ -309,8 +320,9 @@ class Standalone:
 
         if not operations.unfinished(self.database, self.name):
             return ()
-        with self.locked(wait) as lock:
-            return asyncio.run(self.settle(lock))
+        control = recovering(self.name)
+        with heard(self.database.folder, control), self.locked(wait) as lock:
+            return asyncio.run(self.settle(lock, control))
 
     # ---- looking --------------------------------------------------------------------------------------------------
 
@@ -318,10 +330,14 @@ class Standalone:
         """Read a disk that is to be attached.
 
         :raise ExistsError: a machine owns it.
+        :raise RefusedError: the machine runs, and has it not as a disk.
         """
         found = find_disk(disk, (*self.config.bases, *bases), adopt=adopt)
         found = without_others(self.database, found)
-        require_free(self.database, found, adopt=adopt)
+        monitor = monitor_of(self.database, self.config)
+        require_free(self.database, found, adopt=adopt, monitor=monitor)
+        if self.power(self.tree()).live is not None:
+            require_plugged_in(self.name, found, monitor)
         return AttachRequest(found, adopt)
 
     def verify(self) -> tuple[Finding, ...]:
@@ -353,6 +369,15 @@ def _anchors(tree: Tree) -> dict[str, tuple[int, int]]:
             status = os.stat(path)
             there[path] = (status.st_dev, status.st_ino)
     return there
+
+
+def _expected(tree: Tree, request: Request) -> Tree:
+    """The tree that a running machine is compared with. A disk that is to be let go may have been unplugged already."""
+    if not isinstance(request, DetachRequest):
+        return tree
+    active = tree.active_branch
+    tips = {disk: tip for disk, tip in active.tips.items() if disk != request.target}
+    return tree.with_branches(replace(active, tips=tips))
 
 
 def _folders(request: Request) -> list[str]:

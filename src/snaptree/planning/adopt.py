@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from snaptree.errors import ExistsError, NotFoundError, RefusedError, UnhealthyError
@@ -167,6 +167,13 @@ def detach(tree: Tree, survey: Survey, request: DetachRequest) -> Plan:
     after = settle(draft.tree, draft.outsiders)
     gone = [layer for layer in tree.layers.values() if layer.owned and layer.id not in after.layers]
     others = any(layer.disk == target and layer.owned for layer in after.layers.values())
+    files, plugged = (survey.live.files, survey.live.disks) if survey.live is not None else ((), ())
+    if request.delete_files:
+        _require_none_of(survey, gone, files, "is to be removed")
+    elif others:
+        # What its tip stands on is kept by the tip's name only while nothing more is written to it.
+        tip = tree.layers[active.tips[target].layer]
+        _require_none_of(survey, [tip], plugged, "stands on what snapshots or branches have")
     if not request.delete_files and others:
         # Snapshots or branches go on with layers of this disk: only a name keeps from them what its tip stands on.
         name = free_name(tree, f"{active.name}-{target}")
@@ -178,6 +185,18 @@ def detach(tree: Tree, survey: Survey, request: DetachRequest) -> Plan:
         draft.spared = {layer.id for layer in gone}
         draft.notes += [f"{layer.path} stays where it is" for layer in gone]
     return draft.conclude("detach", f"let disk {target!r} go", f"disk {target!r} is gone")
+
+
+def _require_none_of(survey: Survey, layers: Iterable[Layer], files: Collection[tuple[int, int]], why: str) -> None:
+    """Refuse to remove, or to take for parked, what a running machine has among these files of its own.
+
+    :raise RefusedError: it has one of the layers.
+    """
+    for layer in layers:
+        looks = survey.layers[layer.id].identity
+        if looks is not None and (looks.device, looks.inode) in files:
+            hint = "unplug the disk first (device_del, blockdev-del), or stop the machine"
+            raise RefusedError(f"the running machine has {layer.path} open, which {why}", hint)
 
 
 def remove(tree: Tree, survey: Survey, *, delete_files: bool) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from snaptree.errors import RefusedError
+from snaptree.planning.adopt import AttachRequest, DetachRequest
 from snaptree.planning.create import BranchRequest, SnapshotRequest
 from snaptree.planning.delete import DeleteRequest
 from snaptree.planning.sweep import SquashRequest
@@ -17,7 +18,7 @@ def require_possible(name: str, request: object) -> None:
     match request:
         case SnapshotRequest(internal=False) | DeleteRequest(memory_only=False) | DeleteBranchRequest():
             return
-        case SquashRequest() | GcRequest() | BranchRequest():
+        case SquashRequest() | GcRequest() | BranchRequest() | AttachRequest() | DetachRequest():
             return
         case SnapshotRequest():
             what = "internal snapshots are not taken while it runs"

@@ -58,6 +58,15 @@ class BlockGraph:
                 found[each.name] = each
         return tuple(found.values())
 
+    def files(self) -> frozenset[Inode]:
+        """All files that are open."""
+        return frozenset(node.inode for node in self.nodes.values() if node.inode is not None)
+
+    def plugged(self) -> frozenset[Inode]:
+        """The files whose images devices have as their disks."""
+        found = (self.file_of(node) for node in self.nodes.values() if self._is_disk(node))
+        return frozenset(node.inode for node in found if node.inode is not None)
+
     def file_of(self, node: Node) -> Node:
         """The node that has the file open in which an image is."""
         while node.file is not None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from snaptree.errors import CancelledError, SnaptreeError, ToolError
+from snaptree.images.mover.limiting import Limiter
 from snaptree.qemu.session import QmpSession, explain
 
 FIRST_POLL, LAST_POLL = 0.005, 0.1
@@ -35,6 +36,12 @@ _STATUSES = frozenset(
         "null",
     )
 )
+
+
+_STEERED = ("running", "ready", "paused", "standby")
+"""In these a job takes orders; in others it has copied all, or has not begun."""
+_STILL = ("paused", "standby", "waiting", "pending", "aborting", "concluded", "null")
+"""In these it copies nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,25 +81,28 @@ async def run_jobs(
     *,
     progress: Callable[[dict[str, JobProgress]], None] = lambda state: None,
     cancelled: Callable[[], bool] = lambda: False,
-    speed: int = 0,
+    limiter: Limiter | None = None,
 ) -> dict[str, JobProgress]:
     """Start all jobs, follow them to their end, and dismiss them. How far each had come at its end.
 
     When one fails, or on ``cancelled``, the others are cancelled: what they have written keeps every chain right.
 
-    :param speed: bytes a second for each job; 0 for no limit.
+    :param limiter: how fast they may be all together, and whether they may move anything; it is followed as it changes.
     :raise CancelledError: ``cancelled`` said so.
     :raise NoSpaceError: a job ran out of room.
     :raise ToolError: a job failed or stood still, or QEMU went away or talks nonsense.
     """
+    steering = Steering(qmp, limiter or Limiter(), len(jobs))
     try:
         for job in jobs:
-            await _start(qmp, job, speed)
-        return await _follow(qmp, {job.id: job for job in jobs}, progress, cancelled)
+            await _start(qmp, job, steering.first_speed)
+        return await _follow(qmp, {job.id: job for job in jobs}, progress, cancelled, steering)
     except BaseException:
         # Also one whose start was not answered: it may run all the same.
         await abandon(qmp, [job.id for job in jobs])
         raise
+    finally:
+        steering.end()
 
 
 async def _start(qmp: QmpSession, job: Commit | Pull, speed: int) -> None:
@@ -142,6 +152,7 @@ async def _follow(
     jobs: dict[str, Commit | Pull],
     progress: Callable[[dict[str, JobProgress]], None],
     cancelled: Callable[[], bool],
+    steering: Steering,
 ) -> dict[str, JobProgress]:
     ended: dict[str, JobProgress] = {}
     pause = FIRST_POLL
@@ -162,7 +173,8 @@ async def _follow(
                     raise explain(f"the {name} job failed", each.error)
                 ended[name] = each.progress
                 await qmp.execute("job-dismiss", id=name)
-        if now != seen:
+        held = await steering.apply(found)
+        if now != seen or held:
             seen, since = now, time.monotonic()
         elif time.monotonic() - since > STALL_SECONDS:
             raise ToolError(
@@ -171,7 +183,7 @@ async def _follow(
         progress({**now, **ended})
         waiting = [name for name, each in now.items() if each.status in ("ready", "pending") and name not in completing]
         # All disks come to their end together: none completes while another may still fail.
-        if waiting and all(each.status in ("ready", "pending", "concluded") for each in now.values()):
+        if waiting and not held and all(each.status in ("ready", "pending", "concluded") for each in now.values()):
             for name in waiting:
                 # A pull has copied all by now; cancelled, it leaves the header alone.
                 command = "job-cancel" if isinstance(jobs[name], Pull) else "job-complete"
@@ -181,6 +193,63 @@ async def _follow(
         await asyncio.sleep(pause)
         pause = min(pause * 1.5, LAST_POLL)
     return ended
+
+
+class Steering:
+    """Has QEMU's jobs do what the limiter says, as it changes.
+
+    :param count: how many jobs share what may move.
+    """
+
+    def __init__(self, qmp: QmpSession, limiter: Limiter, count: int) -> None:
+        self._qmp, self._limiter, self._count = qmp, limiter, count
+        self._told: dict[str, int] = {}
+        self._paused: set[str] = set()
+        self._resting = False
+        self.first_speed = self.speed
+        """What jobs are to be started with."""
+
+    @property
+    def speed(self) -> int:
+        """Bytes a second for each job as it is now; 0 for no limit."""
+        return max(1, int(self._limiter.speed / self._count)) if self._limiter.speed > 0 else 0
+
+    def found_running(self, names: Collection[str]) -> None:
+        """Jobs that were left by somebody else: at another speed, perhaps, and paused."""
+        self._told.update(dict.fromkeys(names, -1))
+        self._paused.update(names)
+
+    async def apply(self, found: Mapping[str, Job]) -> bool:
+        """Tell QEMU what has changed; whether the jobs are to move nothing.
+
+        A job that has copied all takes no more orders, and needs none.
+        """
+        held, speed = self._limiter.held, self.speed
+        for name, each in found.items():
+            if each.progress.status not in _STEERED:
+                continue
+            if self._told.get(name, self.first_speed) != speed:
+                await self._try("block-job-set-speed", device=name, speed=speed)
+                self._told[name] = speed
+            if held != (name in self._paused):
+                await self._try("job-pause" if held else "job-resume", id=name)
+                (self._paused.add if held else self._paused.discard)(name)
+        self._rest(resting=held and all(each.progress.status in _STILL for each in found.values()))
+        return held
+
+    async def _try(self, command: str, **arguments: Any) -> None:
+        """A job may come to its end just then; whether it has the next look tells."""
+        with suppress(SnaptreeError):
+            await self._qmp.execute(command, **arguments)
+
+    def _rest(self, *, resting: bool) -> None:
+        if resting != self._resting:
+            self._resting = resting
+            (self._limiter.begin_rest if resting else self._limiter.end_rest)()
+
+    def end(self) -> None:
+        """The jobs are over."""
+        self._rest(resting=False)
 
 
 async def abandon(qmp: QmpSession, names: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from snaptree.errors import CancelledError, ToolError
-from snaptree.qemu.jobs import FIRST_POLL, FLUSH_SECONDS, LAST_POLL, STALL_SECONDS, Job, JobProgress, query
+from snaptree.qemu.jobs import FIRST_POLL, FLUSH_SECONDS, LAST_POLL, STALL_SECONDS, Job, JobProgress, Steering, query
 from snaptree.qemu.session import QmpSession, explain
 
 Reporter = Callable[[Mapping[str, JobProgress]], None]
@@ -71,6 +71,7 @@ async def follow(
     jobs: Sequence[Merging],
     progress: Reporter,
     cancelled: threading.Event,
+    steering: Steering,
 ) -> None:
     """Wait until all jobs have copied all: those that let the guest go over are ready, the others pending or ended.
 
@@ -89,9 +90,12 @@ async def follow(
         found = await query(qmp, names)
         _require_sound(found, names)
         progress({name: each.progress for name, each in found.items()})
-        if all(_has_all(names[name], each) for name, each in found.items()):
+        held = await steering.apply(found)
+        if not held and all(_has_all(names[name], each) for name, each in found.items()):
             return
         now = {name: each.progress for name, each in found.items()}
+        if held:
+            since = nearer = time.monotonic()
         if now != seen:
             seen, since = now, time.monotonic()
         elif time.monotonic() - since > STALL_SECONDS:

@@ -95,8 +95,7 @@ class RunningQemu:
 
     async def open_files(self) -> frozenset[Inode]:
         """The files that it has open, by device and inode."""
-        graph = await self.graph()
-        return frozenset(node.inode for node in graph.nodes.values() if node.inode is not None)
+        return (await self.graph()).files()
 
     def command_line(self) -> tuple[str, ...]:
         """The words that started it; none when we may not know them."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from snaptree.images.locks import MachineLock
-from snaptree.images.mover.copying import Limiter
+from snaptree.images.mover.limiting import Limiter
 from snaptree.running.holding import Holding
 from snaptree.running.journal import Journal
 
@@ -21,8 +21,8 @@ class Context:
     """The surroundings of the step that is being taken.
 
     ``lock`` is snaptree's own lock on the machine, ``moved`` is told how many bytes of the step's total have moved,
-    ``limiter`` says how fast they may. ``recovering`` says that the step may have been begun before, by a process that
-    was killed. ``qemu`` is the monitor of a machine that runs.
+    ``limiter`` says how fast, and whether, they may. ``recovering`` says that the step may have been begun before, by a
+    process that was killed. ``qemu`` is the monitor of a machine that runs.
     """
 
     journal: Journal
@@ -33,6 +33,11 @@ class Context:
     moved: Callable[[int, int], None] = lambda done, total: None
     recovering: bool = False
     qemu: RunningQemu | None = None
+
+    def stopped(self) -> bool:
+        """Whether the step is to stop; while its work is held this waits."""
+        self.limiter.rest(self.cancelled.is_set)
+        return self.cancelled.is_set()
 
     @property
     def token(self) -> str:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import resource
-import threading
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from snaptree.errors import CancelledError, IoError, NotFoundError, RefusedError, SnaptreeError
 from snaptree.images import durable
 from snaptree.images.locks import MachineLock
-from snaptree.images.mover.copying import Limiter
 from snaptree.planning.live_steps import LiveMerge
 from snaptree.planning.plan import Plan
 from snaptree.planning.steps import BuildFromPoint, BuildMerged, CopyFirmware, MakeOverlay, Move, Record, Step, Unlink
@@ -19,9 +17,10 @@ from snaptree.running import carry
 from snaptree.running.carry import firmware
 from snaptree.running.carry.tree import refresh
 from snaptree.running.context import Context
+from snaptree.running.control import Control
 from snaptree.running.holding import Holding, changed_by, written_by
 from snaptree.running.journal import Journal
-from snaptree.running.pace import FREELY, Pace, kept
+from snaptree.running.pace import kept
 from snaptree.running.progress import Progress, Report, silent
 from snaptree.store import operations
 from snaptree.store.database import Database
@@ -39,23 +38,22 @@ async def run(
     still: Collection[str] = (),
     qemu: RunningQemu | None = None,
     report: Report = silent,
-    cancelled: threading.Event | None = None,
-    pace: Pace = FREELY,
+    control: Control | None = None,
 ) -> None:
     """Carry out the plan and then the merges that follow it, each as an operation of its own.
 
     :param lock: the machine's lock; files that take the place of others are added to it.
-    :param pace: how fast data may move.
     :param still: the active tips of a machine that is off: until the tree has changed no QEMU may start on them.
     :param qemu: the monitor of a machine that runs.
-    :param cancelled: set it to stop: before the point of no return the operation is undone, after it it is finished;
-        merges that have not begun wait for ``gc``.
+    :param control: how fast data may move, and whether to stop: before the point of no return the operation is undone,
+        after it it is finished; merges that have not begun wait for ``gc``.
     :raise CancelledError: it was stopped; all that is kept is whole.
     :raise SnaptreeError: a step failed; what was before the point of no return has been undone.
     """
-    stop = cancelled or threading.Event()
+    control = control or Control(machine)
+    stop = control.cancelled
+    control.begin(plan)
     require_free(plan, await qemu.open_files() if qemu is not None else ())
-    limiter = Limiter(pace.limit)
     for number, each in enumerate(plan.every()):
         if not each.steps:
             continue
@@ -67,11 +65,21 @@ async def run(
         holding = Holding(spared=await qemu.open_files() if qemu is not None else ())
         holding.take(each, () if number else still)
         try:
-            context = Context(Journal.begin(database, machine, each), holding, lock, limiter, stop, qemu=qemu)
-            with kept(pace):
-                await _carry_out(machine, each, context, report)
+            journal = Journal.begin(database, machine, each)
+            control.take(number, journal.operation)
+            context = Context(journal, holding, lock, control.limiter, stop, qemu=qemu)
+            with kept(control.pace):
+                await _carry_out(machine, each, context, _both(report, control.report))
         finally:
             holding.release()
+
+
+def _both(one: Report, other: Report) -> Report:
+    def report(progress: Progress) -> None:
+        one(progress)
+        other(progress)
+
+    return report
 
 
 def require_free(plan: Plan, spared: Collection[tuple[int, int]] = ()) -> None:

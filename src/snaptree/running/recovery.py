@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from snaptree.images.locks import MachineLock
@@ -10,9 +12,11 @@ from snaptree.planning.steps import BuildMerged, Move, PutInPlace, Record, Step,
 from snaptree.running import carry
 from snaptree.running.carry import moving, sharing
 from snaptree.running.context import Context
+from snaptree.running.control import Control
 from snaptree.running.executor import take, undo_all
 from snaptree.running.holding import Holding, written_by
 from snaptree.running.journal import Journal
+from snaptree.running.progress import Progress
 from snaptree.store import operations
 from snaptree.store.database import Database
 
@@ -24,7 +28,11 @@ DYING_SECONDS = 10.0
 
 
 async def recover(
-    database: Database, machine: str, lock: MachineLock, qemu: RunningQemu | None = None
+    database: Database,
+    machine: str,
+    lock: MachineLock,
+    qemu: RunningQemu | None = None,
+    control: Control | None = None,
 ) -> tuple[str, ...]:
     """Bring every operation of the machine that was killed to an end, under the machine's lock.
 
@@ -32,6 +40,7 @@ async def recover(
     ``gc``.
 
     :param qemu: the monitor of the machine, if it runs.
+    :param control: how fast data may move; it is told how far it is.
     :return: a sentence for each operation.
     :raise SnaptreeError: a step failed again; the operation stays in the journal and can be tried again.
     """
@@ -39,16 +48,22 @@ async def recover(
     if waiting:
         # Its last word may have been written, but not synced: a power cut must not leave what is done now without it.
         database.sync()
-    return tuple([await _settle(database, each, lock, qemu) for each in waiting])
+    control = control or Control(machine)
+    return tuple([await _settle(database, each, lock, qemu, control) for each in waiting])
 
 
 async def _settle(
-    database: Database, operation: operations.Operation, lock: MachineLock, qemu: RunningQemu | None
+    database: Database,
+    operation: operations.Operation,
+    lock: MachineLock,
+    qemu: RunningQemu | None,
+    control: Control,
 ) -> str:
     steps = operations.steps_of(database, operation.id)
     journal = Journal.resume(database, operation)
     holding = Holding(patience=DYING_SECONDS, spared=await qemu.open_files() if qemu is not None else ())
-    context = Context(journal, holding, lock, recovering=True, qemu=qemu)
+    control.take(0, operation.id)
+    context = Context(journal, holding, lock, control.limiter, recovering=True, qemu=qemu)
     try:
         if operation.step < operation.no_return and not await carry.happened(steps, context):
             begun = steps[: operation.step + 1]
@@ -63,12 +78,22 @@ async def _settle(
             if number > first:
                 journal.take(number)
                 context.recovering = number <= operation.step
+            context.moved = _reporter(control, Progress("recover", number + 1, len(steps), step.summary))
             if not (isinstance(step, Unlink) and step.path in spared):
                 await take(step, context)
         journal.end(operations.DONE, "it was killed and has been recovered")
         return f"{operation.summary}: it had been killed, and was finished"
     finally:
         holding.release()
+
+
+def _reporter(control: Control, progress: Progress) -> Callable[[int, int], None]:
+    control.report(progress)
+
+    def moved(done: int, total: int) -> None:
+        control.report(replace(progress, done=done, total=total))
+
+    return moved
 
 
 def _restart(

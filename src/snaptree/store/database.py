@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from snaptree.errors import StateError
 
 SCHEMA = 1
+_OWN = ("firmware", "qemu", "operations")
+"""The folders that snaptree makes beside the state file."""
 _TABLES = """
 CREATE TABLE machine (name TEXT PRIMARY KEY, config TEXT NOT NULL, active TEXT NOT NULL);
 CREATE TABLE layer (
@@ -157,7 +159,7 @@ class Database:
         for folder in reversed(missing):
             os.makedirs(folder, mode=0o700, exist_ok=True)
             _sync_folder(os.path.dirname(folder))
-        own = all(name in ("firmware", "qemu") or name.startswith("state.sqlite") for name in os.listdir(self.folder))
+        own = all(name in _OWN or name.startswith("state.sqlite") for name in os.listdir(self.folder))
         for path, mode in (
             *([(self.folder, 0o700)] if own else []),
             *((self.path + each, 0o600) for each in ("", "-wal", "-shm")),

@@ -126,6 +126,12 @@ def unfinished(database: Database, machine: str | None = None) -> tuple[Operatio
     return tuple(Operation(*row) for row in rows)  # type: ignore[arg-type]
 
 
+def by_number(database: Database, number: int) -> Operation | None:
+    """One operation, if there ever was one of that number."""
+    rows = database.rows(f"SELECT {_COLUMNS} FROM operation WHERE id=?", (number,))
+    return Operation(*rows[0]) if rows else None  # type: ignore[arg-type]
+
+
 def history(database: Database, machine: str) -> tuple[Operation, ...]:
     """All operations of a machine, oldest first."""
     rows = database.rows(f"SELECT {_COLUMNS} FROM operation WHERE machine=? ORDER BY id", (machine,))

@@ -11,7 +11,6 @@ import errno
 import functools
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from functools import partial
 from snaptree.errors import CancelledError, IoError
 from snaptree.images import durable
 from snaptree.images.mover import sharing
+from snaptree.images.mover.limiting import Limiter
 from snaptree.images.tables import data_ranges
 from snaptree.images.workers import run_together
 
@@ -39,25 +39,6 @@ Extent = tuple[int, int, int, int]
 """``(file, from, to, length)``: which source, where in it, where in the target, and how much, in bytes."""
 
 
-class Limiter:
-    """No more than so many bytes a second, over all threads; 0 for no limit."""
-
-    def __init__(self, speed: float = 0.0) -> None:
-        self.speed = speed
-        self._lock = threading.Lock()
-        self._free_at = 0.0
-
-    def wait(self, length: int, stopped: Callable[[], bool]) -> None:
-        """Wait until so much more may move, or until it is to stop."""
-        if self.speed <= 0:
-            return
-        with self._lock:
-            start = max(self._free_at, time.monotonic())
-            self._free_at = start + length / self.speed
-        while (left := start - time.monotonic()) > 0 and not stopped():
-            time.sleep(min(left, 0.1))
-
-
 @dataclass
 class Watch:
     """How a merge is followed and stopped: ``moved`` is told of each more bytes, by any thread."""
@@ -67,10 +48,11 @@ class Watch:
     limiter: Limiter = field(default_factory=Limiter)
 
     def check(self) -> None:
-        """Stop, if it is to.
+        """Stop, if it is to; while the work is held, wait.
 
-        :raise CancelledError: it is.
+        :raise CancelledError: it is to stop.
         """
+        self.limiter.rest(self.stopped)
         if self.stopped():
             raise CancelledError("stopped while data was being moved")
 

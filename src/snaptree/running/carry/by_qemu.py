@@ -6,18 +6,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from snaptree.images import gate
+from snaptree.images.mover.limiting import Limiter
 from snaptree.planning.steps import MoveJob
 from snaptree.qemu.daemon import StorageDaemon
 from snaptree.qemu.jobs import Commit, JobProgress, Pull, run_jobs
 
 
 async def merge(
-    jobs: Sequence[MoveJob], tell: Callable[[str, int], None], cancelled: Callable[[], bool], limit: float
+    jobs: Sequence[MoveJob], tell: Callable[[str, int], None], cancelled: Callable[[], bool], limiter: Limiter
 ) -> int:
     """Have QEMU's jobs move the data of all of them at once; how many bytes that was.
 
     :param tell: is told of each job how many bytes it has moved so far.
-    :param limit: how many bytes a second may move in all, 0 for no limit.
+    :param limiter: how many bytes a second may move in all; it may change.
     """
 
     def report(state: dict[str, JobProgress]) -> None:
@@ -27,8 +28,7 @@ async def merge(
     async with StorageDaemon() as daemon:
         opened = [await _open(daemon, job, number) for number, job in enumerate(jobs)]
         started = [_job(job, nodes) for job, nodes in zip(jobs, opened, strict=True)]
-        speed = int(limit / len(jobs))
-        ended = await run_jobs(daemon.qmp, started, progress=report, cancelled=cancelled, speed=speed)
+        ended = await run_jobs(daemon.qmp, started, progress=report, cancelled=cancelled, limiter=limiter)
         for job, nodes in zip(jobs, opened, strict=True):
             await daemon.settle(nodes[len(job.below) if job.way == "commit" else -1])
     # QEMU counts zeroes among what a commit has written.

@@ -15,7 +15,7 @@ from snaptree.planning.live_steps import File, LiveJob, LiveMerge
 from snaptree.planning.steps import Move, MoveJob, Repoint
 from snaptree.qemu import live_jobs
 from snaptree.qemu.graph import BlockGraph, Node
-from snaptree.qemu.jobs import JobProgress, abandon
+from snaptree.qemu.jobs import JobProgress, Steering, abandon
 from snaptree.qemu.live_jobs import Merging
 from snaptree.qemu.running import RunningQemu
 from snaptree.running.carry import headers, moving
@@ -38,11 +38,14 @@ async def merge(step: LiveMerge, context: Context) -> None:
     graph = await qemu.graph()
     waiting = [job for job in step.jobs if not is_merged(graph, job)]
     jobs = {job: _merging(graph, job, _id(step, job, context)) for job in waiting}
+    steering = Steering(qemu.qmp, context.limiter, len(jobs))
+    steering.found_running(known)
     try:
         for merging in jobs.values():
             if merging.id not in known:
-                await live_jobs.begin(qemu.qmp, merging, int(context.limiter.speed))
-        await live_jobs.follow(qemu.qmp, list(jobs.values()), _reporter(step, jobs, context), context.cancelled)
+                await live_jobs.begin(qemu.qmp, merging, steering.first_speed)
+        report = _reporter(step, jobs, context)
+        await live_jobs.follow(qemu.qmp, list(jobs.values()), report, context.cancelled, steering)
         for job in jobs:
             if not job.active:
                 await _flush(qemu, graph, job)
@@ -50,6 +53,8 @@ async def merge(step: LiveMerge, context: Context) -> None:
         # Nothing is finalized yet: each job leaves a chain that is right.
         await abandon(qemu.qmp, [each.id for each in jobs.values()])
         raise
+    finally:
+        steering.end()
     for job, merging in sorted(jobs.items(), key=lambda each: each[0].active):
         await (_go_over if job.active else _finalize)(qemu, job, merging, context)
         context.journal.moved += job.bytes

@@ -85,6 +85,7 @@ def _converted(step: BuildFromPoint, context: Context) -> str:
             gate.graph([(temporary, "qcow2"), *step.below], read_only=False, locking=False),
             progress=lambda done: context.moved(int(done * step.bytes), step.bytes),
             cancelled=context.cancelled.is_set,
+            limiter=context.limiter,
         )
     copied = holds((temporary, "qcow2"), [(step.source, "qcow2")], tag=step.tag)
     require(copied, f"has not all that {step.tag!r} has", temporary)
@@ -97,7 +98,7 @@ def _gone_back(step: BuildFromPoint, context: Context) -> str:
     tags = [each.name for each in read_facts(step.source, "qcow2").internals]
     temporary = durable.prepare_file(step.path, step.source, context.token, (), 0)
     _claimer(step.path, context)(temporary, *inode_of(temporary))
-    durable.copy_into(step.source, temporary, cancelled=context.cancelled.is_set)
+    durable.copy_into(step.source, temporary, cancelled=context.stopped)
     if step.below:
         name = gate.relative_backing_name(step.path, step.below[0][0])
         repoint_file(temporary, name, step.below[0][1])

@@ -129,7 +129,7 @@ async def _by_qemu(jobs: Sequence[MoveJob], context: Context, tally: Tally) -> i
     from snaptree.running.carry import by_qemu
 
     with context.holding.lent([path for job in jobs for path, _ in (*job.row, *job.below)]):
-        copied = await within(by_qemu.merge(jobs, tally.tell, tally.stopped, context.limiter.speed))
+        copied = await within(by_qemu.merge(jobs, tally.tell, tally.stopped, context.limiter))
         for job in jobs:
             durable.sync_file(target_of(job)[0])
     for job in jobs:
