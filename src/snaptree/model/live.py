@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from snaptree.model.layer import LayerId
+from snaptree.model.memory import Saveable
 
 OFF, RUNNING, PAUSED, UNKNOWN = "off", "running", "paused", "unknown"
 
@@ -14,10 +15,11 @@ class Live:
     """The QEMU that has the active tips open.
 
     ``state`` is ``running`` or ``paused``. ``open`` are the layers that it has open, tips and all beneath them;
-    ``commands`` what its monitor can be asked for.
+    ``commands`` what its monitor can be asked for. ``memory`` is set where that was asked for, as it takes a while.
     """
 
     state: str
     pid: int
     open: frozenset[LayerId] = frozenset()
     commands: frozenset[str] = frozenset()
+    memory: Saveable | None = None

@@ -14,6 +14,7 @@ from snaptree.model.layer import LayerId
 from snaptree.model.machine import MachineConfig
 from snaptree.model.sizes import readable
 from snaptree.planning.live_steps import LiveMerge, LiveSnapshot
+from snaptree.planning.memory_steps import SaveMemory
 
 File: TypeAlias = tuple[str, str]
 """One image in a chain: ``(path, format)``."""
@@ -288,7 +289,10 @@ class TakeName:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Change the tree, in one transaction; ``baseline`` are layers whose identity is read and kept now."""
+    """Change the tree, in one transaction; ``baseline`` are layers whose identity is read and kept now.
+
+    ``otherwise`` is how the tree changes instead where memory could not be saved whose disks were frozen already.
+    """
 
     kind: ClassVar[str] = "record"
     crash: ClassVar[str] = "the tree before or the tree after"
@@ -296,6 +300,7 @@ class Record:
     delta: Delta
     baseline: tuple[LayerId, ...] = ()
     what: str = "record the new tree"
+    otherwise: Delta | None = None
 
     @property
     def summary(self) -> str:
@@ -378,6 +383,7 @@ Step: TypeAlias = (
     | TakeName
     | LiveSnapshot
     | LiveMerge
+    | SaveMemory
     | Record
     | Unlink
     | RemoveFirmware
@@ -401,6 +407,7 @@ STEPS: tuple[type[Step], ...] = (
     TakeName,
     LiveSnapshot,
     LiveMerge,
+    SaveMemory,
     Record,
     Unlink,
     RemoveFirmware,

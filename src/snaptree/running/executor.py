@@ -6,6 +6,7 @@ import os
 import resource
 import threading
 from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 
 from snaptree.errors import CancelledError, IoError, NotFoundError, RefusedError, SnaptreeError
 from snaptree.images import durable
@@ -27,6 +28,19 @@ from snaptree.store import operations
 from snaptree.store.database import Database
 
 
+@dataclass
+class Outcome:
+    """How it went: sentences for the user, and for how many seconds the guest stood still, where that was measured."""
+
+    said: list[str] = field(default_factory=list)
+    paused: float | None = None
+
+    def add(self, context: Context) -> None:
+        """Take over what the steps of one operation have told."""
+        self.said += context.said
+        self.paused = context.paused if context.paused is not None else self.paused
+
+
 async def run(
     database: Database,
     machine: str,
@@ -38,7 +52,7 @@ async def run(
     report: Report = silent,
     cancelled: threading.Event | None = None,
     pace: Pace = FREELY,
-) -> None:
+) -> Outcome:
     """Carry out the plan and then the merges that follow it, each as an operation of its own.
 
     :param lock: the machine's lock; files that take the place of others are added to it.
@@ -53,6 +67,7 @@ async def run(
     stop = cancelled or threading.Event()
     require_free(plan, await qemu.open_files() if qemu is not None else ())
     limiter = Limiter(pace.limit)
+    outcome = Outcome()
     for number, each in enumerate(plan.every()):
         if not each.steps:
             continue
@@ -67,8 +82,10 @@ async def run(
             context = Context(Journal.begin(database, machine, each), holding, lock, limiter, stop, qemu=qemu)
             with kept(pace):
                 await _carry_out(machine, each, context, report)
+            outcome.add(context)
         finally:
             holding.release()
+    return outcome
 
 
 def require_free(plan: Plan, spared: Collection[tuple[int, int]] = ()) -> None:
@@ -114,7 +131,7 @@ async def _carry_out(machine: str, plan: Plan, context: Context, report: Report)
             report(progress)
             context.moved = _reporter(report, progress)
             await take(step, context)
-        journal.end(operations.DONE)
+        close(context)
     except BaseException as error:
         if journal.step < plan.point_of_no_return and not await _happened(plan, context):
             await undo_all(plan.steps[: journal.step + 1], context, str(error))
@@ -123,6 +140,14 @@ async def _carry_out(machine: str, plan: Plan, context: Context, report: Report)
         else:
             _add_hint(error, f"'snaptree recover {machine}' finishes what was begun")
         raise
+    if context.failed is not None:
+        raise context.failed
+
+
+def close(context: Context, why: str = "") -> None:
+    """Close an operation that has come to its end, or was brought to one without what failed."""
+    failed = context.failed
+    context.journal.end(operations.UNDONE if failed else operations.DONE, failed.message if failed else why)
 
 
 async def _happened(plan: Plan, context: Context) -> bool:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from snaptree.planning.live_steps import LiveMerge, LiveSnapshot
+from snaptree.planning.memory_steps import SaveMemory
 from snaptree.planning.steps import (
     ApplyInternal,
     BuildFromPoint,
@@ -27,7 +28,7 @@ from snaptree.planning.steps import (
     TakeName,
     Unlink,
 )
-from snaptree.running.carry import firmware, headers, internals, live, live_merge, making, sharing, tree
+from snaptree.running.carry import firmware, headers, internals, live, live_merge, making, memory, sharing, tree
 from snaptree.running.carry import moving as moving
 from snaptree.running.context import Context
 
@@ -67,6 +68,8 @@ async def do(step: Step, context: Context) -> None:
             await live.snapshot(step, context)
         case LiveMerge():
             await live_merge.merge(step, context)
+        case SaveMemory():
+            await memory.save(step, context)
         case Unlink():
             making.unlink(step, context)
         case Record():
@@ -95,9 +98,11 @@ async def undo(step: Step, context: Context) -> None:
         case BuildMerged():
             sharing.unbuild(step, context)
         case LiveSnapshot():
-            await live.unsnapshot(step, context)
+            await live.unsnapshot(step.cuts, context)
         case LiveMerge():
             await live_merge.unmerge(step, context)
+        case SaveMemory():
+            await memory.unsave(step, context)
         case _:
             pass
 
@@ -110,8 +115,8 @@ async def happened(steps: tuple[Step, ...], context: Context) -> bool:
     """
     step = steps[context.journal.step] if context.journal.step >= 0 else None
     match step:
-        case LiveSnapshot():
-            return await live.was_cut(step, context)
+        case LiveSnapshot() | SaveMemory():
+            return await live.was_cut(step.cuts, context)
         case LiveMerge():
             return await live_merge.went_on(step, context)
         case _:
