@@ -11,6 +11,7 @@ from tests.kit.simulated import CELL, Disk, Runner, measured, measured_point, su
 from snaptree.model.branch import Branch
 from snaptree.model.layer import Layer, Point
 from snaptree.model.live import Live
+from snaptree.model.memory import Saveable
 from snaptree.model.tree import Tree
 from snaptree.planning.create import BranchRequest, SnapshotRequest
 from snaptree.planning.delete import DeleteRequest
@@ -38,6 +39,7 @@ class Machine:
         self.runs = False
         self.reopens = False
         """Whether the QEMU that runs it can be made to read a layer anew."""
+        self.memory = Saveable(1 << 30, 1 << 28, {"RAM": f"{1 << 30} bytes"}, ("background", "mapped-ram", "plain"))
 
     def plan(self, request: Request) -> Plan:
         """The plan for the request, on the files as they are."""
@@ -45,7 +47,7 @@ class Machine:
         found = survey(disk, tree, self.number)
         if self.runs:
             opened = frozenset(each.id for tip in tree.active_branch.tips.values() for each in tree.chain(tip.layer))
-            live = Live("running", 1, opened)
+            live = Live("running", 1, opened, memory=self.memory)
             if self.reopens:
                 live = replace(live, commands=frozenset({"blockdev-reopen"}), reopenable=opened)
             found = replace(found, running=True, live=live)
@@ -93,6 +95,7 @@ def examples() -> Iterator[tuple[str, Plan]]:
     yield "snapshot", Machine().plan(SnapshotRequest("s1"))
     yield "snapshot, internal", Machine().plan(SnapshotRequest("s1", True))
     yield "snapshot of a running machine", _live(Machine()).plan(SnapshotRequest("s1"))
+    yield "snapshot with memory", _live(Machine()).plan(SnapshotRequest("s1", memory=True))
     yield "delete the middle of a line while it runs", _live(_line()).plan(DeleteRequest(("s2",)))
     yield "delete the last of a line while it runs", _live(_line()).plan(DeleteRequest(("s3",)))
     yield "delete all of a line while it runs", _live(_line()).plan(DeleteRequest(("s1", "s2", "s3")))

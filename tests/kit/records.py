@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
+
+from tests.kit.qmp import Qmp
 
 SIZE, SLOTS, RUN = 4096, 4096, 8
 DISK_BYTES = 32 << 20
@@ -15,6 +19,20 @@ _HEAD = struct.Struct("<8sQQ")
 def slot(number: int) -> int:
     """Where a record goes, as in ``writer.c``."""
     return (number // RUN * 13 % (SLOTS // RUN)) * RUN + number % RUN
+
+
+def in_memory(qmp: Qmp, folder: Path) -> tuple[int, int]:
+    """The record that a guest is at which stands still, and the disk that it was filled for, read from its memory."""
+    file = folder / "ram"
+    # Where q35 has its memory below 2 GiB.
+    qmp("pmemsave", val=1 << 20, size=95 << 20, filename=str(file))
+    content = file.read_bytes()
+    file.unlink()
+    found = {_HEAD.unpack_from(content, at.start()) for at in re.finditer(b"SNAPREC1", content)}
+    # The word is in the program too; what follows it there is no record.
+    numbers = [(number, disk) for _, number, disk in found if disk < 2 and 0 < number < 1 << 32]
+    assert numbers, "there is no record in memory"
+    return max(numbers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,6 +156,7 @@ class Scene:
             tree = Connection(str(self.state)).machine(machine).tree()
             assert violations(tree) == ()
             known |= {Path(layer.path) for layer in tree.layers.values()}
+            known |= {Path(memory.path) for memory in tree.memories.values()}
             for layer in tree.layers.values():
                 if layer.format == "qcow2" and layer.path not in self.written(machine):
                     wrong = images.problems(layer.path)

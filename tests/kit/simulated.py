@@ -123,6 +123,7 @@ def survey(disk: Disk, tree: Tree, number: int) -> Survey:
         layers=facts,
         file_systems={1: FileSystemFacts(1, 1 << 40)},
         names={folder: frozenset(names) for folder, names in folders.items()},
+        free=dict.fromkeys(folders, 1 << 40),
         now=float(number),
         token=str(number),
     )

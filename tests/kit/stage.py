@@ -8,13 +8,14 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from tests.kit import images, shim
-from tests.kit.guest import DISKS, Boot, Guest
+from tests.kit.guest import DISKS, Boot, Guest, device, launch
 from tests.kit.qmp import Qmp
-from tests.kit.records import DISK_BYTES, read_records
+from tests.kit.records import DISK_BYTES, in_memory, read_records
 from tests.kit.scene import Scene
 
 from snaptree.machines.power import own_monitor
@@ -100,6 +101,37 @@ class Stage(Scene):
                 assert not [each for each in qmp("query-jobs") if each["id"].startswith("snaptree-")]
         super().sound(*machines)
 
+    def loaded(self, name: str) -> tuple[Guest, Path]:
+        """A QEMU without snaptree, on overlays of a snapshot's points, that has loaded its memory and waits; the guest
+        in it, and its monitor."""
+        folder = self.folder / f"loaded-{name}"
+        folder.mkdir()
+        named = self.names()[name]
+        words = self.boot.words(folder, saved=False)
+        for disk in DISKS:
+            point = named["points"][disk]["path"]
+            form = self.format_of(point)
+            path = images.create(folder / f"{disk}.qcow2", DISK_BYTES, "qcow2", backing=(Path(point), form))
+            words += ["-blockdev", f"driver=qcow2,node-name=n-{disk},file.driver=file,file.filename={path}"]
+            words += ["-device", device(disk, f"n-{disk}")]
+        words += ["-incoming", f"file:{named['memory']}", "-S", "-qmp", f"unix:{folder}/qmp,server=on,wait=off"]
+        return launch(words, folder), folder / "qmp"
+
+    def agree(self, name: str, monitor: Path) -> None:
+        """What a paused guest has in memory and what the name's disks hold is of the same record."""
+        with Qmp(monitor) as qmp:
+            until = time.monotonic() + 60
+            while (status := qmp("query-status")["status"]) == "inmigrate":
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            assert status == "paused", status
+            number, disk = in_memory(qmp, self.folder)
+        held = self.holds(name)
+        for at, last in enumerate(held):
+            # It is filled in memory, then written to one disk after the other.
+            may = {number} if at < disk else {number - 1} if at > disk else {number - 1, number}
+            assert last in may, f"memory has record {number} for disk {disk}, the disks have {held}"
+
     def finish(self) -> int:
         """Shut the guest down, and see that all is there that it had flushed; the last record."""
         self("stop web1")
@@ -149,3 +181,37 @@ def killed_at(stage: Stage, when: int, line: str) -> bool:
     said = process.communicate(timeout=120)[0]
     assert process.returncode in (0, -signal.SIGKILL), said
     return process.returncode != 0
+
+
+_AROUND = """
+import os, signal, sys
+from snaptree.cli.main import run
+from snaptree.qemu.session import QmpSession
+
+real = QmpSession.execute
+
+async def execute(self, command, **arguments):
+    if command == {command!r} and {before}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    answer = await real(self, command, **arguments)
+    if command == {command!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return answer
+
+QmpSession.execute = execute
+sys.exit(run(sys.argv[1:]))
+"""
+"""snaptree, killed just before or just after it says a command to QEMU."""
+
+
+def killed_around(stage: Stage, command: str, *, before: bool, line: str) -> None:
+    """Run the command line, and kill it just before or just after it has said a command to QEMU."""
+    done = subprocess.run(
+        [sys.executable, "-c", _AROUND.format(command=command, before=before), *shlex.split(line)],
+        env={**os.environ, "SNAPTREE_STATE": str(stage.state)},
+        cwd=stage.disks,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr

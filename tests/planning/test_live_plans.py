@@ -20,7 +20,7 @@ from snaptree.planning.plan import Plan
 from snaptree.planning.revert import SwitchRequest
 from snaptree.planning.steps import BuildMerged, Move, Repoint, TakeName
 from snaptree.planning.unmeasured import Unmeasured
-from snaptree.planning.verbs import DeleteBranchRequest, Request, plan
+from snaptree.planning.verbs import DeleteBranchRequest, RemoveRequest, Request, plan
 
 
 def running(machine: Machine) -> Machine:
@@ -155,7 +155,7 @@ def test_a_row_of_different_sizes_waits() -> None:
 
 
 def test_what_is_refused_names_the_machine() -> None:
-    for request in (SnapshotRequest("s1", internal=True), DeleteRequest(("s1",), memory_only=True)):
+    for request in (SnapshotRequest("s1", internal=True), RemoveRequest()):
         with pytest.raises(RefusedError, match="web1"):
             require_possible("web1", request)
     with pytest.raises(RefusedError, match="fork"):

@@ -51,10 +51,13 @@ def file_options(texts: Sequence[str]) -> dict[str, str]:
         target = check_target(match.group(1))
         if target in found:
             raise UsageError(f"--file is given twice for {target}", "give one path for each disk")
-        found[target] = os.path.join(
-            os.path.realpath(os.path.dirname(match.group(2))), os.path.basename(match.group(2))
-        )
+        found[target] = real_path(match.group(2))
     return found
+
+
+def real_path(text: str) -> str:
+    """The path from the root of a file that is to be made, in a folder without links."""
+    return os.path.join(os.path.realpath(os.path.dirname(text)), os.path.basename(text))
 
 
 def absolute(path: str | None) -> str | None:

@@ -13,6 +13,7 @@ from snaptree.cli.parsing import (
     merge_option,
     paced,
     powered,
+    real_path,
     snapshot_argument,
 )
 from snaptree.errors import UsageError
@@ -30,6 +31,8 @@ from snaptree.running.pace import Pace
 @click.option("--internal", is_flag=True, help="Keep the point within the image, where its format can.")
 @click.option("--exclude", multiple=True, metavar="TARGET", help="Leave a disk out; may be repeated.")
 @file_option
+@click.option("--memory", is_flag=True, help="Save the memory of the running machine as well, of the same instant.")
+@click.option("--memory-file", metavar="PATH", help="Where the memory goes.")
 @click.option("--description", default="", metavar="TEXT", help="What the snapshot is for.")
 @changing
 def snapshot_command(
@@ -38,13 +41,16 @@ def snapshot_command(
     internal: bool,
     exclude: tuple[str, ...],
     files: tuple[str, ...],
+    memory: bool,
+    memory_file: str | None,
     description: str,
     only_plan: bool,
     as_json: bool,
     wait: float,
 ) -> None:
     """Take a snapshot of the machine as it is now."""
-    request = SnapshotRequest(snapshot, internal, exclude, file_options(files), description)
+    place = real_path(memory_file) if memory_file is not None else None
+    request = SnapshotRequest(snapshot, internal, exclude, file_options(files), description, memory, place)
     carry_out(Connection().machine(machine), request, only_plan=only_plan, as_json=as_json, wait=wait)
 
 

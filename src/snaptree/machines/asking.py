@@ -72,6 +72,16 @@ async def _asked(qemu: RunningQemu, tree: Tree, writer: str, name: str) -> tuple
         return Power(UNKNOWN, None, error.message, error.hint), None
 
 
+async def again(qemu: RunningQemu, tree: Tree) -> Power:
+    """What a machine does that has told us before, with what it has open now.
+
+    :raise UnhealthyError: it has other images open than the tree says.
+    """
+    nodes = match(await qemu.graph(), tree, qemu.path)
+    state = await qemu.state()
+    return Power(state, Live(state, qemu.pid, frozenset(nodes), await qemu.commands()))
+
+
 async def for_recovery(database: Database, config: MachineConfig, tree: Tree) -> RunningQemu | None:
     """The monitor of a machine that an interrupted operation has left, whatever its graph.
 

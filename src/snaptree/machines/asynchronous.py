@@ -163,9 +163,12 @@ class Machine:
         exclude: tuple[str, ...] = (),
         files: Mapping[str, str] | None = None,
         description: str = "",
+        memory: bool = False,
+        memory_file: str | None = None,
     ) -> Operation:
-        """Take a snapshot."""
-        return self.operate(SnapshotRequest(name, internal, exclude, dict(files or {}), description))
+        """Take a snapshot, with ``memory`` of a machine that runs."""
+        chosen = dict(files or {})
+        return self.operate(SnapshotRequest(name, internal, exclude, chosen, description, memory, memory_file))
 
     def delete(
         self,

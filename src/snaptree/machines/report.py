@@ -151,6 +151,8 @@ def _freed(view: View, named: Snapshot | Branch, outsiders: frozenset[LayerId]) 
             if at is not None and tree.layers[at].owned and tree.stands_on(at) == 2 and not tree.needed(at):
                 more = True
                 break
+    if named.memory is not None and sum(each.memory == named.memory for each in tree.named) == 1:
+        freed += tree.memories[named.memory].size
     return Freed(freed, more)
 
 
@@ -238,7 +240,8 @@ def _remarks(view: View, named: Snapshot | Branch) -> str:
     if isinstance(named, Snapshot) and named.kind != "external":
         found.append(named.kind)
     if named.memory is not None:
-        found.append("memory")
+        wrong = view.survey.memories.get(named.memory)
+        found.append("memory" if wrong is None else "memory lost")
     missing = sorted(set(tree.disks) - set(points))
     if missing:
         found.append(f"without {', '.join(missing)}")

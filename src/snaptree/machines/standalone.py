@@ -10,13 +10,14 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from snaptree.errors import BusyError, NotFoundError, RefusedError
+from snaptree.errors import BusyError, NotFoundError, RefusedError, SnaptreeError
 from snaptree.images import durable
 from snaptree.images.locks import MachineLock
 from snaptree.machines.finding import find_disk
 from snaptree.machines.findings import Finding
 from snaptree.machines.free import require_free, require_plugged_in, without_others
 from snaptree.machines.going import going
+from snaptree.machines.memories import as_it_went, merge_loose, with_memory
 from snaptree.machines.options import DiskOption
 from snaptree.machines.power import LOOK_SECONDS, WORK_SECONDS, Power, monitor_of, silent
 from snaptree.machines.survey import measure, read_survey
@@ -28,6 +29,7 @@ from snaptree.model.tree import Tree
 from snaptree.planning import verbs
 from snaptree.planning.accept import AcceptRequest
 from snaptree.planning.adopt import AttachRequest, DetachRequest
+from snaptree.planning.create import SnapshotRequest
 from snaptree.planning.health import Ailment, ailments
 from snaptree.planning.live import require_possible
 from snaptree.planning.naming import renamed_roots
@@ -89,15 +91,15 @@ class Standalone:
         """Read the machine's files and what surrounds them."""
         return read_survey(self.database, self.config, tree, folders, beside=beside, power=power)
 
-    def power(self, tree: Tree) -> Power:
-        """What the machine does now."""
+    def power(self, tree: Tree, request: Request | None = None) -> Power:
+        """What the machine does now, and what a request needs to know of its memory."""
         if silent(self.database, self.config, tree):
             return Power(OFF)
         import asyncio
 
         async def ask() -> Power:
-            async with self.asked(tree) as (power, _):
-                return power
+            async with self.asked(tree) as (power, qemu):
+                return await with_memory(power, qemu, request)
 
         return asyncio.run(ask())
 
@@ -161,7 +163,7 @@ class Standalone:
     def plan(self, request: Request) -> Plan:
         """The plan for a request; takes no lock and touches nothing."""
         tree = self.tree()
-        power = self.power(_expected(tree, request))
+        power = self.power(_expected(tree, request), request)
         gone = going(self, request, power, tree)
         plan = self._plan(tree, Power(OFF) if gone else power, request)
         return gone.told(plan) if gone else plan
@@ -239,6 +241,7 @@ class Standalone:
             tree = self.tree()
             lock.extend(_anchors(tree))
             async with self.asked(_expected(tree, request), WORK_SECONDS) as (power, qemu):
+                power = await with_memory(power, qemu, request)
                 seen = _seen(tree, request)
                 gone = going(self, request, power, tree)
                 plan = self._plan(tree, Power(OFF) if gone else power, request)
@@ -259,7 +262,7 @@ class Standalone:
                     hint = "see what did it, and try again"
                     raise BusyError(f"{moved[0]} has been replaced since it was planned", hint)
                 try:
-                    await executor.run(
+                    outcome = await executor.run(
                         self.database,
                         self.name,
                         plan,
@@ -270,12 +273,17 @@ class Standalone:
                         control=control,
                     )
                 except BaseException:
-                    if gone is not None and not operations.unfinished(self.database, self.name):
-                        await gone.start(self, gone.before)
+                    if not operations.unfinished(self.database, self.name):
+                        if gone is not None:
+                            await gone.start(self, gone.before)
+                        elif qemu is not None and isinstance(request, SnapshotRequest):
+                            # Memory that could not be saved leaves overlays; what it leaves loose, gc merges.
+                            with suppress(SnaptreeError):
+                                await merge_loose(self, tree, qemu, lock)
                     raise
                 if gone is not None:
                     await gone.start(self, gone.after)
-                return plan
+                return as_it_went(plan, outcome)
 
     async def settle(self, lock: MachineLock, control: Control | None = None) -> tuple[str, ...]:
         """Finish or undo what was killed, under the machine's lock."""
@@ -382,7 +390,8 @@ def _expected(tree: Tree, request: Request) -> Tree:
 
 def _folders(request: Request) -> list[str]:
     files: Mapping[str, str] = getattr(request, "files", {})
-    return [os.path.dirname(path) for path in files.values()]
+    memory: str | None = getattr(request, "memory_file", None)
+    return [os.path.dirname(path) for path in (*files.values(), *([memory] if memory is not None else []))]
 
 
 def _still(tree: Tree, request: Request) -> list[str]:

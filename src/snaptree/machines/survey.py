@@ -6,10 +6,11 @@ import os
 import secrets
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 
 from snaptree.errors import SnaptreeError, UnhealthyError
-from snaptree.images import durable, gate
+from snaptree.images import durable, gate, memory_file
 from snaptree.images.facts import read_facts
 from snaptree.images.inode import is_still
 from snaptree.machines.power import Power
@@ -53,6 +54,8 @@ def read_survey(
         keep=os.path.join(database.folder, "firmware"),
         token=secrets.token_hex(6),
         bytes_per_second=_speed(database, config.name),
+        free=_free(places),
+        memories={each.id: wrong for each in tree.memories.values() if (wrong := memory_file.ailment(each))},
     )
 
 
@@ -83,6 +86,16 @@ def _file_systems(facts: Iterable[LayerFacts]) -> dict[int, FileSystemFacts]:
             continue
         free = status.f_bavail if os.geteuid() else status.f_bfree
         found[each.identity.device] = FileSystemFacts(each.identity.device, free * status.f_frsize)
+    return found
+
+
+def _free(folders: Iterable[str]) -> dict[str, int]:
+    """How much room there is for us in each folder, in bytes."""
+    found: dict[str, int] = {}
+    for folder in folders:
+        with suppress(OSError):
+            status = os.statvfs(folder)
+            found[folder] = (status.f_bavail if os.geteuid() else status.f_bfree) * status.f_frsize
     return found
 
 

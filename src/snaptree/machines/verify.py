@@ -58,6 +58,10 @@ def verify(tree: Tree, survey: Survey, unfinished: Iterable[str] = ()) -> tuple[
             found.append(Finding("unchecked", layer.path, detail, (), "run 'qemu-img check' on it yourself", "warning"))
         elif layer.format == "qcow2" and facts.exists and not blocked:
             found += _check(tree, layer.id, dirty=facts.dirty)
+    for memory, detail in survey.memories.items():
+        who = tuple(sorted(each.name for each in tree.named if each.memory == memory))
+        hint = "put the file back as it was, or go on without it: 'snaptree delete {} {} --memory-only'"
+        found.append(Finding("memory", tree.memories[memory].path, detail, who, hint.format(tree.machine, who[0])))
     for sentence in violations(tree, frozenset(each.layer for each in survey.outsiders)):
         found.append(Finding("tree", "", sentence, (), "run 'snaptree recover', then tell the authors"))
     for outsider in survey.outsiders:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from snaptree.model.layer import LayerId
+from snaptree.model.memory import Saveable
 
 OFF, RUNNING, PAUSED, UNKNOWN = "off", "running", "paused", "unknown"
 
@@ -16,6 +17,7 @@ class Live:
     ``state`` is ``running`` or ``paused``. ``open`` are the layers that it has open, tips and all beneath them;
     of ``reopenable`` it is known how it has opened them. ``commands`` is what its monitor can be asked for. ``files``
     are all files that it has open, by device and inode, ``disks`` those of them that its devices have as their disks.
+    ``memory`` is set where that was asked for, as it takes a while.
     """
 
     state: str
@@ -25,3 +27,4 @@ class Live:
     reopenable: frozenset[LayerId] = frozenset()
     files: frozenset[tuple[int, int]] = frozenset()
     disks: frozenset[tuple[int, int]] = frozenset()
+    memory: Saveable | None = None

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from snaptree.model.layer import Identity
+
+BACKGROUND, MAPPED, PLAIN = "background", "mapped-ram", "plain"
+"""How memory is written: while the guest runs on, or while it waits, in QEMU's newer form or in its older one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,9 +17,33 @@ class Memory:
     """RAM and device state in a file; it lives exactly as long as a snapshot or a branch refers to it.
 
     ``form`` says how it was written: ``background``, ``mapped-ram``, ``plain`` or ``libvirt``. ``size`` is in bytes.
+    ``identity`` tells the file from another one and from itself changed; its ``header`` is the SHA-256 of the file's
+    two ends. ``needs`` is what a machine must be like to load it, by a word for each aspect; ``state`` what the machine
+    did at that instant, ``running`` or ``paused``.
     """
 
     id: int
     path: str
     form: str
     size: int
+    identity: Identity | None = None
+    needs: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    state: str = "running"
+
+
+@dataclass(frozen=True, slots=True)
+class Saveable:
+    """What a running machine's monitor says of its memory.
+
+    :param ram: how much memory it has, in bytes.
+    :param used: how much of that will be written at the most.
+    :param needs: what a machine must be like to load it.
+    :param forms: the forms in which it may be saved, the best first.
+    :param obstacle: why it cannot be saved; empty where it can.
+    """
+
+    ram: int
+    used: int
+    needs: Mapping[str, str]
+    forms: tuple[str, ...]
+    obstacle: str = ""

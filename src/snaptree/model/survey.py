@@ -178,3 +178,7 @@ class Survey:
     now: float = 0.0
     bytes_per_second: float = 0.0
     """How fast merges went lately on this machine, from the journal; 0 when nothing is known."""
+    free: Mapping[str, int] = field(default_factory=dict)
+    """How many bytes there are for us in each folder that new files may go to."""
+    memories: Mapping[int, str] = field(default_factory=dict)
+    """What is wrong with the file of each memory that is not as it was written, as a sentence."""

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, replace
 from snaptree.errors import ExistsError, NotFoundError, RefusedError, UsageError
 from snaptree.model.branch import Branch
 from snaptree.model.layer import Point
+from snaptree.model.memory import Memory
 from snaptree.model.names import check_name
 from snaptree.model.snapshot import Snapshot
 from snaptree.model.survey import LayerFacts, Survey
 from snaptree.model.tree import Tree
+from snaptree.planning import remembering
 from snaptree.planning.draft import Draft
 from snaptree.planning.live_steps import Cut, LiveSnapshot
 from snaptree.planning.plan import Plan
@@ -30,6 +32,8 @@ class SnapshotRequest:
     exclude: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     description: str = ""
+    memory: bool = False
+    memory_file: str | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,8 @@ def snapshot(tree: Tree, survey: Survey, request: SnapshotRequest) -> Plan:
     both = sorted(set(request.exclude) & set(request.files))
     if both:
         raise UsageError(f"{both[0]} is both excluded and given a file", "give one of --exclude and --file")
+    if request.memory or request.memory_file is not None:
+        remembering.require_saveable(tree, survey, request)
     draft = Draft(tree, survey, request.files)
     branch = tree.active_branch
     points: dict[str, Point] = {}
@@ -127,29 +133,36 @@ def snapshot(tree: Tree, survey: Survey, request: SnapshotRequest) -> Plan:
             continue
         points[disk] = Point(tip)
         tips[disk] = Point(draft.stack(tip, request.name, f"take a snapshot of {disk}").id)
-    if survey.live is not None and points:
-        _cut(draft, points, tips)
     if not points:
         raise UsageError("every disk is excluded: there is nothing to take a snapshot of", "exclude fewer disks")
+    saved: Memory | None = None
+    if survey.live is not None:
+        cuts = _cuts(draft, points, tips)
+        draft.pause = CUT_SECONDS
+        if request.memory:
+            saved = remembering.save(draft, cuts, request.name, request.memory_file)
+        else:
+            draft.prepare.append(LiveSnapshot(cuts))
     taken = Snapshot(
         name=request.name,
         parent=branch.parent,
         points=points,
         created=survey.now,
         description=request.description,
-        consistency="off" if survey.live is None else "crash",
+        consistency="off" if survey.live is None else "crash" if saved is None else "memory",
+        memory=saved.id if saved is not None else None,
         firmware=draft.keep_firmware(request.name),
     )
+    without = draft.tree.with_branches(replace(branch, tips=tips))
     draft.tree = draft.tree.with_snapshots(taken).with_branches(replace(branch, parent=request.name, tips=tips))
-    return draft.conclude("snapshot", f"take snapshot {request.name!r}", f"snapshot {request.name!r} is there")
+    plan = draft.conclude("snapshot", f"take snapshot {request.name!r}", f"snapshot {request.name!r} is there")
+    return remembering.or_else(plan, draft, without) if saved is not None else plan
 
 
-def _cut(draft: Draft, points: Mapping[str, Point], tips: Mapping[str, Point]) -> None:
-    """Let the running guest go on in its new tips, on all disks at one instant."""
+def _cuts(draft: Draft, points: Mapping[str, Point], tips: Mapping[str, Point]) -> tuple[Cut, ...]:
+    """How the running guest goes on in its new tips, on all disks at one instant."""
     layers = draft.tree.layers
-    cuts = [Cut(disk, layers[points[disk].layer].path, layers[tips[disk].layer].path) for disk in sorted(points)]
-    draft.prepare.append(LiveSnapshot(tuple(cuts)))
-    draft.pause = CUT_SECONDS
+    return tuple(Cut(disk, layers[points[disk].layer].path, layers[tips[disk].layer].path) for disk in sorted(points))
 
 
 def branch(tree: Tree, survey: Survey, request: BranchRequest) -> Plan:

@@ -396,7 +396,9 @@ class Draft:
             steps.append(RemoveFirmware(piece.role, piece.path))
         for memory in self.before.memories.values():
             if memory.id not in after.memories:
-                steps.append(Unlink(memory.path, 0, 0, memory.size))
+                looks = memory.identity
+                known = (looks.generation, looks.inode) if looks is not None else (0, 0)
+                steps.append(Unlink(memory.path, *known, memory.size))
                 freed += memory.size
         return steps, freed
 

@@ -16,7 +16,9 @@ def require_possible(name: str, request: object) -> None:
     :raise RefusedError: says so.
     """
     match request:
-        case SnapshotRequest(internal=False) | DeleteRequest(memory_only=False) | DeleteBranchRequest():
+        case SnapshotRequest(internal=False) | SnapshotRequest(memory=True):
+            return
+        case DeleteRequest() | DeleteBranchRequest():
             return
         case SquashRequest() | GcRequest() | BranchRequest() | AttachRequest() | DetachRequest():
             return

@@ -14,6 +14,7 @@ from snaptree.model.layer import LayerId
 from snaptree.model.machine import MachineConfig
 from snaptree.model.sizes import readable
 from snaptree.planning.live_steps import LiveMerge, LiveSettle, LiveSnapshot, LiveSwap
+from snaptree.planning.memory_steps import SaveMemory
 
 File: TypeAlias = tuple[str, str]
 """One image in a chain: ``(path, format)``."""
@@ -290,7 +291,10 @@ class TakeName:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Change the tree, in one transaction; ``baseline`` are layers whose identity is read and kept now."""
+    """Change the tree, in one transaction; ``baseline`` are layers whose identity is read and kept now.
+
+    ``otherwise`` is how the tree changes instead where memory could not be saved whose disks were frozen already.
+    """
 
     kind: ClassVar[str] = "record"
     crash: ClassVar[str] = "the tree before or the tree after"
@@ -298,6 +302,7 @@ class Record:
     delta: Delta
     baseline: tuple[LayerId, ...] = ()
     what: str = "record the new tree"
+    otherwise: Delta | None = None
 
     @property
     def summary(self) -> str:
@@ -382,6 +387,7 @@ Step: TypeAlias = (
     | LiveMerge
     | LiveSwap
     | LiveSettle
+    | SaveMemory
     | Record
     | Unlink
     | RemoveFirmware
@@ -407,6 +413,7 @@ STEPS: tuple[type[Step], ...] = (
     LiveMerge,
     LiveSwap,
     LiveSettle,
+    SaveMemory,
     Record,
     Unlink,
     RemoveFirmware,

@@ -54,6 +54,16 @@ class RunningQemu:
         """The monitor's socket, for a process that shares it."""
         return self._connection.fileno()
 
+    def pass_descriptor(self, descriptor: int) -> None:
+        """Send an open file along; the command that comes next says what it is for.
+
+        :raise ToolError: QEMU is gone.
+        """
+        try:
+            socket.send_fds(self._connection, [b" "], [descriptor])
+        except OSError as error:
+            raise ToolError(f"{self.qmp.name} takes no file: {error.strerror}") from error
+
     async def __aenter__(self) -> RunningQemu:
         return self
 

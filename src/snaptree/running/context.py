@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from snaptree.errors import SnaptreeError
 from snaptree.images.locks import MachineLock
 from snaptree.images.mover.limiting import Limiter
 from snaptree.running.holding import Holding
@@ -23,6 +24,10 @@ class Context:
     ``lock`` is snaptree's own lock on the machine, ``moved`` is told how many bytes of the step's total have moved,
     ``limiter`` says how fast, and whether, they may. ``recovering`` says that the step may have been begun before, by a
     process that was killed. ``qemu`` is the monitor of a machine that runs.
+
+    A step adds to ``said`` what the user is to be told of how it went, and sets ``paused`` to the seconds that the
+    guest stood still. ``failed`` is set by a step that did not do what it should, where the operation is brought to
+    its end all the same: it is raised then.
     """
 
     journal: Journal
@@ -33,6 +38,9 @@ class Context:
     moved: Callable[[int, int], None] = lambda done, total: None
     recovering: bool = False
     qemu: RunningQemu | None = None
+    said: list[str] = field(default_factory=list)
+    paused: float | None = None
+    failed: SnaptreeError | None = None
 
     def stopped(self) -> bool:
         """Whether the step is to stop; while its work is held this waits."""

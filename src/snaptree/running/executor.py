@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from snaptree.errors import CancelledError, IoError, NotFoundError, RefusedError, SnaptreeError
@@ -29,6 +30,19 @@ if TYPE_CHECKING:
     from snaptree.qemu.running import RunningQemu
 
 
+@dataclass
+class Outcome:
+    """How it went: sentences for the user, and for how many seconds the guest stood still, where that was measured."""
+
+    said: list[str] = field(default_factory=list)
+    paused: float | None = None
+
+    def add(self, context: Context) -> None:
+        """Take over what the steps of one operation have told."""
+        self.said += context.said
+        self.paused = context.paused if context.paused is not None else self.paused
+
+
 async def run(
     database: Database,
     machine: str,
@@ -39,7 +53,7 @@ async def run(
     qemu: RunningQemu | None = None,
     report: Report = silent,
     control: Control | None = None,
-) -> None:
+) -> Outcome:
     """Carry out the plan and then the merges that follow it, each as an operation of its own.
 
     :param lock: the machine's lock; files that take the place of others are added to it.
@@ -54,6 +68,7 @@ async def run(
     stop = control.cancelled
     control.begin(plan)
     require_free(plan, await qemu.open_files() if qemu is not None else ())
+    outcome = Outcome()
     for number, each in enumerate(plan.every()):
         if not each.steps:
             continue
@@ -70,8 +85,10 @@ async def run(
             context = Context(journal, holding, lock, control.limiter, stop, qemu=qemu)
             with kept(control.pace):
                 await _carry_out(machine, each, context, _both(report, control.report))
+            outcome.add(context)
         finally:
             holding.release()
+    return outcome
 
 
 def _both(one: Report, other: Report) -> Report:
@@ -125,7 +142,7 @@ async def _carry_out(machine: str, plan: Plan, context: Context, report: Report)
             report(progress)
             context.moved = _reporter(report, progress)
             await take(step, context)
-        journal.end(operations.DONE)
+        close(context)
     except BaseException as error:
         if journal.step < plan.point_of_no_return and not await _happened(plan, context):
             await undo_all(plan.steps[: journal.step + 1], context, str(error))
@@ -134,6 +151,14 @@ async def _carry_out(machine: str, plan: Plan, context: Context, report: Report)
         else:
             _add_hint(error, f"'snaptree recover {machine}' finishes what was begun")
         raise
+    if context.failed is not None:
+        raise context.failed
+
+
+def close(context: Context, why: str = "") -> None:
+    """Close an operation that has come to its end, or was brought to one without what failed."""
+    failed = context.failed
+    context.journal.end(operations.UNDONE if failed else operations.DONE, failed.message if failed else why)
 
 
 async def _happened(plan: Plan, context: Context) -> bool:

@@ -1,8 +1,9 @@
 """A process that ends what a killed snaptree has left pending in QEMU.
 
-While an active commit is pending the guest's requests wait. Should snaptree be killed then, its guard, which has the
-monitor's socket too, lets the guest go on: into the layer below when the journal says that it is to, where it was
-otherwise. Which it is it writes into the journal first: the files cannot tell.
+While an active commit is pending the guest's requests wait; while memory is saved, or another QEMU is to take over, the
+guest itself does. Should snaptree be killed then, its guard, which has the monitors' sockets too, lets the guest go on:
+one way when the journal says that the step has happened, the other way otherwise. Which it is it writes into the
+journal first: what has happened cannot be told afterwards.
 """
 
 from __future__ import annotations
@@ -12,38 +13,54 @@ import select
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 from snaptree.errors import ToolError
 from snaptree.images.child import kill
+from snaptree.running.journal import Journal
 from snaptree.store import operations
 from snaptree.store.database import Database
 
 PIVOT, STAY = "pivot", "stay"
-"""What a step notes of an active commit: the guest goes over, or stays where it was."""
-READY_SECONDS, ANSWER_SECONDS = 20.0, 10.0
+"""What a step notes of what it does: it has happened (the guest goes over, say), or all stays where it was."""
+READY_SECONDS, ANSWER_SECONDS, CANCEL_SECONDS = 20.0, 10.0, 5.0
+_MIGRATING = ("setup", "active", "device", "pre-switchover", "cancelling")
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What is said to one monitor (its socket's file descriptor): commands, each ``(name, arguments)``."""
+
+    monitor: int
+    commands: Sequence[tuple[str, dict[str, Any]]] = ()
 
 
 class Guard:
     """The process, for the length of a ``with`` block around what is pending.
 
-    :param monitor: the file descriptor of the monitor's socket.
-    :param path: the file that the note is about.
+    :param path: the file that the note is about which the step that is being taken makes.
+    :param go: what is said when the note is that it has happened.
+    :param stay: what is said otherwise.
     """
 
-    def __init__(self, database: Database, operation: int, step: int, path: str, job: str, monitor: int) -> None:
-        self._words = [database.folder, str(operation), str(step), path, job]
-        self._monitor = monitor
+    def __init__(self, journal: Journal, path: str, *, go: Orders, stay: Orders) -> None:
+        self._words = [journal.database.folder, str(journal.operation), str(journal.step), path]
+        self._orders = {PIVOT: go, STAY: stay}
 
     def __enter__(self) -> Guard:
         ours, theirs = socket.socketpair()
-        words = [sys.executable, "-m", "snaptree.running.guard", str(self._monitor), str(theirs.fileno())]
+        orders = json.dumps({note: [each.monitor, each.commands] for note, each in self._orders.items()})
+        monitors = {each.monitor for each in self._orders.values()}
         with theirs:
             # The standard streams are not inherited: whoever reads ours would wait for the guard's end.
             self._process = subprocess.Popen(
-                [*words, *self._words],
-                pass_fds=(self._monitor, theirs.fileno()),
+                [sys.executable, "-m", "snaptree.running.guard", str(theirs.fileno()), orders, *self._words],
+                pass_fds=(*monitors, theirs.fileno()),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -54,7 +71,7 @@ class Guard:
         if not ready or not ours.recv(1):
             kill(self._process, "the guard")
             ours.close()
-            raise ToolError("the process that is to guard the guest's going over does not start", "try it again")
+            raise ToolError("the process that is to guard the guest while it waits does not start", "try it again")
         return self
 
     def __exit__(
@@ -67,7 +84,46 @@ class Guard:
         self._process.wait(READY_SECONDS)
 
 
-def _serve(monitor: int, watched: int, folder: str, operation: int, step: int, path: str, job: str) -> None:
+class _Monitor:
+    """A monitor whose session somebody else has begun."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._socket = socket.socket(fileno=descriptor)
+        self._socket.settimeout(ANSWER_SECONDS)
+        self._heard = b""
+        self._said = 0
+
+    def say(self, command: str, arguments: dict[str, Any]) -> Any:
+        """Say a command; the answer, ``None`` when it was refused."""
+        self._said += 1
+        name = f"snaptree-guard-{self._said}"
+        said = json.dumps({"execute": command, "arguments": arguments, "id": name})
+        self._socket.sendall(said.encode() + b"\n")
+        while True:
+            line, end, self._heard = self._heard.partition(b"\n")
+            if not end:
+                self._heard = line
+                if not (more := self._socket.recv(65536)):
+                    raise OSError("QEMU went away")
+                self._heard += more
+                continue
+            with suppress(ValueError):
+                answer = json.loads(line)
+                if answer.get("id") == name:
+                    return answer.get("return")
+
+    def carry_out(self, command: str, arguments: dict[str, Any]) -> None:
+        """Say a command, and wait for what it begins."""
+        self.say(command, arguments)
+        deadline = time.monotonic() + CANCEL_SECONDS
+        while command == "migrate_cancel" and time.monotonic() < deadline:
+            state = self.say("query-migrate", {})
+            if not isinstance(state, dict) or state.get("status") not in _MIGRATING:
+                return
+            time.sleep(0.005)
+
+
+def _serve(watched: int, orders: str, folder: str, operation: int, step: int, path: str) -> None:
     with socket.socket(fileno=watched) as parent:
         parent.send(b"r")
         if parent.recv(1):
@@ -78,15 +134,11 @@ def _serve(monitor: int, watched: int, folder: str, operation: int, step: int, p
     with database.transaction() as connection:
         # Once more, so that it is on disk before QEMU acts on it.
         operations.put_note(connection, operation, step, path, value)
-    command = "job-finalize" if value == PIVOT else "job-cancel"
-    said = {"execute": command, "arguments": {"id": job}, "id": "snaptree-guard"}
-    with socket.socket(fileno=monitor) as qemu:
-        qemu.settimeout(ANSWER_SECONDS)
-        qemu.sendall(json.dumps(said).encode() + b"\n")
-        answer = b""
-        while b"snaptree-guard" not in answer and (more := qemu.recv(65536)):
-            answer += more
+    descriptor, commands = json.loads(orders)[value]
+    monitor = _Monitor(descriptor)
+    for command, arguments in commands:
+        monitor.carry_out(command, arguments)
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]), *sys.argv[6:8])
+    _serve(int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]), sys.argv[6])

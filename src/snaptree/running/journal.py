@@ -175,6 +175,10 @@ class Journal:
         """What the step that is being taken kept of the file before it was killed."""
         return operations.note_of(self.database, self.operation, self.step, path)
 
+    def recall(self, about: str) -> str | None:
+        """What any step of the operation kept last about this."""
+        return operations.last_note(self.database, self.operation, about)
+
 
 def token_of(operation: int, started: float) -> str:
     """A word that names the operation's temporary files, the same after a crash."""

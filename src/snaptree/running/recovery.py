@@ -13,7 +13,7 @@ from snaptree.running import carry
 from snaptree.running.carry import moving, sharing
 from snaptree.running.context import Context
 from snaptree.running.control import Control
-from snaptree.running.executor import take, undo_all
+from snaptree.running.executor import close, take, undo_all
 from snaptree.running.holding import Holding, written_by
 from snaptree.running.journal import Journal
 from snaptree.running.progress import Progress
@@ -81,8 +81,9 @@ async def _settle(
             context.moved = _reporter(control, Progress("recover", number + 1, len(steps), step.summary))
             if not (isinstance(step, Unlink) and step.path in spared):
                 await take(step, context)
-        journal.end(operations.DONE, "it was killed and has been recovered")
-        return f"{operation.summary}: it had been killed, and was finished"
+        close(context, "it was killed and has been recovered")
+        how = f"was undone: {context.failed.message}" if context.failed is not None else "was finished"
+        return f"{operation.summary}: it had been killed, and {how}"
     finally:
         holding.release()
 

@@ -95,6 +95,13 @@ def note_of(database: Database, operation: int, step: int, path: str) -> str | N
     return str(rows[0][0]) if rows else None
 
 
+def last_note(database: Database, operation: int, about: str) -> str | None:
+    """What the latest step that kept something about this has kept."""
+    query = "SELECT value FROM note WHERE operation=? AND about=? ORDER BY step DESC LIMIT 1"
+    rows = database.rows(query, (operation, dump(about)))
+    return str(rows[0][0]) if rows else None
+
+
 def claims_of(database: Database, operation: int) -> tuple[Claim, ...]:
     """The files that one operation made."""
     return _claims(database.rows("SELECT path, generation, inode FROM claim WHERE operation=?", (operation,)))

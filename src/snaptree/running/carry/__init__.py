@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from snaptree.planning.live_steps import LiveMerge, LiveSettle, LiveSnapshot, LiveSwap
+from snaptree.planning.memory_steps import SaveMemory
 from snaptree.planning.steps import (
     ApplyInternal,
     BuildFromPoint,
@@ -79,6 +80,10 @@ async def do(step: Step, context: Context) -> None:
             from snaptree.running.carry import live_swap
 
             await live_swap.settle(step, context)
+        case SaveMemory():
+            from snaptree.running.carry import memory
+
+            await memory.save(step, context)
         case Unlink():
             making.unlink(step, context)
         case Record():
@@ -109,7 +114,7 @@ async def undo(step: Step, context: Context) -> None:
         case LiveSnapshot():
             from snaptree.running.carry import live
 
-            await live.unsnapshot(step, context)
+            await live.unsnapshot(step.cuts, context)
         case LiveMerge():
             from snaptree.running.carry import live_merge
 
@@ -118,6 +123,10 @@ async def undo(step: Step, context: Context) -> None:
             from snaptree.running.carry import live_swap
 
             await live_swap.unswap(step, context)
+        case SaveMemory():
+            from snaptree.running.carry import memory
+
+            await memory.unsave(step, context)
         case _:
             pass
 
@@ -130,10 +139,10 @@ async def happened(steps: tuple[Step, ...], context: Context) -> bool:
     """
     step = steps[context.journal.step]
     match step:
-        case LiveSnapshot():
+        case LiveSnapshot() | SaveMemory():
             from snaptree.running.carry import live
 
-            return await live.was_cut(step, context)
+            return await live.was_cut(step.cuts, context)
         case LiveMerge():
             from snaptree.running.carry import live_merge
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from snaptree.errors import ToolError, UnhealthyError
@@ -10,6 +11,7 @@ from snaptree.images import gate
 from snaptree.images.facts import read_facts
 from snaptree.planning.live_steps import Cut, LiveSnapshot
 from snaptree.qemu.graph import BlockGraph, Inode, Node
+from snaptree.qemu.running import RunningQemu
 from snaptree.running.context import Context
 
 
@@ -32,20 +34,35 @@ async def snapshot(step: LiveSnapshot, context: Context) -> None:
     qemu = context.qemu
     if qemu is None:
         # QEMU has died. The overlays show what the tips show, or what the guest wrote to them.
-        _require_dead(step, context)
+        require_dead(step.cuts, context)
         return
     graph = await qemu.graph()
     if all(is_top(graph, cut.overlay) for cut in step.cuts):
         return
+    actions = await open_overlays(qemu, step.cuts, context)
+    await qemu.qmp.execute("transaction", actions=actions)
+    await require_cut(qemu, step.cuts)
+
+
+async def open_overlays(qemu: RunningQemu, cuts: Sequence[Cut], context: Context) -> list[dict[str, Any]]:
+    """Have QEMU open the overlays; the actions of the transaction that lets the guest go on in them."""
+    graph = await qemu.graph()
     actions: list[dict[str, Any]] = []
-    for number, cut in enumerate(step.cuts):
+    for number, cut in enumerate(cuts):
         tip = _tip(graph, cut)
         name = f"st{number}-{context.token}"[:31]
         await qemu.add(_overlay(graph, tip, cut.overlay, name))
         actions.append({"type": "blockdev-snapshot", "data": {"node": tip.name, "overlay": name}})
-    await qemu.qmp.execute("transaction", actions=actions)
+    return actions
+
+
+async def require_cut(qemu: RunningQemu, cuts: Sequence[Cut]) -> None:
+    """See that the guest writes to the overlays.
+
+    :raise ToolError: it does not.
+    """
     graph = await qemu.graph()
-    for cut in step.cuts:
+    for cut in cuts:
         top = graph.top(inode_at(cut.overlay))
         below = graph.below(top) if top is not None else None
         if below is None or graph.file_of(below).inode != inode_at(cut.tip):
@@ -69,34 +86,34 @@ def _overlay(graph: BlockGraph, tip: Node, path: str, name: str) -> dict[str, An
     return found
 
 
-def _require_dead(step: LiveSnapshot, context: Context) -> None:
+def require_dead(cuts: Sequence[Cut], context: Context) -> None:
     """See that no QEMU that does not answer us writes to the tips or to the overlays.
 
     :raise BusyError: one does.
     :raise OSError: one of the files is gone.
     """
-    for cut in step.cuts:
+    for cut in cuts:
         inode_at(cut.overlay)
-    context.holding.require_closed(path for cut in step.cuts for path in (cut.tip, cut.overlay))
+    context.holding.require_closed(path for cut in cuts for path in (cut.tip, cut.overlay))
 
 
-async def was_cut(step: LiveSnapshot, context: Context) -> bool:
+async def was_cut(cuts: Sequence[Cut], context: Context) -> bool:
     """Whether the guest writes to the overlays, or may have when QEMU died."""
-    if not all(os.path.exists(cut.overlay) for cut in step.cuts):
+    if not all(os.path.exists(cut.overlay) for cut in cuts):
         return False
     if context.qemu is None:
-        _require_dead(step, context)
+        require_dead(cuts, context)
         return context.recovering
     graph = await context.qemu.graph()
     # One that was written to was a tip; since then somebody has started QEMU on the old ones.
-    return any(is_top(graph, cut.overlay) or read_facts(cut.overlay, "qcow2").written for cut in step.cuts)
+    return any(is_top(graph, cut.overlay) or read_facts(cut.overlay, "qcow2").written for cut in cuts)
 
 
-async def unsnapshot(step: LiveSnapshot, context: Context) -> None:
+async def unsnapshot(cuts: Sequence[Cut], context: Context) -> None:
     """Close overlays that the guest does not write to: they are removed next."""
     if context.qemu is None:
         return
     graph = await context.qemu.graph()
-    for cut in step.cuts:
+    for cut in cuts:
         for node in graph.opened(inode_at(cut.overlay)) if os.path.exists(cut.overlay) else ():
             await context.qemu.blockdev_del(node.name)

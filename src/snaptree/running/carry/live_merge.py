@@ -22,7 +22,7 @@ from snaptree.running.carry import headers, moving
 from snaptree.running.carry.by_qemu import bytes_moved
 from snaptree.running.carry.live import inode_at, is_top
 from snaptree.running.context import Context
-from snaptree.running.guard import PIVOT, STAY, Guard
+from snaptree.running.guard import PIVOT, STAY, Guard, Orders
 
 READS = 50
 """So often the tables of an image are read anew that a guest writes to meanwhile."""
@@ -173,7 +173,8 @@ async def _go_over(qemu: RunningQemu, job: LiveJob, merging: Merging, context: C
     if context.recovering:
         # A guard may have let it go on where it was; it is begun anew then.
         journal.note(path, STAY)
-    with Guard(journal.database, journal.operation, journal.step, path, merging.id, qemu.descriptor):
+    go, stay = (Orders(qemu.descriptor, [(each, {"id": merging.id})]) for each in ("job-finalize", "job-cancel"))
+    with Guard(journal, path, go=go, stay=stay):
         try:
             if await live_jobs.stop_the_guest(qemu.qmp, merging):
                 journal.note(path, PIVOT)

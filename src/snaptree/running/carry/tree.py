@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from snaptree.errors import IoError
+from snaptree.images import memory_file
 from snaptree.images.facts import read_facts
 from snaptree.model.layer import Identity, Layer, LayerId
+from snaptree.model.memory import Memory
 from snaptree.planning.steps import Record, Register
+from snaptree.running.carry import memory
 from snaptree.running.context import Context
 
 
 def record(step: Record, context: Context) -> None:
-    """Change the tree, and keep what newly frozen layers look like."""
+    """Change the tree, and keep what newly frozen layers and new memories look like."""
+    memories = {number: each for number, each in step.delta.memories.items() if each is not None}
+    new = {number: each for number, each in memories.items() if each.identity is None}
+    if step.otherwise is not None and not all(memory.is_whole(each.path, context) for each in new.values()):
+        step = replace(step, delta=step.otherwise)
+    elif new:
+        found = {number: _as_saved(each, context) for number, each in new.items()}
+        step = replace(step, delta=replace(step.delta, memories={**step.delta.memories, **found}))
     identities: dict[LayerId, Identity] = {}
     # What the plan knows of a frozen layer's looks may be older than an earlier step's writing.
     frozen = [layer.id for layer in step.delta.layers.values() if layer is not None and layer.identity is not None]
@@ -21,6 +32,12 @@ def record(step: Record, context: Context) -> None:
         if layer is not None:
             identities[number] = identity_of(layer)
     context.journal.record(step, identities)
+
+
+def _as_saved(saved: Memory, context: Context) -> Memory:
+    """The memory with what its file looks like."""
+    identity = memory_file.identity_of(saved.path)
+    return replace(saved, identity=identity, size=identity.size, form=memory.form_of(saved.path, context))
 
 
 def identity_of(layer: Layer) -> Identity:

@@ -1,0 +1,247 @@
+"""Saving the memory of a running QEMU: forms, capabilities, and waiting for it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from snaptree.errors import CancelledError, SnaptreeError, ToolError
+from snaptree.model.memory import BACKGROUND, MAPPED, PLAIN
+from snaptree.qemu.running import RunningQemu
+from snaptree.qemu.session import QmpSession, explain
+
+CAPABILITIES = {BACKGROUND: "background-snapshot", MAPPED: "mapped-ram"}
+"""QEMU's name for each form; the plain one has none."""
+FREELY = 10 << 30
+"""Bytes a second, as no limit: QEMU's default would slow the saving down."""
+QUIET_SECONDS, STALL_SECONDS, CANCEL_SECONDS = 30.0, 60.0, 30.0
+"""So long a migration of before may take to be gone, this one may make no progress, and may take to be cancelled."""
+_OVER = ("none", "completed", "failed", "cancelled")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The migration settings of a QEMU as its user has them."""
+
+    capabilities: Mapping[str, bool]
+    parameters: Mapping[str, Any]
+
+    def text(self) -> str:
+        """As the journal keeps it."""
+        return json.dumps({"capabilities": dict(self.capabilities), "parameters": dict(self.parameters)})
+
+    @classmethod
+    def parse(cls, text: str) -> Settings:
+        """What :meth:`text` gave."""
+        found = json.loads(text)
+        return cls(found["capabilities"], found["parameters"])
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """How far a migration has come. ``pages`` are those of RAM that were written; sizes are in bytes."""
+
+    status: str
+    pages: int = 0
+    written: int = 0
+    error: str = ""
+
+
+@dataclass
+class Followed:
+    """What the waiting for a migration is told by, and tells."""
+
+    report: Callable[[int], None] = lambda written: None
+    cancelled: Callable[[], bool] = lambda: False
+    _seen: int = -1
+    _since: float = field(default_factory=time.monotonic)
+
+    def look(self, name: str, state: State) -> None:
+        """Look at one state on the way.
+
+        :raise CancelledError: it is to be stopped.
+        :raise ToolError: it stands still.
+        """
+        if self.cancelled():
+            raise CancelledError("stopped while memory was being saved")
+        if state.written != self._seen:
+            self._seen, self._since = state.written, time.monotonic()
+        elif time.monotonic() - self._since > STALL_SECONDS:
+            raise ToolError(f"{name} saves nothing for {STALL_SECONDS:.0f} s", "look at the kernel's log for the disk")
+        self.report(state.written)
+
+
+async def settings(qmp: QmpSession) -> Settings:
+    """The settings as they are.
+
+    :raise ToolError: the answer makes no sense.
+    """
+    capabilities = await qmp.execute("query-migrate-capabilities")
+    parameters = await qmp.execute("query-migrate-parameters")
+    try:
+        known = {str(each["capability"]): bool(each["state"]) for each in capabilities}
+        ours = {name: parameters[name] for name in ("max-bandwidth", "direct-io") if name in parameters}
+    except (TypeError, KeyError) as error:
+        raise ToolError(f"{qmp.name} gave no migration settings that make sense") from error
+    return Settings(known, ours)
+
+
+def forms_known(found: Settings) -> tuple[str, ...]:
+    """The forms that a QEMU with these settings knows, the best first."""
+    return (*(form for form, name in CAPABILITIES.items() if name in found.capabilities), PLAIN)
+
+
+async def use(qmp: QmpSession, before: Settings, form: str, speed: int) -> None:
+    """Set everything as the form needs it; whatever else the user has switched on may not go with it.
+
+    Two forms at once would be accepted, and could not be loaded: what is not wanted is switched off first.
+
+    :param speed: bytes a second, 0 for no limit.
+    :raise ToolError: this QEMU cannot save in that form here.
+    """
+    wanted = CAPABILITIES.get(form)
+    now = await settings(qmp)
+    off = [name for name, state in now.capabilities.items() if state and name not in (wanted, "events")]
+    for names, state in ((off, False), ([wanted] if wanted else [], True)):
+        if names:
+            said = [{"capability": name, "state": state} for name in names]
+            await qmp.execute("migrate-set-capabilities", capabilities=said)
+    parameters: dict[str, Any] = {"max-bandwidth": speed or FREELY}
+    if before.parameters.get("direct-io"):
+        parameters["direct-io"] = False
+    await qmp.execute("migrate-set-parameters", **parameters)
+
+
+async def restore(qmp: QmpSession, before: Settings) -> None:
+    """Set everything as the user had it.
+
+    :raise ToolError: QEMU refuses.
+    """
+    now = await settings(qmp)
+    # What excludes something else is switched off before that is switched on.
+    for state in (False, True):
+        changed = [
+            {"capability": name, "state": state}
+            for name, was in before.capabilities.items()
+            if was is state and now.capabilities.get(name) is not state
+        ]
+        if changed:
+            await qmp.execute("migrate-set-capabilities", capabilities=changed)
+    parameters = {name: value for name, value in before.parameters.items() if now.parameters.get(name) != value}
+    if parameters:
+        await qmp.execute("migrate-set-parameters", **parameters)
+
+
+async def quiet(qemu: RunningQemu, *, seconds: float = QUIET_SECONDS) -> None:
+    """Wait until no migration of before is left: another one soon after it fails, or wedges QEMU.
+
+    :raise ToolError: one is.
+    """
+    deadline = time.monotonic() + seconds
+    commands = await qemu.commands()
+    while True:
+        state = await query(qemu.qmp)
+        left = await qemu.qmp.execute("query-yank") if "query-yank" in commands else []
+        if state.status in _OVER and not any(each.get("type") == "migration" for each in left):
+            return
+        if time.monotonic() > deadline:
+            raise ToolError(f"{qemu.qmp.name} is migrating ({state.status})", "wait until that has ended")
+        await asyncio.sleep(0.01)
+
+
+async def query(qmp: QmpSession) -> State:
+    """How far the migration is.
+
+    :raise ToolError: the answer makes no sense.
+    """
+    answer = await qmp.execute("query-migrate")
+    try:
+        ram = answer.get("ram", {})
+        pages, written = int(ram.get("normal", 0)) + int(ram.get("duplicate", 0)), int(ram.get("transferred", 0))
+        return State(str(answer.get("status", "none")), pages, written, str(answer.get("error-desc", "")))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ToolError(f"{qmp.name} gave no answer to query-migrate that makes sense") from error
+
+
+def _require_no_failure(qmp: QmpSession, state: State) -> None:
+    if state.status in ("failed", "cancelled", "cancelling", "none"):
+        raise explain(f"{qmp.name} cannot save its memory", state.error or f"the migration was {state.status}")
+
+
+async def until_instant(qmp: QmpSession, form: str, followed: Followed) -> None:
+    """Wait until the guest may go on: in the background form when all is write-protected, which shows by the first page
+    that is saved; in the others when all is saved.
+
+    Bytes alone say nothing: a header is written before QEMU has stopped the guest itself (10.0.2).
+
+    :raise SnaptreeError: it failed, stands still, or was cancelled.
+    """
+    while True:
+        state = await query(qmp)
+        _require_no_failure(qmp, state)
+        if state.status == "completed" or (form == BACKGROUND and state.pages > 0):
+            return
+        followed.look(qmp.name, state)
+        await asyncio.sleep(0.0005 if form == BACKGROUND else 0.005)
+
+
+async def until_done(qmp: QmpSession, followed: Followed) -> None:
+    """Wait until all is saved.
+
+    :raise SnaptreeError: it failed, stands still, or was cancelled.
+    """
+    pause = 0.002
+    while True:
+        state = await query(qmp)
+        _require_no_failure(qmp, state)
+        if state.status == "completed":
+            return
+        followed.look(qmp.name, state)
+        await asyncio.sleep(pause)
+        pause = min(pause * 1.5, 0.1)
+
+
+async def abandon(qmp: QmpSession) -> None:
+    """Cancel whatever is being saved, and wait until it has ended; a peer that went away has ended too."""
+    deadline = time.monotonic() + CANCEL_SECONDS
+    with suppress(SnaptreeError):
+        if (await query(qmp)).status not in _OVER:
+            await qmp.execute("migrate_cancel")
+        while (await query(qmp)).status not in _OVER and time.monotonic() < deadline:
+            await asyncio.sleep(0.005)
+
+
+@dataclass
+class Lent:
+    """A file of ours that QEMU has been given, until :meth:`take_back`."""
+
+    qmp: QmpSession
+    uri: str
+    undo: tuple[str, Mapping[str, Any]] | None
+
+    async def take_back(self) -> None:
+        """Have QEMU close what it was given, if it has not."""
+        if self.undo is not None:
+            command, arguments = self.undo
+            with suppress(SnaptreeError):
+                await self.qmp.execute(command, **arguments)
+
+
+async def lend(qemu: RunningQemu, descriptor: int, known: Sequence[str]) -> Lent:
+    """Give QEMU an open file to save into or to load from.
+
+    :param known: the forms that it knows; one that knows ``mapped-ram`` takes files by name and offset, an older one as
+        a pipe.
+    :raise ToolError: it refuses.
+    """
+    qemu.pass_descriptor(descriptor)
+    if MAPPED in known:
+        number = int((await qemu.qmp.execute("add-fd", opaque="snaptree"))["fdset-id"])
+        return Lent(qemu.qmp, f"file:/dev/fdset/{number}", ("remove-fd", {"fdset_id": number}))
+    await qemu.qmp.execute("getfd", fdname="snaptree")
+    return Lent(qemu.qmp, "fd:snaptree", ("closefd", {"fdname": "snaptree"}))

@@ -1,0 +1,254 @@
+"""The step in which a running machine's memory is saved together with its disks."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from snaptree.errors import SnaptreeError, ToolError
+from snaptree.images import durable
+from snaptree.images.inode import inode_of, is_still
+from snaptree.images.rights import keep_private
+from snaptree.model.live import RUNNING
+from snaptree.model.memory import BACKGROUND, PLAIN
+from snaptree.planning.memory_steps import SaveMemory
+from snaptree.qemu import memory
+from snaptree.qemu.memory import Followed, Settings
+from snaptree.qemu.running import RunningQemu
+from snaptree.running.carry import live
+from snaptree.running.carry.making import unmake
+from snaptree.running.context import Context
+from snaptree.running.guard import PIVOT, Guard, Orders
+
+GO_ON: list[tuple[str, dict[str, Any]]] = [("migrate_cancel", {}), ("cont", {})]
+"""What lets a guest go on that waits until it is saved."""
+
+
+def is_whole(path: str, context: Context) -> bool:
+    """Whether the memory file is there: it has its name only when all of it is on disk."""
+    return os.path.exists(path) and any(
+        is_still(path, each.generation, each.inode) for each in context.journal.claims(path)
+    )
+
+
+async def save(step: SaveMemory, context: Context) -> None:
+    """Freeze the disks and save the memory, of one instant.
+
+    When the memory cannot be saved and the disks are frozen already, the operation goes on without: ``context.failed``
+    says why.
+    """
+    if is_whole(step.path, context):
+        return
+    try:
+        if context.qemu is None:
+            live.require_dead(step.cuts, context)
+            raise ToolError(f"QEMU died before the memory was saved in {step.path}", "take the snapshot again")
+        if context.recovering:
+            await _resume(step, context, context.qemu)
+        else:
+            await _begin(step, context, context.qemu)
+    except (SnaptreeError, OSError) as error:
+        if not await live.was_cut(step.cuts, context):
+            raise
+        unmake(step.path, context)
+        shown = durable.explain(error, step.path, "write") if isinstance(error, OSError) else error
+        shown.hint = shown.hint or "the snapshot was not taken"
+        context.failed = shown
+
+
+async def _begin(step: SaveMemory, context: Context, qemu: RunningQemu) -> None:
+    await memory.quiet(qemu)
+    before = await memory.settings(qemu.qmp)
+    context.journal.note(_settings(step.path), f"{qemu.pid} {before.text()}")
+    descriptor = new_file(step.path, step.like, context)
+    try:
+        actions = await live.open_overlays(qemu, step.cuts, context)
+        form = await choose(qemu, before, step.forms, context)
+        lent = await memory.lend(qemu, descriptor, memory.forms_known(before))
+        followed = _followed(step.used, context)
+        try:
+            orders = Orders(qemu.descriptor, GO_ON)
+            with Guard(context.journal, step.path, go=Orders(qemu.descriptor), stay=orders):
+                async with standing_still(qemu, step.path, context):
+                    saving = _Saving(qemu, before, lent.uri, descriptor, followed, context)
+                    form = await saving.in_background(form, step.forms)
+                    await qemu.qmp.execute("transaction", actions=actions)
+                    if form != BACKGROUND:
+                        await saving.begin(form)
+                context.journal.note(step.path, PIVOT)
+            context.journal.note(_form(step.path), form)
+            await live.require_cut(qemu, step.cuts)
+            await memory.until_done(qemu.qmp, followed)
+        except BaseException:
+            await memory.abandon(qemu.qmp)
+            raise
+        finally:
+            await lent.take_back()
+    finally:
+        os.close(descriptor)
+        with suppress(SnaptreeError):
+            await memory.restore(qemu.qmp, before)
+    durable.publish(durable.temporary_path(step.path, context.token), step.path)
+
+
+def new_file(path: str, like: str, context: Context) -> int:
+    """Make the hidden file that the memory is written to, for its owner only; open for QEMU to write."""
+    temporary = durable.prepare_file(path, like, context.token, (), 0)
+    context.journal.claim(path, *inode_of(temporary))
+    with durable.explained(path, "open"):
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    # Whoever may read the disk may not read the keys that are in memory.
+    keep_private(descriptor)
+    return descriptor
+
+
+async def choose(qemu: RunningQemu, before: Settings, forms: tuple[str, ...], context: Context) -> str:
+    """The first form that QEMU can save in here, with everything set for it: that it cannot shows only when it is set.
+
+    :raise ToolError: it can save in none.
+    """
+    known = memory.forms_known(before)
+    why: SnaptreeError | None = None
+    for form in forms:
+        if form not in known:
+            continue
+        try:
+            await memory.use(qemu.qmp, before, form, int(context.limiter.speed))
+        except ToolError as error:
+            why = error
+            continue
+        if why is not None:
+            context.said.append(f"the memory was saved while the guest waited: {why.message}")
+        return form
+    raise why or ToolError(f"{qemu.qmp.name} cannot save its memory", "take the snapshot without --memory")
+
+
+@dataclass
+class _Saving:
+    """The part of the saving for which the guest stands still."""
+
+    qemu: RunningQemu
+    before: Settings
+    uri: str
+    descriptor: int
+    followed: Followed
+    context: Context
+
+    async def in_background(self, form: str, forms: tuple[str, ...]) -> str:
+        """Begin to save in the background, if that is the form, before the disks are frozen.
+
+        When a device is in the way all is as it was. The form that is left to be saved in, when that one fails.
+
+        :raise ToolError: QEMU refuses: a device is in the way.
+        """
+        if form != BACKGROUND:
+            return form
+        await self.qemu.qmp.execute("migrate", uri=self.uri)
+        try:
+            await memory.until_instant(self.qemu.qmp, form, self.followed)
+        except ToolError as error:
+            await memory.abandon(self.qemu.qmp)
+            await memory.quiet(self.qemu)
+            left = tuple(each for each in forms if each != BACKGROUND)
+            form = await choose(self.qemu, self.before, left or (PLAIN,), self.context)
+            self.context.said.append(f"the memory was saved while the guest waited: {error.message}")
+            durable.set_length(self.descriptor, 0, "the memory file")
+            os.lseek(self.descriptor, 0, os.SEEK_SET)
+        return form
+
+    async def begin(self, form: str) -> None:
+        """Save in another form, with the disks frozen: when all is saved QEMU has closed them."""
+        await self.qemu.qmp.execute("migrate", uri=self.uri)
+        await memory.until_instant(self.qemu.qmp, form, self.followed)
+
+
+@asynccontextmanager
+async def standing_still(qemu: RunningQemu, path: str, context: Context) -> AsyncIterator[None]:
+    """Let the guest stand still in the block, and go on afterwards, however that ends; how long it did is told."""
+    running = await qemu.state() == RUNNING
+    if running:
+        context.journal.note(_stopped(path), str(qemu.pid))
+    begun = time.monotonic()
+    if running:
+        await qemu.qmp.execute("stop")
+    try:
+        yield
+    except BaseException:
+        await memory.abandon(qemu.qmp)
+        with suppress(SnaptreeError):
+            await go_on(qemu, running=running)
+        raise
+    await go_on(qemu, running=running)
+    if running:
+        context.paused = time.monotonic() - begun
+
+
+async def go_on(qemu: RunningQemu, *, running: bool) -> None:
+    """Let the guest go on; a paused one stays so, with its disks in use again."""
+    if running:
+        await qemu.qmp.execute("cont")
+    elif await qemu.run_state() == "postmigrate" and "blockdev-set-active" in await qemu.commands():
+        await qemu.qmp.execute("blockdev-set-active", active=True)
+
+
+def _followed(used: int, context: Context) -> Followed:
+    return Followed(lambda written: context.moved(written, max(written, used)), context.cancelled.is_set)
+
+
+# ---- after a kill -------------------------------------------------------------------------------------------------
+
+
+async def _resume(step: SaveMemory, context: Context, qemu: RunningQemu) -> None:
+    """Wait for what QEMU goes on saving, if the guest ran again when snaptree was killed: it is of one instant then."""
+    try:
+        pid = (context.journal.recall(_settings(step.path)) or "").partition(" ")[0]
+        if context.journal.noted(step.path) != PIVOT or context.journal.recall(_form(step.path)) is None:
+            raise ToolError("snaptree was killed before the guest's memory was saved", "take the snapshot again")
+        if pid != str(qemu.pid):
+            raise ToolError("QEMU died before the memory was saved", "take the snapshot again")
+        await memory.until_done(qemu.qmp, _followed(step.used, context))
+    finally:
+        await _set_right(step, context, qemu)
+    durable.publish(durable.temporary_path(step.path, context.token), step.path)
+
+
+async def _set_right(step: SaveMemory, context: Context, qemu: RunningQemu) -> None:
+    """End what is still being saved, let the guest go on that we have stopped, and set all as its user had it."""
+    pid, _, text = (context.journal.recall(_settings(step.path)) or "").partition(" ")
+    if pid != str(qemu.pid):
+        return
+    await memory.abandon(qemu.qmp)
+    stopped = context.journal.recall(_stopped(step.path)) == pid and context.journal.noted(step.path) != PIVOT
+    if stopped and await qemu.run_state() in ("paused", "postmigrate"):
+        await qemu.qmp.execute("cont")
+    with suppress(SnaptreeError):
+        await memory.restore(qemu.qmp, Settings.parse(text))
+
+
+async def unsave(step: SaveMemory, context: Context) -> None:
+    """Take everything back: the guest goes on in the tips that it has."""
+    if context.qemu is not None and context.recovering:
+        await _set_right(step, context, context.qemu)
+    await live.unsnapshot(step.cuts, context)
+    unmake(step.path, context)
+
+
+def form_of(path: str, context: Context) -> str:
+    """In which form this operation has saved the memory."""
+    return context.journal.recall(_form(path)) or PLAIN
+
+
+def _form(path: str) -> str:
+    return f"form {path}"
+
+
+def _settings(path: str) -> str:
+    return f"settings {path}"
+
+
+def _stopped(path: str) -> str:
+    return f"stopped {path}"
