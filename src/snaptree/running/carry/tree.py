@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import replace
 
 from snaptree.errors import IoError
@@ -11,7 +12,6 @@ from snaptree.images.facts import read_facts
 from snaptree.model.layer import Identity, Layer, LayerId
 from snaptree.model.memory import Memory
 from snaptree.planning.steps import Record, Register
-from snaptree.running.carry import memory
 from snaptree.running.context import Context
 
 
@@ -19,7 +19,7 @@ def record(step: Record, context: Context) -> None:
     """Change the tree, and keep what newly frozen layers and new memories look like."""
     memories = {number: each for number, each in step.delta.memories.items() if each is not None}
     new = {number: each for number, each in memories.items() if each.identity is None}
-    if step.otherwise is not None and not all(memory.is_whole(each.path, context) for each in new.values()):
+    if step.otherwise is not None and not _all_saved(new.values(), context):
         step = replace(step, delta=step.otherwise)
     elif new:
         found = {number: _as_saved(each, context) for number, each in new.items()}
@@ -37,7 +37,15 @@ def record(step: Record, context: Context) -> None:
 def _as_saved(saved: Memory, context: Context) -> Memory:
     """The memory with what its file looks like."""
     identity = memory_file.identity_of(saved.path)
+    from snaptree.running.carry import memory
+
     return replace(saved, identity=identity, size=identity.size, form=memory.form_of(saved.path, context))
+
+
+def _all_saved(memories: Collection[Memory], context: Context) -> bool:
+    from snaptree.running.carry import memory
+
+    return all(memory.is_whole(each.path, context) for each in memories)
 
 
 def identity_of(layer: Layer) -> Identity:
