@@ -19,13 +19,21 @@ ROOT = Path(__file__).parents[2]
 CHOSEN, REACHED = "SNAPTREE_MUTANT", "SNAPTREE_REACHED"
 """The variables that say which mutant is in force, and into which file goes which ones a process comes by."""
 
-SYNCS = {"fsync", "sync", "sync_file", "sync_folder", "_sync_tree", "_sync_folder", "_sync_gone", "settle"}
+SYNCS = {"fsync", "sync", "sync_file", "sync_folder", "_sync_tree", "_sync_folder", "_sync_gone", "settle", "_sync"}
+SYNCS |= {"flush", "_flush"}
 JOURNAL = {"take", "note", "claim", "unclaim", "end", "remember", "record", "register", "forget", "refresh"}
-JOURNAL |= {"_flush", "take_step", "put_note", "put_identity", "apply_delta"}
+JOURNAL |= {"take_step", "put_note", "put_identity", "apply_delta", "note_sources", "_claimer"}
 LOCKS = {"take_steps", "extend", "acquire", "_lock", "flock", "let_inherit", "require_free", "prctl", "_exit"}
-MENDS = {"mend", "_require_counted"}
-KINDS = {"sync": SYNCS, "journal": JOURNAL, "lock": LOCKS, "mend": MENDS}
-RENAMES = {"rename_new", "rename", "_renameat2", "put_in_place", "publish", "claim"}
+LOCKS |= {"take_new", "require_closed", "_require_dead", "_require_replaceable", "_wait_until_free", "require_known"}
+# What a program goes on with in QEMU when snaptree has failed.
+JOBS = {"abandon"}
+MENDS = {"mend", "require_counted"}
+KINDS = {"sync": SYNCS, "journal": JOURNAL, "lock": LOCKS, "job": JOBS, "mend": MENDS}
+RENAMES = {"rename_new", "rename", "_renameat2", "put_in_place", "publish", "claim", "replace"}
+# The mover's: what refers to something comes after it, the counts of what is given up after what referred to it.
+RENAMES |= {"refer", "_write_references", "give_up", "write_in_place"}
+WITHIN = (".lent(", "._locked(", "Guard(")
+"""What holds for the length of a ``with`` block."""
 WORDS = {"PRAGMA synchronous=FULL": "PRAGMA synchronous=OFF", "BEGIN IMMEDIATE": "BEGIN"}
 ROOMS = ("images", "running", "store", "machines", "qemu")
 NO_LOCKS = ("stack.", "selector.")
@@ -131,7 +139,7 @@ class Source:
     def _block(self, block: list[ast.stmt]) -> list[ast.stmt]:
         wrapped = [self._statement(each) for each in block]
         for at, (before, statement) in enumerate(itertools.pairwise(block)):
-            if _called(statement) in RENAMES and _called(before):
+            if _done_by(statement) in RENAMES and _done_by(before):
                 swapped = [*block[:at], statement, before, *block[at + 2 :]]
                 wrapped = [_either(self._mutant("order", before, statement), swapped, wrapped)]
         return wrapped
@@ -145,7 +153,7 @@ class Source:
                 found = _either(self._mutant(kind, statement), [ast.Pass()], [found])
         if isinstance(statement, ast.With) and len(statement.items) == 1 and statement.items[0].optional_vars is None:
             first = was.splitlines()[0]
-            if ".lent(" in first or "._locked(" in first:
+            if any(each in first for each in WITHIN):
                 found = _either(self._mutant("lock", statement), statement.body, [found])
         for old, new in WORDS.items():
             if isinstance(statement, ast.Expr) and f'execute("{old}")' in was:
@@ -171,6 +179,20 @@ def _called(statement: ast.stmt) -> str:
     if not isinstance(statement, ast.Expr):
         return ""
     value = statement.value.value if isinstance(statement.value, ast.Await) else statement.value
+    return _name_of(value)
+
+
+def _name_of(value: ast.expr) -> str:
+    """What is called, if the expression is a call; of ``made(by)(this)`` it is ``made``."""
     if not isinstance(value, ast.Call):
         return ""
+    if isinstance(value.func, ast.Call):
+        return _name_of(value.func)
     return value.func.attr if isinstance(value.func, ast.Attribute) else getattr(value.func, "id", "")
+
+
+def _done_by(statement: ast.stmt) -> str:
+    """What the statement calls; of an ``if``, what it asks, or the one thing that it does."""
+    if isinstance(statement, ast.If):
+        return _name_of(statement.test) or (_called(statement.body[0]) if len(statement.body) == 1 else "")
+    return _called(statement)
