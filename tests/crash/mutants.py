@@ -43,6 +43,7 @@ TESTS = (
         for name in ("child", "durable", "inode", "links", "locks", "mover", "mover_order", "pitfalls")
     ),
     *("tests/images/test_pitfalls_merging.py", "tests/scenarios/test_a_what_snapshots_are_for.py"),
+    "tests/scenarios/test_shared_blocks.py",
     *("tests/scenarios/test_found_by_attack.py", "tests/cli/test_bad_input.py", "tests/crash/test_many_at_once.py"),
 )
 TRIED = (*AUDITED, "EIO of the tools")

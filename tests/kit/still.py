@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.kit import images
+from tests.kit.programs import killed
 from tests.kit.qmp import Qmp
 from tests.kit.scene import SLOT, Scene, word_of
 from tests.kit.stage import kill_all, processes_of
@@ -97,15 +98,7 @@ class Still(Scene):
 
     def killed(self, line: str, arrange: Callable[[Callable[[], None]], None]) -> None:
         """Run the command in a process of its own that is killed where ``arrange`` has put the call that does it."""
-        child = os.fork()
-        if child == 0:
-            try:
-                arrange(lambda: os.kill(os.getpid(), signal.SIGKILL))
-                self(line)
-            finally:
-                os._exit(1)
-        status = os.waitpid(child, 0)[1]
-        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, "it was not killed"
+        killed(lambda: self(line), arrange)
 
 
 @contextlib.contextmanager
