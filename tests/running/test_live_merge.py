@@ -15,12 +15,14 @@ import pytest
 from tests.kit.still import Still, standing
 
 from snaptree.errors import CancelledError, StateError, ToolError
+from snaptree.machines.connection import Connection
 from snaptree.qemu import live_jobs
 from snaptree.qemu.live_jobs import Merging
 from snaptree.qemu.session import QmpSession
 from snaptree.running import recovery
-from snaptree.running.guard import PIVOT
+from snaptree.running.guard import PIVOT, STAY, Guard
 from snaptree.running.journal import Journal
+from snaptree.store import operations
 
 STATE, FAILED, BUSY, CANCELLED = 11, 12, 5, 130
 
@@ -242,3 +244,44 @@ def test_what_a_qemu_has_open_that_does_not_answer_is_left_alone(
     hidden.rename(snapshots.monitor)
     snapshots("recover web1")
     whole(snapshots, "s2")
+
+
+def test_what_the_journal_said_of_a_job_does_not_hold_for_one_that_is_begun_anew() -> None:
+    """snaptree and its guard are killed, and somebody cancels the job that was pending: the guest has not gone over."""
+
+    def both(kill: Callable[[], None]) -> None:
+        enter, guards = Guard.__enter__, list[Guard]()
+
+        def entered(self: Guard) -> Guard:
+            guards.append(self)
+            return enter(self)
+
+        def killing_both() -> None:
+            guards[-1]._process.kill()
+            guards[-1]._process.wait()
+            kill()
+
+        setattr(Guard, "__enter__", entered)  # noqa: B010
+        going_over(killing_both, "after")
+
+    def early(kill: Callable[[], None]) -> None:
+        async def stopping(*_: object) -> bool:
+            kill()
+            return False
+
+        setattr(live_jobs, "stop_the_guest", stopping)  # noqa: B010
+
+    with standing(2) as two:
+        _take(two)
+        two.killed("delete web1 s3 --merge commit", both)
+        (pending,) = (name for name, status in two.jobs().items() if status == "pending")
+        with two.qmp() as qmp:
+            qmp("job-cancel", id=pending)
+        two.killed("recover web1", early)
+        assert two.disk("vda") == "vda.s3.qcow2"
+        database = Connection(str(two.state)).database
+        (operation,) = operations.unfinished(database, "web1")
+        assert operations.note_of(database, operation.id, operation.step, str(two.disks / "vda.s2.qcow2")) == STAY
+        database.close()
+        two("recover web1")
+        whole(two, "s3")
