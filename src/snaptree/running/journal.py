@@ -43,8 +43,8 @@ def log(database: Database, machine: str) -> tuple[LogEntry, ...]:
 class Journal:
     """What the executor tells of one operation. Every method returns when its word is on disk.
 
-    Identities of frozen layers that a step has written to are kept together with the word that the next step begins: a
-    crash between the two repeats the step, and with it the reading of the identity.
+    Identities of frozen layers that a step has written to are kept together with the word that the next step begins, or
+    that all have ended: a crash between the two repeats the step, and with it the reading of the identity.
     """
 
     def __init__(self, database: Database, machine: str, operation: int, token: str) -> None:
@@ -101,7 +101,7 @@ class Journal:
             operations.end(connection, self.operation, state, time.time(), self.moved, detail)
 
     def remember(self, layer: LayerId, identity: Identity) -> None:
-        """Keep, with the next word, what a frozen layer looks like now."""
+        """Keep, with the word that the next step begins, what a frozen layer looks like now."""
         self._identities[layer] = identity
 
     def _flush(self, connection: sqlite3.Connection) -> None:
@@ -112,7 +112,6 @@ class Journal:
     def record(self, step: Record, identities: dict[LayerId, Identity]) -> None:
         """Change the tree."""
         with self.database.transaction() as connection:
-            self._flush(connection)
             trees.apply_delta(connection, self.machine, step.delta)
             for layer, identity in identities.items():
                 trees.put_identity(connection, self.machine, layer, identity)
