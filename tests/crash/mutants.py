@@ -7,7 +7,7 @@ What has been tried on a file counts until the file changes.
 First the code as it is goes through what may find something out, once, to learn which mutants each comes by
 (``build/mutants-reached.json``, until there are others). Then each mutant goes through what comes by it, the quickest
 first: the tests of its own file; whole operations, audited; other quick tests. Those that are alive then go through
-the operations killed at calls and recovered, audited too, and at last the slower tests. All but the tests run in one
+the slower tests, and at last the operations killed at calls and recovered, audited too. All but the tests run in one
 process, which has everything loaded and every tree built. What has found something has to find nothing in the code as
 it is.
 """
@@ -49,8 +49,6 @@ TESTS = (
 TRIED = (*AUDITED, "EIO of the tools")
 FIRST_CASES, QUICK_TESTS, QUICK_SECONDS = 3, 12, 3.0
 """So many cases come before other files' tests, so many tests before the other cases, if none takes longer than so."""
-FIRST_POINTS = 40
-"""So many kills come before the other tests."""
 ONE_SECONDS = 60.0
 """So long any one thing may take, which otherwise does not end."""
 _WORDS = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "tests.kit.reached", "-m", "not slow")
@@ -149,7 +147,7 @@ class Trials:
         began, found = time.monotonic(), dict[str, list[int]]()
         matrix, interrupted = self.built(case, way), list[bool]()
         # QEMU's programs make few calls.
-        stride = self.stride if way == "kill" else max(1, self.stride // 6)
+        stride = self.stride if way == "kill" else max(1, self.stride // 2)
         number = random.Random(case).randint(1, stride)
         while not interrupted or interrupted[-1]:
             found[f"{way} at call {number}"] = self._reached(lambda at=number: interrupted.append(matrix.point(at)))  # type: ignore[misc]
@@ -187,14 +185,14 @@ class Trials:
         )
 
     def caught_late_by(self, mutant: Mutant) -> str:
-        """What finds out a mutant that is alive by then."""
-        number, points = mutant.number, self._places(mutant.number)
+        """Which of the other tests finds the mutant out."""
         quick = [test for tests in self._quick(mutant) for test in tests]
-        return (
-            self._killed(points[:FIRST_POINTS], number)
-            or self._failing([test for _, test in self._tests_of(mutant) if test not in quick], number)
-            or self._killed(points[FIRST_POINTS : self.most], number)
-        )
+        return self._failing([test for _, test in self._tests_of(mutant) if test not in quick], mutant.number)
+
+    def killed_by(self, mutant: Mutant) -> str:
+        """Which kill of an operation, with its recovery, finds out a mutant that nothing else does."""
+        self.learn_points()
+        return self._killed(self._places(mutant.number)[: self.most], mutant.number)
 
     def _tests_of(self, mutant: Mutant) -> list[tuple[int, str]]:
         """The tests that come by the mutant, with their distance from it."""
@@ -330,15 +328,10 @@ def try_all(options: argparse.Namespace, folder: Path) -> None:
         state = f"{digest([folder / 'names.json'])} {options.stride}"
         trials = Trials(folder, sharing, options.stride, options.points, state)
         trials.learn()
-        left = []
-        for each in wanted:
-            if time.monotonic() < until and not tried(*each, trials.caught_by, last=False):
-                left.append(each)
-        if left and time.monotonic() < until:
-            trials.learn_points()
-        for each in left:
-            if time.monotonic() < until:
-                tried(*each, trials.caught_late_by, last=True)
+        left = wanted
+        ways = (trials.caught_by, trials.caught_late_by, trials.killed_by)
+        for way in ways:
+            left = [each for each in left if time.monotonic() < until and not tried(*each, way, last=way == ways[-1])]
 
 
 def main() -> None:

@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.crash.audit import marked
 from tests.crash.cases import CASES
 from tests.kit.programs import killed
 from tests.kit.space import held
 from tests.kit.world import World
 
 from snaptree.errors import BusyError
-from snaptree.images import durable
+from snaptree.images import durable, qemu_img
 from snaptree.running import recovery
 from snaptree.running.carry import headers
+from snaptree.running.holding import written_by
 from snaptree.running.journal import Journal
-from snaptree.store import trees
+from snaptree.store import operations, trees
 
 
 def begun(tmp_path: Path, case: str, arrange: Callable[[Callable[[], None]], None]) -> tuple[World, Any, Any]:
@@ -33,6 +35,17 @@ def begun(tmp_path: Path, case: str, arrange: Callable[[Callable[[], None]], Non
 def moving(kill: Callable[[], None]) -> None:
     """Be killed while data moves."""
     setattr(durable, "write_in_place", lambda *_: kill())  # noqa: B010
+
+
+def internal(kill: Callable[[], None]) -> None:
+    """Be killed when QEMU has taken an internal snapshot."""
+    create = qemu_img.snapshot_create
+
+    def created(*words: Any) -> None:
+        create(*words)
+        kill()
+
+    setattr(qemu_img, "snapshot_create", created)  # noqa: B010
 
 
 def repointing(kill: Callable[[], None]) -> None:
@@ -70,7 +83,37 @@ def test_what_somebody_has_opened_since_is_left_alone(
     world.machine.recover()
     world.settle(request, before)
     world.check(leaks=True)
-    assert not world.machine.view().ailments
+
+
+@pytest.mark.parametrize("case", ["delete s1 of a line by pull", "delete s1 of a line by commit", "internal snapshot"])
+def test_what_is_undone_is_synced_known_and_locked_for_qemu_too(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has written stays: be it by the process that was killed, or by a program that puts the counts right."""
+    world, request, before = begun(tmp_path, case, internal if case == "internal snapshot" else moving)
+    log, events = tmp_path / "log", list[str]()
+    (operation,) = operations.unfinished(world.connection.database)
+    step = operations.steps_of(world.connection.database, operation.id)[operation.step]
+    fsync, end = os.fsync, Journal.end
+
+    def syncing(descriptor: int) -> None:
+        fsync(descriptor)
+        events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    def ending(self: Journal, *words: str) -> None:
+        events.append("end")
+        end(self, *words)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", syncing)
+        patched.setattr(Journal, "end", ending)
+        with marked(log):
+            world.machine.recover()
+    assert set(written_by(step)) <= set(events[: events.index("end")])
+    assert "fault" not in log.read_text()
+    world.settle(request, before)
+    world.check(leaks=True)
+    assert {each.word for each in world.machine.view().ailments.values()} <= {"half-merged"}
 
 
 def test_the_last_word_is_synced_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
