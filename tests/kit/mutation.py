@@ -32,6 +32,11 @@ KINDS = {"sync": SYNCS, "journal": JOURNAL, "lock": LOCKS, "job": JOBS, "mend": 
 RENAMES = {"rename_new", "rename", "_renameat2", "put_in_place", "publish", "claim", "replace"}
 # The mover's: what refers to something comes after it, the counts of what is given up after what referred to it.
 RENAMES |= {"refer", "_write_references", "give_up", "write_in_place"}
+RENAMES |= {"punch_free"}
+LATE = {"take"}
+"""What the journal is told before something of the same name is done; a mutant tells it afterwards."""
+ASKED = {"_held", "_take", "_is_still", "is_still"}
+"""Questions whose answer keeps somebody out; a mutant does not ask."""
 WITHIN = (".lent(", "._locked(", "Guard(")
 """What holds for the length of a ``with`` block."""
 WORDS = {"PRAGMA synchronous=FULL": "PRAGMA synchronous=OFF", "BEGIN IMMEDIATE": "BEGIN"}
@@ -142,6 +147,11 @@ class Source:
             if _done_by(statement) in RENAMES and _done_by(before):
                 swapped = [*block[:at], statement, before, *block[at + 2 :]]
                 wrapped = [_either(self._mutant("order", before, statement), swapped, wrapped)]
+        for at, statement in enumerate(block):
+            done = [place for place in range(at + 1, len(block)) if _called(block[place]) == _called(statement)]
+            if _called(statement) in LATE and done:
+                late = [*block[:at], *block[at + 1 : done[0] + 1], statement, *block[done[0] + 1 :]]
+                wrapped = [_either(self._mutant("order", statement, block[done[0]]), late, wrapped)]
         return wrapped
 
     def _statement(self, statement: ast.stmt) -> ast.stmt:
@@ -151,6 +161,8 @@ class Source:
         for kind, names in KINDS.items():
             if call in names and not any(each in was for each in NONE):
                 found = _either(self._mutant(kind, statement), [ast.Pass()], [found])
+        if isinstance(statement, ast.If) and _asked(statement) in ASKED and not statement.orelse:
+            found = _either(self._mutant("lock", statement), [ast.Pass()], [found])
         if isinstance(statement, ast.With) and len(statement.items) == 1 and statement.items[0].optional_vars is None:
             first = was.splitlines()[0]
             if any(each in first for each in WITHIN):
@@ -189,6 +201,13 @@ def _name_of(value: ast.expr) -> str:
     if isinstance(value.func, ast.Call):
         return _name_of(value.func)
     return value.func.attr if isinstance(value.func, ast.Attribute) else getattr(value.func, "id", "")
+
+
+def _asked(statement: ast.If) -> str:
+    """What is asked, or asked whether it is not so, or together with something else."""
+    test = statement.test
+    test = test.values[-1] if isinstance(test, ast.BoolOp) else test
+    return _name_of(test.operand if isinstance(test, ast.UnaryOp) else test)
 
 
 def _done_by(statement: ast.stmt) -> str:
