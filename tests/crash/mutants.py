@@ -275,7 +275,8 @@ def plain() -> dict[str, str]:
 def distance(mutant: Mutant, test: str) -> int:
     """How far a test is from the mutant's file: tests mirror the house."""
     file, place = Path(mutant.path), Path(test.partition("::")[0])
-    return 0 if place.stem == f"test_{file.stem}" else 1 if place.parts[1] in file.parts else 2
+    own = place.stem == f"test_{file.stem}" or place.stem.startswith(f"test_{file.parent.name}")
+    return 0 if own else 1 if place.parts[1] in file.parts else 2
 
 
 def test_files() -> list[str]:
