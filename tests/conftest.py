@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.kit.scene import Scene
+from tests.kit.still import Still, standing
 
 MARK = "SNAPTREE_TESTS"
 
@@ -66,3 +67,10 @@ def web1(scene: Scene) -> Scene:
     scene.image("web1.qcow2", word="b")
     scene("add web1 --disk vda=web1.qcow2")
     return scene
+
+
+@pytest.fixture
+def still() -> Iterator[Still]:
+    """The machine ``web1``, which runs and stands still."""
+    with standing() as found:
+        yield found

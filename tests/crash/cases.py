@@ -181,6 +181,11 @@ def mixed(world: World) -> None:
     line(world, 3, internal=(2,))
 
 
+def layered(world: World) -> None:
+    """Internal points in two layers that are frozen."""
+    line(world, 5, internal=(2, 4))
+
+
 def inner(world: World) -> None:
     """Internal points in the tip."""
     line(world, 2, internal=(1, 2))
@@ -201,6 +206,7 @@ CASES: Mapping[str, Case] = {
     "delete the children only": _of(line, DeleteRequest(("s1",), children_only=True)),
     "delete a branch": _of(forked, DeleteBranchRequest("other")),
     "delete an internal one": _of(inner, DeleteRequest(("s1",))),
+    "delete internal ones of frozen layers": _of(layered, DeleteRequest(("s2", "s4"))),
     "delete internal and external ones": _of(mixed, DeleteRequest(("s1", "s2", "s3"))),
     "delete with firmware": _of(with_firmware, DeleteRequest(("s1",))),
     "revert": _of(line, RevertRequest("s2")),

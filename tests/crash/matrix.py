@@ -94,7 +94,7 @@ class Matrix:
     def __init__(self, folder: Path, case: str, way: str, place: Path | None = None) -> None:
         self.folder = folder
         self.case, self.way = CASES[case], WAYS[way]
-        os.environ["SNAPTREE_MOVER"] = "qemu" if self.case.by_qemu else ""
+        self.choose_mover()
         self.world = World((place or folder) / "world", elsewhere=folder / "state" if self.way.apart else None)
         self.cut: Path | None = None
         self.case.build(self.world)
@@ -107,8 +107,13 @@ class Matrix:
         self.told = folder / "told"
         self.bidden = True
 
+    def choose_mover(self) -> None:
+        """From now on this process has data moved as the case wants it."""
+        os.environ["SNAPTREE_MOVER"] = "qemu" if self.case.by_qemu else ""
+
     def restore(self) -> None:
         """Everything as it was built; the files are others, so what is kept of their looks is read anew."""
+        self.choose_mover()
         for number, each in enumerate(self.places):
             shutil.rmtree(each)
             shutil.copytree(self.folder / f"kept{number}", each)

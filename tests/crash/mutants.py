@@ -4,11 +4,12 @@ A mutant that no test finds out is a line that nothing needs, or that nothing te
 goes through all of them, and goes on where it has stopped; what each was caught by stands in ``build/mutants.json``.
 What has been tried on a file counts until the file changes.
 
-First the code as it is goes through all that may find something out, once, to learn which mutants each comes by
-(``build/mutants-reached.json``, until the code changes). Then each mutant goes through what comes by it,
-the quickest first: whole operations, audited; quick tests; the operations killed at calls and recovered, audited too;
-at last the slower tests. All but the tests run in one process, which has everything loaded and every tree built. What
-has found something has to find nothing in the code as it is.
+First the code as it is goes through what may find something out, once, to learn which mutants each comes by
+(``build/mutants-reached.json``, until there are others). Then each mutant goes through what comes by it, the quickest
+first: the tests of its own file; whole operations, audited; other quick tests. Those that are alive then go through
+the slower tests, and at last the operations killed at calls and recovered, audited too. All but the tests run in one
+process, which has everything loaded and every tree built. What has found something has to find nothing in the code as
+it is.
 """
 
 from __future__ import annotations
@@ -30,20 +31,24 @@ from typing import Any
 
 from tests.crash.audit import AUDITED
 from tests.kit import shim
+from tests.kit.disks import SMALLEST
 from tests.kit.mutation import CHOSEN, REACHED, ROOT, Mutant, Source, reached, start
+from tests.kit.space import mounted
 
 KEPT, LEARNED = ROOT / "build" / "mutants.json", ROOT / "build" / "mutants-reached.json"
 TESTS = (
     *("tests/store", "tests/machines", "tests/running"),
-    *(f"tests/images/test_{name}.py" for name in ("child", "durable", "inode", "links", "locks", "pitfalls")),
+    *(
+        f"tests/images/test_{name}.py"
+        for name in ("child", "durable", "inode", "links", "locks", "mover", "mover_order", "pitfalls")
+    ),
     *("tests/images/test_pitfalls_merging.py", "tests/scenarios/test_a_what_snapshots_are_for.py"),
+    "tests/scenarios/test_shared_blocks.py",
     *("tests/scenarios/test_found_by_attack.py", "tests/cli/test_bad_input.py", "tests/crash/test_many_at_once.py"),
 )
 TRIED = (*AUDITED, "EIO of the tools")
-FIRST_CASES, QUICK_TESTS, QUICK_SECONDS = 3, 12, 2.0
-"""So many cases come before the tests, so many tests before the other cases, if they take no longer than so long."""
-FIRST_POINTS = 40
-"""So many kills come before the other tests."""
+FIRST_CASES, QUICK_TESTS, QUICK_SECONDS = 3, 12, 3.0
+"""So many cases come before other files' tests, so many tests before the other cases, if none takes longer than so."""
 ONE_SECONDS = 60.0
 """So long any one thing may take, which otherwise does not end."""
 _WORDS = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "tests.kit.reached", "-m", "not slow")
@@ -74,12 +79,13 @@ def apart(work: Callable[[], None], seconds: float, *, chosen: int) -> bool:
 class Trials:
     """All that may find a mutant out, and which mutants each comes by."""
 
-    def __init__(self, folder: Path, stride: int, most: int) -> None:
+    def __init__(self, folder: Path, sharing: Path, stride: int, most: int, state: str) -> None:
         from tests.crash.audit import Audited
         from tests.crash.cases import CASES
         from tests.crash.matrix import Matrix
 
-        self.folder, self.stride, self.most, self.cases = folder, stride, most, CASES
+        self.folder, self.sharing, self.stride, self.most, self.cases = folder, sharing, stride, most, CASES
+        self.state = state
         self._audited, self._matrix = Audited, Matrix
         self._built: dict[tuple[str, str], Matrix] = {}
         self.whole: dict[str, list[int]] = {}
@@ -97,42 +103,51 @@ class Trials:
             place = self.folder / f"case{len(self._built)}"
             place.mkdir()
             kind = self._audited if way in AUDITED else self._matrix
-            self._built[case, way] = kind(place, case, way)
+            shared = self.sharing / place.name if self.cases[case].shares else None
+            self._built[case, way] = kind(place, case, way, shared)
         return self._built[case, way]
 
     # ---- learning -------------------------------------------------------------------------------------------------
 
-    def learn(self, state: str) -> None:
-        """Which mutants each comes by; the code as it is has to go through all of it."""
+    def learn(self) -> None:
+        """Which mutants whole operations and tests come by; the code as it is has to go through all of it."""
         kept = json.loads(LEARNED.read_text()) if LEARNED.exists() else {}
         files = {str(path): digest([ROOT / path]) for path in test_files()}
-        if kept.get("state") == state:
+        if kept.get("state") == self.state:
             self.whole, self.points = kept["whole"], kept["points"]
             same = {path for path in files if kept["files"].get(path) == files[path]}
             self.tests = {test: each for test, each in kept["tests"].items() if test.partition("::")[0] in same}
             self.files = {path: files[path] for path in same}
         for case in self.cases:
-            for way in TRIED:
-                if not any(place.startswith(f"{way} at") for place in self.points.get(case, {})):
-                    self._learn_case(case, way)
-                    self._keep(state)
+            if case not in self.whole:
+                self.whole[case] = self._reached(self.built(case).whole)
+        self._keep()
+        print(f"learned: {len(self.whole)} whole operations", flush=True)
         if changed := [path for path in files if path not in self.files]:
             self._learn_tests(changed)
             self.files = files
-            self._keep(state)
+            self._keep()
 
-    def _keep(self, state: str) -> None:
+    def learn_points(self) -> None:
+        """Which mutants operations come by that are killed, and their recoveries."""
+        for case in self.cases:
+            for way in TRIED:
+                if not any(place.startswith(f"{way} at") for place in self.points.get(case, {})):
+                    self._learn_case(case, way)
+                    self._keep()
+
+    def _keep(self) -> None:
         LEARNED.parent.mkdir(exist_ok=True)
-        kept = {"state": state, "whole": self.whole, "points": self.points, "tests": self.tests, "files": self.files}
+        kept = {
+            "state": self.state, "whole": self.whole, "points": self.points, "tests": self.tests, "files": self.files,
+        }  # fmt: skip
         LEARNED.write_text(json.dumps(kept))
 
     def _learn_case(self, case: str, way: str) -> None:
         began, found = time.monotonic(), dict[str, list[int]]()
-        if case not in self.whole:
-            self.whole[case] = self._reached(self.built(case).whole)
         matrix, interrupted = self.built(case, way), list[bool]()
         # QEMU's programs make few calls.
-        stride = self.stride if way == "kill" else max(1, self.stride // 6)
+        stride = self.stride if way == "kill" else max(1, self.stride // 2)
         number = random.Random(case).randint(1, stride)
         while not interrupted or interrupted[-1]:
             found[f"{way} at call {number}"] = self._reached(lambda at=number: interrupted.append(matrix.point(at)))  # type: ignore[misc]
@@ -157,25 +172,42 @@ class Trials:
     # ---- trying ---------------------------------------------------------------------------------------------------
 
     def caught_by(self, mutant: Mutant) -> str:
-        """What finds the mutant out first; empty when nothing does."""
+        """What finds the mutant out first, of what is quick; empty when nothing does."""
         number = mutant.number
         # What comes by few of the mutants is about them.
         cases = sorted((len(numbers), case) for case, numbers in self.whole.items() if number in numbers)
-        tests = sorted(
+        own, others = self._quick(mutant)
+        return (
+            self._failing(own, number)
+            or self._wrong(cases[:FIRST_CASES], number)
+            or self._failing(others, number)
+            or self._wrong(cases[FIRST_CASES:], number)
+        )
+
+    def caught_late_by(self, mutant: Mutant) -> str:
+        """Which of the other tests finds the mutant out."""
+        quick = [test for tests in self._quick(mutant) for test in tests]
+        return self._failing([test for _, test in self._tests_of(mutant) if test not in quick], mutant.number)
+
+    def killed_by(self, mutant: Mutant) -> str:
+        """Which kill of an operation, with its recovery, finds out a mutant that nothing else does."""
+        self.learn_points()
+        return self._killed(self._places(mutant.number)[: self.most], mutant.number)
+
+    def _tests_of(self, mutant: Mutant) -> list[tuple[int, str]]:
+        """The tests that come by the mutant, with their distance from it."""
+        found = sorted(
             (distance(mutant, test), seconds * len(numbers), test)
             for test, (seconds, numbers) in self.tests.items()
-            if number in numbers
+            if mutant.number in numbers
         )
-        quick = [test for far, _, test in tests if far == 0 or self.tests[test][0] < QUICK_SECONDS][:QUICK_TESTS]
-        points = self._places(number)
-        return (
-            self._wrong(cases[:FIRST_CASES], number)
-            or self._failing(quick, number)
-            or self._wrong(cases[FIRST_CASES:], number)
-            or self._killed(points[:FIRST_POINTS], number)
-            or self._failing([test for _, _, test in tests if test not in quick], number)
-            or self._killed(points[FIRST_POINTS : self.most], number)
-        )
+        return [(far, test) for far, _, test in found]
+
+    def _quick(self, mutant: Mutant) -> tuple[list[str], list[str]]:
+        """The tests of the mutant's own file, and others that are quick."""
+        tests = self._tests_of(mutant)
+        others = [test for far, test in tests if far and self.tests[test][0] < QUICK_SECONDS]
+        return [test for far, test in tests if not far], others[:QUICK_TESTS]
 
     def _wrong(self, cases: list[tuple[int, str]], number: int) -> str:
         for _, case in cases:
@@ -243,7 +275,8 @@ def plain() -> dict[str, str]:
 def distance(mutant: Mutant, test: str) -> int:
     """How far a test is from the mutant's file: tests mirror the house."""
     file, place = Path(mutant.path), Path(test.partition("::")[0])
-    return 0 if place.stem == f"test_{file.stem}" else 1 if place.parts[1] in file.parts else 2
+    own = place.stem == f"test_{file.stem}" or place.stem.startswith(f"test_{file.parent.name}")
+    return 0 if own else 1 if place.parts[1] in file.parts else 2
 
 
 def test_files() -> list[str]:
@@ -277,18 +310,29 @@ def try_all(options: argparse.Namespace, folder: Path) -> None:
             wanted.append((name, mutant, of))
     for name in [name for name in kept if name not in names]:
         del kept[name]
+    if not wanted:
+        return
     until = time.monotonic() + options.minutes * 60
-    if wanted:
-        trials = Trials(folder, options.stride, options.points)
-        trials.learn(f"{digest((ROOT / 'src').rglob('*.py'))} {options.stride}")
-    for name, mutant, of in wanted:
-        if time.monotonic() > until:
-            break
+
+    def tried(name: str, mutant: Mutant, of: str, find: Callable[[Mutant], str], *, last: bool) -> bool:
+        """Try one; whether it was found out."""
         began = time.monotonic()
-        by = trials.caught_by(mutant)
-        kept[name] = {"by": by, "of": of}
-        KEPT.write_text(json.dumps(kept, indent=1, sort_keys=True))
-        print(f"{by or 'ALIVE'}, {time.monotonic() - began:.1f} s: {mutant.line}: {name}", flush=True)
+        by = find(mutant)
+        if by or last:
+            kept[name] = {"by": by, "of": of}
+            KEPT.write_text(json.dumps(kept, indent=1, sort_keys=True))
+        how = by or ("ALIVE" if last else "not yet")
+        print(f"{how}, {time.monotonic() - began:.1f} s: {mutant.line}: {name}", flush=True)
+        return bool(by)
+
+    with mounted(folder, "xfs", 4 * SMALLEST["xfs"]) as sharing:
+        state = f"{digest([folder / 'names.json'])} {options.stride}"
+        trials = Trials(folder, sharing, options.stride, options.points, state)
+        trials.learn()
+        left = wanted
+        ways = (trials.caught_by, trials.caught_late_by, trials.killed_by)
+        for way in ways:
+            left = [each for each in left if time.monotonic() < until and not tried(*each, way, last=way == ways[-1])]
 
 
 def main() -> None:

@@ -233,6 +233,10 @@ def damaged(path: str, what: str) -> None:
     with open(path, "r+b") as file:
         file.seek(at)
         file.write(value.to_bytes(8, "big"))
+        if not what.startswith(("data", "zeroes")):
+            # Found at once: bits that whoever writes has to clear are not cleared either.
+            file.seek(88)
+            file.write((1 << 7).to_bytes(8, "big"))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Mutants: the code without one of its syncs, locks or journal writes, or with a rename at another moment.
+"""Mutants: the code without one of its syncs, locks or journal writes, or with two writes in the other order.
 
 All of them are in one copy of the source, each behind a question; an environment variable says which of them is in
 force, so that a process that has everything loaded tries one after the other.
@@ -19,17 +19,30 @@ ROOT = Path(__file__).parents[2]
 CHOSEN, REACHED = "SNAPTREE_MUTANT", "SNAPTREE_REACHED"
 """The variables that say which mutant is in force, and into which file goes which ones a process comes by."""
 
-SYNCS = {"fsync", "sync", "sync_file", "sync_folder", "_sync_tree", "_sync_folder", "_sync_gone", "settle"}
+SYNCS = {"fsync", "sync", "sync_file", "sync_folder", "_sync_tree", "_sync_folder", "_sync_gone", "settle", "_sync"}
+SYNCS |= {"flush", "_flush"}
 JOURNAL = {"take", "note", "claim", "unclaim", "end", "remember", "record", "register", "forget", "refresh"}
-JOURNAL |= {"_flush", "take_step", "put_note", "put_identity", "apply_delta"}
+JOURNAL |= {"take_step", "put_note", "put_identity", "apply_delta", "note_sources", "_claimer"}
 LOCKS = {"take_steps", "extend", "acquire", "_lock", "flock", "let_inherit", "require_free", "prctl", "_exit"}
-MENDS = {"mend", "_require_counted"}
-KINDS = {"sync": SYNCS, "journal": JOURNAL, "lock": LOCKS, "mend": MENDS}
-RENAMES = {"rename_new", "rename", "_renameat2", "put_in_place", "publish", "claim"}
+LOCKS |= {"take_new", "require_closed", "_require_dead", "_require_replaceable", "_wait_until_free", "require_known"}
+# What would go on in QEMU when snaptree has failed.
+JOBS = {"abandon"}
+MENDS = {"mend", "require_counted"}
+KINDS = {"sync": SYNCS, "journal": JOURNAL, "lock": LOCKS, "job": JOBS, "mend": MENDS}
+RENAMES = {"rename_new", "rename", "_renameat2", "put_in_place", "publish", "claim", "replace"}
+# The mover's: what refers to something comes after it, the counts of what is given up after what referred to it.
+RENAMES |= {"refer", "_write_references", "give_up", "write_in_place"}
+RENAMES |= {"punch_free"}
+LATE = {"take"}
+"""What the journal is told before something of the same name is done; a mutant tells it afterwards."""
+ASKED = {"_held", "_take", "_is_still", "is_still"}
+"""Questions whose answer keeps somebody out; a mutant does not ask."""
+WITHIN = (".lent(", "._locked(", "Guard(")
+"""What holds for the length of a ``with`` block."""
 WORDS = {"PRAGMA synchronous=FULL": "PRAGMA synchronous=OFF", "BEGIN IMMEDIATE": "BEGIN"}
 ROOMS = ("images", "running", "store", "machines", "qemu")
-NO_LOCKS = ("stack.", "selector.")
-"""Others have methods of these names, too."""
+NONE = ("stack.", "selector.", "abandon(qmp, [job.id")
+"""Others have methods of these names, too; and what runs in a storage daemon ends with it."""
 
 SWITCH = '''"""Which mutant is in force."""
 
@@ -131,9 +144,14 @@ class Source:
     def _block(self, block: list[ast.stmt]) -> list[ast.stmt]:
         wrapped = [self._statement(each) for each in block]
         for at, (before, statement) in enumerate(itertools.pairwise(block)):
-            if _called(statement) in RENAMES and _called(before):
+            if _done_by(statement) in RENAMES and _done_by(before):
                 swapped = [*block[:at], statement, before, *block[at + 2 :]]
                 wrapped = [_either(self._mutant("order", before, statement), swapped, wrapped)]
+        for at, statement in enumerate(block):
+            done = [place for place in range(at + 1, len(block)) if _called(block[place]) == _called(statement)]
+            if _called(statement) in LATE and done:
+                late = [*block[:at], *block[at + 1 : done[0] + 1], statement, *block[done[0] + 1 :]]
+                wrapped = [_either(self._mutant("order", statement, block[done[0]]), late, wrapped)]
         return wrapped
 
     def _statement(self, statement: ast.stmt) -> ast.stmt:
@@ -141,11 +159,13 @@ class Source:
         found, call = statement, _called(statement)
         was = ast.get_source_segment(self._text, statement) or ""
         for kind, names in KINDS.items():
-            if call in names and not any(each in was for each in NO_LOCKS):
+            if call in names and not any(each in was for each in NONE):
                 found = _either(self._mutant(kind, statement), [ast.Pass()], [found])
+        if isinstance(statement, ast.If) and _asked(statement) in ASKED and not statement.orelse:
+            found = _either(self._mutant("lock", statement), [ast.Pass()], [found])
         if isinstance(statement, ast.With) and len(statement.items) == 1 and statement.items[0].optional_vars is None:
             first = was.splitlines()[0]
-            if ".lent(" in first or "._locked(" in first:
+            if any(each in first for each in WITHIN):
                 found = _either(self._mutant("lock", statement), statement.body, [found])
         for old, new in WORDS.items():
             if isinstance(statement, ast.Expr) and f'execute("{old}")' in was:
@@ -171,6 +191,27 @@ def _called(statement: ast.stmt) -> str:
     if not isinstance(statement, ast.Expr):
         return ""
     value = statement.value.value if isinstance(statement.value, ast.Await) else statement.value
+    return _name_of(value)
+
+
+def _name_of(value: ast.expr) -> str:
+    """What is called, if the expression is a call; of ``made(by)(this)`` it is ``made``."""
     if not isinstance(value, ast.Call):
         return ""
+    if isinstance(value.func, ast.Call):
+        return _name_of(value.func)
     return value.func.attr if isinstance(value.func, ast.Attribute) else getattr(value.func, "id", "")
+
+
+def _asked(statement: ast.If) -> str:
+    """What is asked, or asked whether it is not so, or together with something else."""
+    test = statement.test
+    test = test.values[-1] if isinstance(test, ast.BoolOp) else test
+    return _name_of(test.operand if isinstance(test, ast.UnaryOp) else test)
+
+
+def _done_by(statement: ast.stmt) -> str:
+    """What the statement calls; of an ``if``, what it asks, or the one thing that it does."""
+    if isinstance(statement, ast.If):
+        return _name_of(statement.test) or (_called(statement.body[0]) if len(statement.body) == 1 else "")
+    return _called(statement)

@@ -1,11 +1,12 @@
-"""Stand-ins for QEMU's programs."""
+"""Stand-ins for QEMU's programs, and snaptree in processes that are killed."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import signal
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 
@@ -34,3 +35,19 @@ def alive(process: int) -> bool:
     except OSError:
         return False
     return state != "Z"
+
+
+def killed(work: Callable[[], object], arrange: Callable[[Callable[[], None]], None]) -> None:
+    """Do the work in a process of its own that is killed on the way.
+
+    :param arrange: is given what kills, and puts it where it is to be called.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            arrange(lambda: os.kill(os.getpid(), signal.SIGKILL))
+            work()
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, "it was not killed"

@@ -24,6 +24,7 @@ from snaptree.model.tree import Tree
 from snaptree.planning.adopt import AttachRequest, DetachRequest
 from snaptree.planning.create import BranchRequest, SnapshotRequest
 from snaptree.planning.delete import DeleteRequest
+from snaptree.planning.merged import to_be_known
 from snaptree.planning.plan import Plan
 from snaptree.planning.revert import RevertRequest, SwitchRequest
 from snaptree.planning.steps import Move, MoveJob
@@ -204,6 +205,7 @@ class World:
             for disk, wanted in disks.items():
                 assert_same(self.shown(tree, disk, name), wanted, f"{disk} of {name!r}")
         assert violations(tree) == ()
+        assert to_be_known(tree) == (), "what these layers look like is not kept"
         for layer in tree.layers.values():
             if layer.format == "qcow2" and self.sound.get(layer.path) != (looks := _looks(layer.path)):
                 found = images.problems(layer.path)

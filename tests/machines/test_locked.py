@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tests.crash.cases import CASES
+from tests.kit.programs import killed as killed_in
 from tests.kit.scene import Scene
 from tests.kit.world import World
 
 from snaptree.errors import BusyError
 from snaptree.images.locks import MachineLock
+from snaptree.machines.options import AddOptions, DiskOption
 from snaptree.planning.create import SnapshotRequest
 from snaptree.planning.plan import Plan
 from snaptree.running import recovery
-from snaptree.store import operations
+from snaptree.running.carry import making
+from snaptree.store import operations, trees
 
 BUSY = 5
 
@@ -32,8 +37,18 @@ def test_a_machine_that_is_worked_on_is_left_alone(web1: Scene) -> None:
     for path in (web1.disks / "web1.qcow2", web1.path("main")):
         lock = MachineLock()
         lock.acquire([str(path)])
-        web1("snapshot web1 s2", status=BUSY)
+        for line in ("snapshot web1 s2", "start web1", "stop web1"):
+            web1(line, status=BUSY)
         lock.release()
+
+
+def test_a_machine_that_is_worked_on_is_waited_for(web1: Scene) -> None:
+    lock = MachineLock()
+    lock.acquire([str(web1.disks / "web1.qcow2")])
+    timer = threading.Timer(0.5, lock.release)
+    timer.start()
+    web1("snapshot web1 s1 --wait 20")
+    timer.join()
 
 
 class Killed(BaseException):
@@ -42,11 +57,11 @@ class Killed(BaseException):
 
 @pytest.fixture
 def killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    """A machine whose switch to another branch was killed when the tree had changed."""
+    """A machine whose switch to another branch was killed when the tree was just to change."""
     world, case = World(tmp_path), CASES["switch"]
     case.build(world)
     with monkeypatch.context() as patched:
-        patched.setattr(operations, "end", _killed)
+        patched.setattr(trees, "apply_delta", _killed)
         with pytest.raises(Killed):
             world.machine.run(case.request(world))
     return world
@@ -58,10 +73,12 @@ def _killed(*_: object) -> None:
 
 def test_the_tips_of_what_was_recovered_are_locked(killed: World) -> None:
     """They are others than those that were locked at first."""
+    before = {disk: killed.tip(disk) for disk in killed.tree.disks}
 
     def look(_: Plan) -> bool:
         for disk in killed.tree.disks:
-            path, _form = killed.tip(disk)
+            path, form = killed.tip(disk)
+            assert (path, form) != before[disk]
             with pytest.raises(BusyError):
                 MachineLock().acquire([str(path)])
         return True
@@ -96,3 +113,32 @@ def test_what_is_recovered_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyP
         else:
             world.machine.run(SnapshotRequest("new"))
     assert looked
+
+
+@pytest.mark.parametrize("command", ["recover", "add"])
+def test_what_a_removal_has_left_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    """The machine is known no more: nothing else keeps two from removing its files at once, or from using them anew."""
+    world, case = World(tmp_path), CASES["remove"]
+    case.build(world)
+    tip, form = world.tip("vda")
+
+    def unlinking(kill: Callable[[], None]) -> None:
+        monkeypatch.setattr(making, "unlink", lambda *_: kill())
+
+    killed_in(lambda: world.machine.run(case.request(world)), unlinking)
+    assert world.connection.names() == ()
+    paths = recovery.files_of(world.connection.database, world.name)
+
+    async def recover(*_: object) -> tuple[str, ...]:
+        for path in paths:
+            with pytest.raises(BusyError):
+                MachineLock().acquire([path])
+        raise Killed
+
+    monkeypatch.setattr(recovery, "recover", recover)
+    with pytest.raises(Killed):
+        if command == "recover":
+            world.connection.recover()
+        else:
+            world.connection.add(AddOptions("web1", (DiskOption("vda", str(tip), form),)))
+    assert len(paths) > 2

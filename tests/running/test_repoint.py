@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tests.crash.cases import CASES
+from tests.kit.programs import killed
 from tests.kit.world import World
 
 from snaptree.images import durable
+from snaptree.planning.steps import Repoint
+from snaptree.running.carry import headers
+from snaptree.running.context import Context
+from snaptree.running.journal import Journal
+from snaptree.store import operations
 
 
 class PowerCut(BaseException):
@@ -32,6 +40,50 @@ def test_a_torn_header_is_written_again(tmp_path: Path, monkeypatch: pytest.Monk
         patched.setattr(durable, "write_in_place", torn)
         with pytest.raises(PowerCut):
             world.machine.run(request)
-    assert world.machine.recover()
+    recovered(world, monkeypatch)
     assert world.settle(request, before)
     world.check()
+
+
+@pytest.mark.parametrize("case", ["delete where names are long", "delete s1 of a line by pull"])
+def test_a_header_that_was_written_and_not_synced(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a process that was killed: the next one finds it done."""
+    world = World(tmp_path)
+    CASES[case].build(world)
+    request, before = CASES[case].request(world), world.tree
+    repoint = headers.repoint
+
+    def arrange(kill: Callable[[], None]) -> None:
+        def repointing(step: Repoint, context: Context) -> None:
+            setattr(durable, "sync", lambda *_: kill())  # noqa: B010
+            repoint(step, context)
+
+        setattr(headers, "repoint", repointing)  # noqa: B010
+
+    killed(lambda: world.machine.run(request), arrange)
+    recovered(world, monkeypatch)
+    assert world.settle(request, before)
+    world.check()
+
+
+def recovered(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recover; the header that the killed step was about is on disk before the journal says more."""
+    (operation,) = operations.unfinished(world.connection.database)
+    step = operations.steps_of(world.connection.database, operation.id)[operation.step]
+    assert isinstance(step, Repoint)
+    events = list[str]()
+    fsync, take = os.fsync, Journal.take
+
+    def syncing(descriptor: int) -> None:
+        fsync(descriptor)
+        events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    def taking(self: Journal, number: int) -> None:
+        events.append("take")
+        take(self, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", syncing)
+        patched.setattr(Journal, "take", taking)
+        assert world.machine.recover()
+    assert step.path in events[: events.index("take")]

@@ -29,7 +29,6 @@ _PERMISSIONS = range(4)
 _MODES: dict[str, tuple[frozenset[int], frozenset[int]]] = {
     # mode: (permissions used, permissions not shared)
     "read": (frozenset({0}), frozenset({1, 3})),
-    "write": (frozenset({0, 1, 3}), frozenset({1, 3})),
     "exclusive": (frozenset({0, 1, 3}), frozenset({0, 1, 2, 3})),
 }
 _TRIES = 100
@@ -54,7 +53,7 @@ def _held(descriptor: int, byte: int) -> bool:
 class ImageLock:
     """QEMU's image locks on one file, held until :meth:`release`.
 
-    ``read`` keeps writers away, ``write`` also other writers, ``exclusive`` everybody.
+    ``read`` keeps writers away, ``exclusive`` everybody.
 
     :raise BusyError: another process uses the file in a way that does not go with it.
     :raise OSError: the file cannot be opened.

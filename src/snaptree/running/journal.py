@@ -111,7 +111,7 @@ class Journal:
             operations.end(connection, self.operation, state, time.time(), self.moved, detail)
 
     def remember(self, layer: LayerId, identity: Identity) -> None:
-        """Keep, with the next word, what a frozen layer looks like now."""
+        """Keep, with the word that the next step begins, what a frozen layer looks like now."""
         self._identities[layer] = identity
 
     def keep(self, path: str, value: str) -> None:
@@ -129,7 +129,6 @@ class Journal:
     def record(self, step: Record, identities: dict[LayerId, Identity]) -> None:
         """Change the tree."""
         with self.database.transaction() as connection:
-            self._flush(connection)
             trees.apply_delta(connection, self.machine, step.delta)
             for layer, identity in identities.items():
                 trees.put_identity(connection, self.machine, layer, identity)

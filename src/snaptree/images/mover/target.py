@@ -111,13 +111,12 @@ class RawTarget(Target):
                 durable.write_zeroes(self.descriptor, start, end - start, self.path)
 
     def finish_round(self) -> None:
-        self.settle()
+        """Nothing refers to what was written: there are no rounds."""
 
     def finish(self, size: int) -> None:
-        self.settle()
         if -(-os.lseek(self.descriptor, 0, os.SEEK_END) // 512) * 512 < size:
             durable.set_length(self.descriptor, size, self.path)
-            self.settle()
+        self.settle()
 
 
 class Qcow2Target(Target):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 
 from snaptree.errors import RefusedError, SnaptreeError, ToolError, UnhealthyError
 from snaptree.images import durable, gate
 from snaptree.images.facts import read_facts
 from snaptree.images.measure import holds
+from snaptree.images.mover.cost import foreseen
 from snaptree.planning.live_steps import File, LiveJob, LiveMerge
 from snaptree.planning.steps import Move, MoveJob, Repoint
 from snaptree.qemu import live_jobs
@@ -79,10 +80,10 @@ def _reporter(step: LiveMerge, jobs: Mapping[LiveJob, Merging], context: Context
     return report
 
 
-def _move_job(job: LiveJob) -> MoveJob:
+def _move_job(job: LiveJob, *, by_qemu: str = "") -> MoveJob:
     """The same merge as one that is done with the machine off."""
     name = f"{job.way}-{job.disk}"
-    return MoveJob(name, job.way, job.disk, job.row, job.below, job.bytes, job.zeroes, job.profile)
+    return MoveJob(name, job.way, job.disk, job.row, job.below, job.bytes, job.zeroes, job.profile, by_qemu)
 
 
 # ---- where it stands ----------------------------------------------------------------------------------------------
@@ -237,7 +238,6 @@ def _header_says(job: LiveJob) -> bool:
 async def went_on(step: LiveMerge, context: Context) -> bool:
     """Whether a merge that was left has come so far that it is finished, not undone: its jobs run, or one has ended."""
     if context.qemu is None:
-        context.holding.require_closed(path for job in step.jobs for path in _files(job) if os.path.exists(path))
         return any(_was_merged(job, context) for job in step.jobs)
     living = await live_jobs.living(context.qemu.qmp, [_id(step, job, context) for job in step.jobs])
     graph = await context.qemu.graph()
@@ -251,10 +251,6 @@ async def went_on(step: LiveMerge, context: Context) -> bool:
     return bool(living) or any(is_merged(graph, job) for job in step.jobs)
 
 
-def _files(job: LiveJob) -> Sequence[str]:
-    return [path for path, _ in (*job.row, *([job.child] if job.child is not None else []))]
-
-
 def _was_merged(job: LiveJob, context: Context) -> bool:
     """Whether a job had been finalized when QEMU died: the header says it, or the journal where the guest went over."""
     if job.active:
@@ -263,24 +259,24 @@ def _was_merged(job: LiveJob, context: Context) -> bool:
 
 
 async def _without_qemu(step: LiveMerge, context: Context) -> None:
-    """Finish what QEMU has left, by the mover."""
+    """Finish what QEMU has left: by the mover, or what that cannot do by a storage daemon."""
     left = [job for job in step.jobs if not _was_merged(job, context)]
     if left:
-        await moving.move(Move(tuple(_move_job(job) for job in left)), context)
+        moves = (_move_job(job, by_qemu=foreseen(job.row, job.below).by_qemu) for job in left)
+        await moving.move(Move(tuple(moves)), context)
     for job in left:
         if job.way == "pull":
             below = job.below[0] if job.below else (None, None)
             headers.repoint(Repoint(job.row[-1][0], *below), context)
         elif job.child is not None:
             headers.repoint(Repoint(job.child[0], *job.row[0]), context)
-        else:
-            context.journal.note(job.row[0][0], PIVOT)
     _sync(step)
 
 
 async def unmerge(step: LiveMerge, context: Context) -> None:
-    """Stop what runs on in QEMU. What was written stays: it shows the same, or is read only through what is above."""
-    if context.qemu is not None:
-        await abandon(context.qemu.qmp, [_id(step, job, context) for job in step.jobs])
-    else:
+    """Give back what a job had taken when QEMU died; none runs on in one that lives, or the merge would go forward.
+
+    What was written stays: it shows the same, or is read only through what is above.
+    """
+    if context.qemu is None:
         moving.unmove(Move(tuple(_move_job(job) for job in step.jobs)), context)

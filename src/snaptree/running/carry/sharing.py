@@ -90,14 +90,14 @@ def put_in_place(step: PutInPlace, context: Context) -> None:
             # Otherwise QEMU reads it already, and has it locked.
             context.holding.take_new(temporary)
         durable.replace(temporary, step.path)
-    elif not is_ready(step, context.journal):
+    elif is_ready(step, context.journal):
+        # By a process, perhaps, that was killed before it had synced it.
+        durable.sync_folder(step.path)
+    else:
         raise IoError(
             f"{temporary}, which was to take the place of {step.path}, is gone",
             "nothing is lost, since its sources are there; was it removed by hand?",
         )
-    else:
-        # Who was killed had put it in place, but perhaps not come to have that on disk.
-        durable.sync_folder(step.path)
 
 
 def unbuild(step: BuildMerged, context: Context) -> None:

@@ -1,0 +1,112 @@
+"""A machine whose QEMU stands still: no guest runs, and the test writes to its disks by the monitor.
+
+It starts in a moment, and is a real QEMU with real devices; what matters while a guest writes is in ``tests/live``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shlex
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.kit import images
+from tests.kit.programs import killed
+from tests.kit.qmp import Qmp
+from tests.kit.scene import SLOT, Scene, word_of
+from tests.kit.stage import kill_all, processes_of
+
+from snaptree.machines.power import own_monitor
+from snaptree.store.database import Database
+
+COMMAND = "qemu-system-x86_64 -nodefaults -no-user-config -machine q35 -accel tcg -m 16 -display none -S"
+
+
+class Still(Scene):
+    """The machine ``web1`` with so many disks, ``vda``, ``vdb`` …, that runs, paused.
+
+    :param options: of the images, as QEMU's (``extended_l2`` …).
+    """
+
+    def __init__(self, folder: Path, disks: int = 1, **options: Any) -> None:
+        super().__init__(folder)
+        self.monitor = Path(own_monitor(Database(str(self.state)), "web1"))
+        self.targets = [f"vd{'abc'[number]}" for number in range(disks)]
+        for disk in self.targets:
+            self.image(f"{disk}.qcow2", word="b", **options)
+        words = [f"--disk {disk}={disk}.qcow2" for disk in self.targets]
+        self(f"add web1 {' '.join(words)} --start {shlex.quote(COMMAND)}")
+        self("start web1")
+
+    def qmp(self) -> Qmp:
+        """The machine's monitor, while snaptree does not have it."""
+        return Qmp(self.monitor)
+
+    def write(self, word: str, disk: str = "vda", machine: str = "web1") -> None:
+        """Write as the guest would, and flush: by the device, wherever it has its disk now."""
+        places = [(at, letter) for at, letter in enumerate(word) if letter != "."]
+        commands = [f"write -P {ord(letter)} {at * SLOT} {SLOT}" for at, letter in places]
+        with self.qmp() as qmp:
+            for each in (*commands, "flush"):
+                line = f'qemu-io -d /machine/peripheral/{disk}/virtio-backend "{each}"'
+                said = qmp("human-monitor-command", command_line=line)
+                assert said == "", said
+
+    def shows(self, name: str = "main", disk: str = "vda", machine: str = "web1") -> str:
+        """What the name shows on the disk, as far as it has been flushed."""
+        named = self.names(machine)[name]
+        layers = {each["path"]: each for each in self.show(machine)["layers"]}
+        at, chain = (named.get("points") or named["tips"])[disk]["path"], []
+        while at is not None:
+            chain.append((at, layers[at]["format"]))
+            at = layers[at]["parent"]
+        return word_of(images.read_unlocked(chain))
+
+    def written(self, machine: str) -> set[str]:
+        shown = self.show(machine)
+        return {each["path"] for each in shown["disks"]} if shown["state"] != "off" else set()
+
+    def disk(self, disk: str = "vda") -> str:
+        """The name of the file that the device writes to."""
+        with self.qmp() as qmp:
+            found = {each["qdev"].split("/")[-2]: each["inserted"]["file"] for each in qmp("query-block")}
+        name = str(found[disk])
+        if name.startswith("json:"):
+            name = json.loads(name.removeprefix("json:"))["file"]["filename"]
+        return os.path.basename(name)
+
+    def jobs(self) -> dict[str, str]:
+        """QEMU's jobs, and how each stands."""
+        with self.qmp() as qmp:
+            return {each["id"]: each["status"] for each in qmp("query-jobs")}
+
+    def kill_qemu(self) -> None:
+        """Kill QEMU, and wait until it has gone."""
+        (process,) = processes_of(self.folder)
+        descriptor = os.pidfd_open(process)
+        os.kill(process, signal.SIGKILL)
+        assert select.select([descriptor], [], [], 30)[0]
+        os.close(descriptor)
+        self.forgiven.add("leaks")
+
+    def killed(self, line: str, arrange: Callable[[Callable[[], None]], None]) -> None:
+        """Run the command in a process of its own that is killed where ``arrange`` has put the call that does it."""
+        killed(lambda: self(line), arrange)
+
+
+@contextlib.contextmanager
+def standing(disks: int = 1, **options: Any) -> Iterator[Still]:
+    """The machine for the block, in a folder with a short name, as sockets need it."""
+    folder = Path(tempfile.mkdtemp(prefix="still"))
+    try:
+        yield Still(folder, disks, **options)
+    finally:
+        kill_all(folder)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,104 @@
+"""Starting, stopping and going elsewhere: what was killed is settled first, and QEMU's disks are free afterwards."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.kit.stage import processes_of
+from tests.kit.still import Still
+
+from snaptree.errors import ToolError
+from snaptree.images.locks import probe
+from snaptree.machines import switching
+from snaptree.qemu.session import QmpSession
+from snaptree.running.journal import Journal
+
+PIDFD_GETFD = 438
+"""The system call's number, the same on all architectures but Alpha."""
+REFUSED = 6
+
+
+def ending(kill: Callable[[], None]) -> None:
+    """Be killed when the journal is to say that the operation has come to its end."""
+
+    def end(*_: Any) -> None:
+        kill()
+
+    setattr(Journal, "end", end)  # noqa: B010
+
+
+@pytest.mark.parametrize("command", ["start", "stop"])
+def test_what_was_killed_is_settled_first(still: Still, command: str) -> None:
+    if command == "start":
+        still("stop web1 --force")
+    still.killed("snapshot web1 s1", ending)
+    assert "interrupted" in still.show()["pending"][0]
+    still("start web1" if command == "start" else "stop web1 --force")
+    assert still.show()["pending"] == []
+    still.sound()
+
+
+@pytest.fixture
+def lingering(still: Still, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """QEMU does not quit, and its disk stays open for a second after it was killed: by a child of its, say."""
+    execute = QmpSession.execute
+
+    async def executed(self: QmpSession, command: str, **arguments: Any) -> Any:
+        if command == "quit":
+            raise ToolError("it does not hear")
+        return await execute(self, command, **arguments)
+
+    monkeypatch.setattr(QmpSession, "execute", executed)
+    monkeypatch.setattr(switching, "QUIT_SECONDS", 0.5)
+    timers: list[threading.Timer] = []
+
+    def linger() -> None:
+        tip, (process,) = str(still.path("main")), processes_of(still.folder)
+        files = f"/proc/{process}/fd"
+        (number,) = (each for each in os.listdir(files) if os.path.realpath(f"{files}/{each}") == tip)
+        pidfd = os.pidfd_open(process)
+        ours = ctypes.CDLL(None, use_errno=True).syscall(PIDFD_GETFD, pidfd, int(number), 0)
+        assert ours >= 0, os.strerror(ctypes.get_errno())
+        os.close(pidfd)
+        timers.append(threading.Timer(1.5, os.close, [ours]))
+        timers[0].start()
+
+    yield linger
+    timers[0].join()
+
+
+def test_it_has_not_stopped_before_its_disks_are_free(still: Still, lingering: Callable[[], None]) -> None:
+    lingering()
+    tip = str(still.path("main"))
+    still("stop web1 --force")
+    assert probe(tip) is None
+
+
+def test_it_goes_elsewhere_when_its_disks_are_free(still: Still, lingering: Callable[[], None]) -> None:
+    still("snapshot web1 s1")
+    still.write("x")
+    lingering()
+    still("revert web1 s1 --stopped")
+    assert still.shows() == "b......." and still.shows("main.1") == "x......."
+    still.forgiven.add("leaks")
+    still.sound()
+
+
+@pytest.mark.parametrize("line", ["revert web1 s1", "switch web1 other", "snapshot web1 s2", "delete web1 s1"])
+@pytest.mark.parametrize("plan", ["", " --plan"])
+def test_nothing_is_even_planned_for_a_machine_that_may_be_running(still: Still, line: str, plan: str) -> None:
+    """Its QEMU is there and does not answer."""
+    still("stop web1 --force")
+    for each in ("snapshot web1 s1", "branch web1 other --from s1", "start web1"):
+        still(each)
+    hidden = Path(f"{still.monitor}.hidden")
+    still.monitor.rename(hidden)
+    said = still(line + plan, status=REFUSED)
+    assert "may be running" in said.err
+    hidden.rename(still.monitor)

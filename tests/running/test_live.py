@@ -1,0 +1,64 @@
+"""Snapshots of a QEMU that runs, killed between: what it has open it is asked for, and it is not taken for dead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.kit.still import Still
+
+from snaptree.qemu.session import QmpSession
+from snaptree.running import recovery
+
+BUSY = 5
+
+
+def cutting(kill: Callable[[], None], *, before: bool) -> None:
+    """Be killed just before or just after QEMU lets the guest go on in the overlays."""
+    execute = QmpSession.execute
+
+    async def executed(self: QmpSession, command: str, **arguments: Any) -> Any:
+        if command == "transaction" and before:
+            kill()
+        answer = await execute(self, command, **arguments)
+        if command == "transaction":
+            kill()
+        return answer
+
+    setattr(QmpSession, "execute", executed)  # noqa: B010
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("also", ["", "qemu"])
+def test_killed_as_the_guest_goes_on_in_the_overlay(still: Still, *, before: bool, also: str) -> None:
+    still.killed("snapshot web1 s1", lambda kill: cutting(kill, before=before))
+    still.write(".x")
+    if also:
+        still.kill_qemu()
+    still("recover web1")
+    assert still.show()["pending"] == []
+    # Where QEMU has died, the overlay is taken for the tip: that is right either way.
+    assert ("s1" in still.names()) == (not before or bool(also))
+    assert still.shows() == "bx......"
+    if not before:
+        assert still.shows("s1") == "b......."
+    still.sound()
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_a_qemu_that_does_not_answer_is_not_taken_for_dead(
+    still: Still, *, before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on writing to what a snapshot would be of."""
+    monkeypatch.setattr(recovery, "DYING_SECONDS", 0.2)
+    still.killed("snapshot web1 s1", lambda kill: cutting(kill, before=before))
+    hidden = Path(f"{still.monitor}.hidden")
+    still.monitor.rename(hidden)
+    still("recover web1", status=BUSY)
+    assert "s1" not in still.names()
+    hidden.rename(still.monitor)
+    still("recover web1")
+    assert ("s1" in still.names()) == (not before)
+    still.sound()

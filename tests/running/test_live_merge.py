@@ -1,0 +1,287 @@
+"""Merging in a QEMU that runs: what is on disk when it is said to be, and what is left where somebody is killed.
+
+QEMU is real, with no guest in it; the test writes to its disk as the guest would.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.kit.still import Still, standing
+
+from snaptree.errors import CancelledError, StateError, ToolError
+from snaptree.machines.connection import Connection
+from snaptree.qemu import live_jobs
+from snaptree.qemu.live_jobs import Merging
+from snaptree.qemu.session import QmpSession
+from snaptree.running import recovery
+from snaptree.running.guard import PIVOT, STAY, Guard
+from snaptree.running.journal import Journal
+from snaptree.store import operations
+
+STATE, FAILED, BUSY, CANCELLED = 11, 12, 5, 130
+
+
+@pytest.fixture
+def snapshots(still: Still) -> Still:
+    """s1, s2 and s3, with writing after each."""
+    _take(still)
+    return still
+
+
+def _take(still: Still) -> None:
+    for number, word in enumerate(("c", ".d", "..e"), 1):
+        still(f"snapshot web1 s{number}")
+        for disk in still.targets:
+            still.write(word, disk)
+
+
+KEPT = {"s1": "b.......", "s2": "c.......", "s3": "cd......", "main": "cde....."}
+
+
+def whole(still: Still, *gone: str, **more: str) -> None:
+    """All that is kept shows what it showed, nothing is left to do, and QEMU has no job."""
+    still("gc web1")
+    wanted = {name: word for name, word in {**KEPT, **more}.items() if name not in gone}
+    assert set(still.names()) == set(wanted)
+    for name, word in wanted.items():
+        for disk in still.targets:
+            assert still.shows(name, disk) == word, (name, disk)
+    assert still.show()["pending"] == []
+    if still.show()["state"] != "off":
+        assert still.jobs() == {}
+        still.kill_qemu()
+    still.sound()
+
+
+class Seen:
+    """What is done to bring files to disk, to finalize jobs and to change the tree, in its order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.events: list[str] = []
+        fsync, settle, record = os.fsync, live_jobs.settle, Journal.record
+
+        def syncing(descriptor: int) -> None:
+            fsync(descriptor)
+            self.events.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+        async def settling(qmp: QmpSession, job: Merging) -> None:
+            self.events.append("settle")
+            await settle(qmp, job)
+            self.events.append("settled")
+
+        def recording(self_: Journal, *words: Any) -> None:
+            self.events.append("record")
+            record(self_, *words)
+
+        monkeypatch.setattr(os, "fsync", syncing)
+        monkeypatch.setattr(live_jobs, "settle", settling)
+        monkeypatch.setattr(Journal, "record", recording)
+
+    def before_last(self, event: str, since: str) -> list[str]:
+        """What came after the last ``since``, up to the last ``event``."""
+        end = len(self.events) - 1 - self.events[::-1].index(event)
+        start = max((at for at, each in enumerate(self.events[:end]) if each == since), default=0)
+        return self.events[start:end]
+
+
+@pytest.mark.parametrize(("way", "target"), [("commit", "vda.s1.qcow2"), ("pull", "vda.s2.qcow2")])
+def test_what_is_moved_is_synced_before_a_header_and_before_the_tree_say_so(
+    snapshots: Still, way: str, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU may have been told to sync nothing (``cache=unsafe``), and then its flush brings nothing to disk."""
+    with monkeypatch.context() as patched:
+        seen = Seen(patched)
+        snapshots(f"delete web1 s2 --merge {way}")
+    assert target in seen.before_last("settle", "record")
+    assert target in seen.before_last("record", "settled")
+    whole(snapshots, "s2")
+
+
+def killing(still: Still, kill: Callable[[], None]) -> None:
+    """Kill QEMU, and be killed, when the first job has ended."""
+    settle = live_jobs.settle
+
+    async def settled(qmp: QmpSession, job: Merging) -> None:
+        await settle(qmp, job)
+        still.kill_qemu()
+        kill()
+
+    live_jobs.settle = settled
+
+
+@pytest.mark.parametrize(("way", "target"), [("commit", "vda.s1.qcow2"), ("pull", "vda.s2.qcow2")])
+def test_qemu_is_killed_just_after_it_has_changed_the_header(
+    snapshots: Still, way: str, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU writes the header first, and holds its tables back as long as it may."""
+    snapshots.killed(f"delete web1 s2 --merge {way}", lambda kill: killing(snapshots, kill))
+    snapshots.forgiven.add("leaks")
+    with monkeypatch.context() as patched:
+        seen = Seen(patched)
+        snapshots("recover web1")
+    assert target in seen.before_last("record", "settled"), "what QEMU has written is synced by nobody else"
+    whole(snapshots, "s2")
+
+
+@pytest.mark.parametrize("options", [{}, {"extended_l2": "on"}], ids=["by the mover", "by QEMU"])
+@pytest.mark.parametrize("way", ["commit", "pull"])
+def test_qemu_is_killed_between_two_disks(way: str, options: dict[str, str]) -> None:
+    """One disk's merge is done, so that the other one's has to be, by whoever can."""
+    with standing(2, **options) as two:
+        _take(two)
+        two.killed(f"delete web1 s2 --merge {way}", lambda kill: killing(two, kill))
+        two("recover web1")
+        whole(two, "s2")
+
+
+def going_over(kill: Callable[[], None], when: str) -> None:
+    """Be killed when the guest goes over: as all waits, when the journal has said where, or when it has gone."""
+    note, settle = Journal.note, live_jobs.settle
+
+    def noting(self: Journal, path: str, value: str) -> None:
+        if value == PIVOT and when == "before":
+            kill()
+        note(self, path, value)
+        if value == PIVOT and when == "after":
+            kill()
+
+    async def settled(qmp: QmpSession, job: Merging) -> None:
+        await settle(qmp, job)
+        if when == "gone over":
+            kill()
+
+    setattr(Journal, "note", noting)  # noqa: B010
+    live_jobs.settle = settled
+
+
+def answers(still: Still, seconds: float = 5.0) -> None:
+    """Wait until no job goes on: the guest's requests are answered again."""
+    until = time.monotonic() + seconds
+    while set(jobs := still.jobs().values()) - {"concluded"}:
+        assert time.monotonic() < until, jobs
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("when", "disk"), [("before", "vda.s3.qcow2"), ("after", "vda.s2.qcow2"), ("gone over", "vda.s2.qcow2")]
+)
+@pytest.mark.parametrize("also", ["", "qemu"])
+def test_killed_while_the_guest_goes_over(snapshots: Still, when: str, disk: str, also: str) -> None:
+    """Its guard lets the guest go on; what is written afterwards is kept, wherever it went."""
+    snapshots.killed("delete web1 s3 --merge commit", lambda kill: going_over(kill, when))
+    answers(snapshots)
+    assert snapshots.disk() == disk
+    snapshots.write("...f")
+    if also:
+        snapshots.kill_qemu()
+    snapshots("recover web1")
+    whole(snapshots, "s3", main="cdef....")
+
+
+@pytest.mark.parametrize("what", ["the journal", "QEMU"])
+def test_the_guest_cannot_go_over(snapshots: Still, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal cannot be written while its requests wait, or QEMU refuses at last: it goes on where it was."""
+    note, settle = Journal.note, live_jobs.settle
+
+    def noting(self: Journal, path: str, value: str) -> None:
+        if value == PIVOT and what == "the journal":
+            raise StateError("no room")
+        note(self, path, value)
+
+    async def refused(qmp: QmpSession, job: Merging) -> None:
+        if what == "QEMU":
+            await qmp.execute("job-cancel", id=job.id)
+            raise ToolError("it does not want to")
+        await settle(qmp, job)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "note", noting)
+        patched.setattr(live_jobs, "settle", refused)
+        snapshots("delete web1 s3 --merge commit", status=FAILED if what == "QEMU" else STATE)
+    answers(snapshots)
+    assert snapshots.disk() == "vda.s3.qcow2"
+    snapshots.write("...f")
+    snapshots.kill_qemu()
+    snapshots("recover web1")
+    whole(snapshots, "s3", main="cdef....")
+
+
+@pytest.mark.parametrize("way", ["commit", "pull"])
+def test_a_merge_that_is_stopped_leaves_no_job(snapshots: Still, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def stopped(*_: object) -> None:
+        raise CancelledError("stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(live_jobs, "follow", stopped)
+        snapshots(f"delete web1 s2 --merge {way}", status=CANCELLED)
+    assert snapshots.jobs() == {}
+    assert snapshots.show()["pending"] and not any("interrupted" in each for each in snapshots.show()["pending"])
+    whole(snapshots, "s2")
+
+
+def test_what_a_qemu_has_open_that_does_not_answer_is_left_alone(
+    snapshots: Still, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not taken for dead because its monitor is gone."""
+    monkeypatch.setattr(recovery, "DYING_SECONDS", 0.2)
+
+    def arrange(kill: Callable[[], None]) -> None:
+        async def follow(*_: object) -> None:
+            kill()
+
+        setattr(live_jobs, "follow", follow)  # noqa: B010
+
+    snapshots.killed("delete web1 s2 --merge commit", arrange)
+    hidden = Path(f"{snapshots.monitor}.hidden")
+    snapshots.monitor.rename(hidden)
+    snapshots("recover web1", status=BUSY)
+    hidden.rename(snapshots.monitor)
+    snapshots("recover web1")
+    whole(snapshots, "s2")
+
+
+def test_what_the_journal_said_of_a_job_does_not_hold_for_one_that_is_begun_anew() -> None:
+    """snaptree and its guard are killed, and somebody cancels the job that was pending: the guest has not gone over."""
+
+    def both(kill: Callable[[], None]) -> None:
+        enter, guards = Guard.__enter__, list[Guard]()
+
+        def entered(self: Guard) -> Guard:
+            guards.append(self)
+            return enter(self)
+
+        def killing_both() -> None:
+            guards[-1]._process.kill()
+            guards[-1]._process.wait()
+            kill()
+
+        setattr(Guard, "__enter__", entered)  # noqa: B010
+        going_over(killing_both, "after")
+
+    def early(kill: Callable[[], None]) -> None:
+        async def stopping(*_: object) -> bool:
+            kill()
+            return False
+
+        setattr(live_jobs, "stop_the_guest", stopping)  # noqa: B010
+
+    with standing(2) as two:
+        _take(two)
+        two.killed("delete web1 s3 --merge commit", both)
+        (pending,) = (name for name, status in two.jobs().items() if status == "pending")
+        with two.qmp() as qmp:
+            qmp("job-cancel", id=pending)
+        two.killed("recover web1", early)
+        assert two.disk("vda") == "vda.s3.qcow2"
+        database = Connection(str(two.state)).database
+        (operation,) = operations.unfinished(database, "web1")
+        assert operations.note_of(database, operation.id, operation.step, str(two.disks / "vda.s2.qcow2")) == STAY
+        database.close()
+        two("recover web1")
+        whole(two, "s3")
