@@ -29,6 +29,7 @@ from snaptree.running.pace import Pace
 @click.argument("snapshot")
 @click.option("--internal", is_flag=True, help="Keep the point within the image, where its format can.")
 @click.option("--exclude", multiple=True, metavar="TARGET", help="Leave a disk out; may be repeated.")
+@click.option("--quiesce", is_flag=True, help="Have the guest's agent freeze its file systems meanwhile.")
 @file_option
 @click.option("--description", default="", metavar="TEXT", help="What the snapshot is for.")
 @changing
@@ -36,6 +37,7 @@ def snapshot_command(
     machine: str,
     snapshot: str,
     internal: bool,
+    quiesce: bool,
     exclude: tuple[str, ...],
     files: tuple[str, ...],
     description: str,
@@ -44,7 +46,7 @@ def snapshot_command(
     wait: float,
 ) -> None:
     """Take a snapshot of the machine as it is now."""
-    request = SnapshotRequest(snapshot, internal, exclude, file_options(files), description)
+    request = SnapshotRequest(snapshot, internal, exclude, file_options(files), description, quiesce)
     carry_out(Connection().machine(machine), request, only_plan=only_plan, as_json=as_json, wait=wait)
 
 

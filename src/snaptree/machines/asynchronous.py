@@ -163,9 +163,10 @@ class Machine:
         exclude: tuple[str, ...] = (),
         files: Mapping[str, str] | None = None,
         description: str = "",
+        quiesce: bool = False,
     ) -> Operation:
-        """Take a snapshot."""
-        return self.operate(SnapshotRequest(name, internal, exclude, dict(files or {}), description))
+        """Take a snapshot; with ``quiesce`` the guest's agent freezes its file systems meanwhile."""
+        return self.operate(SnapshotRequest(name, internal, exclude, dict(files or {}), description, quiesce))
 
     def delete(
         self,

@@ -239,6 +239,8 @@ def _remarks(view: View, named: Snapshot | Branch) -> str:
         found.append(named.kind)
     if named.memory is not None:
         found.append("memory")
+    if isinstance(named, Snapshot) and named.consistency == "quiesced":
+        found.append("quiesced")
     missing = sorted(set(tree.disks) - set(points))
     if missing:
         found.append(f"without {', '.join(missing)}")

@@ -12,6 +12,7 @@ import select
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
 
@@ -25,25 +26,26 @@ PIVOT, STAY = "pivot", "stay"
 READY_SECONDS, ANSWER_SECONDS = 20.0, 10.0
 
 
-class Guard:
-    """The process, for the length of a ``with`` block around what is pending.
+class StandBy:
+    """A process that shares a socket, for the length of a ``with`` block: should we die in it, it does what is left.
 
-    :param monitor: the file descriptor of the monitor's socket.
-    :param path: the file that the note is about.
+    :param module: what it runs, with the numbers of the socket and of its line to us, and the words, as arguments. It
+        says a byte when it is ready, and has nothing to do when it hears one.
+    :param descriptor: the socket.
+    :param purpose: what it is there for, for messages.
     """
 
-    def __init__(self, database: Database, operation: int, step: int, path: str, job: str, monitor: int) -> None:
-        self._words = [database.folder, str(operation), str(step), path, job]
-        self._monitor = monitor
+    def __init__(self, module: str, descriptor: int, words: Sequence[str], purpose: str) -> None:
+        self._module, self._descriptor, self._words, self._purpose = module, descriptor, words, purpose
 
-    def __enter__(self) -> Guard:
+    def __enter__(self) -> StandBy:
         ours, theirs = socket.socketpair()
-        words = [sys.executable, "-m", "snaptree.running.guard", str(self._monitor), str(theirs.fileno())]
+        words = [sys.executable, "-m", self._module, str(self._descriptor), str(theirs.fileno())]
         with theirs:
-            # The standard streams are not inherited: whoever reads ours would wait for the guard's end.
+            # The standard streams are not inherited: whoever reads ours would wait for its end.
             self._process = subprocess.Popen(
                 [*words, *self._words],
-                pass_fds=(self._monitor, theirs.fileno()),
+                pass_fds=(self._descriptor, theirs.fileno()),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -54,7 +56,7 @@ class Guard:
         if not ready or not ours.recv(1):
             kill(self._process, "the guard")
             ours.close()
-            raise ToolError("the process that is to guard the guest's going over does not start", "try it again")
+            raise ToolError(f"the process that is to guard {self._purpose} does not start", "try it again")
         return self
 
     def __exit__(
@@ -65,6 +67,18 @@ class Guard:
             self._ours.send(b"!")
         self._ours.close()
         self._process.wait(READY_SECONDS)
+
+
+class Guard(StandBy):
+    """Stands by while an active commit is pending.
+
+    :param monitor: the file descriptor of the monitor's socket.
+    :param path: the file that the note is about.
+    """
+
+    def __init__(self, database: Database, operation: int, step: int, path: str, job: str, monitor: int) -> None:
+        words = [database.folder, str(operation), str(step), path, job]
+        super().__init__("snaptree.running.guard", monitor, words, "the guest's going over")
 
 
 def _serve(monitor: int, watched: int, folder: str, operation: int, step: int, path: str, job: str) -> None:

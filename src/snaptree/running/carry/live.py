@@ -11,6 +11,10 @@ from snaptree.images.facts import read_facts
 from snaptree.planning.live_steps import Cut, LiveSnapshot
 from snaptree.qemu.graph import BlockGraph, Inode, Node
 from snaptree.running.context import Context
+from snaptree.running.quiescing import quiesced, thaw
+
+FREEZING = "freezing"
+"""What a step notes before the guest's file systems are frozen."""
 
 
 def inode_at(path: str) -> Inode:
@@ -36,6 +40,7 @@ async def snapshot(step: LiveSnapshot, context: Context) -> None:
         return
     graph = await qemu.graph()
     if all(is_top(graph, cut.overlay) for cut in step.cuts):
+        await _thaw_left(step, context)
         return
     actions: list[dict[str, Any]] = []
     for number, cut in enumerate(step.cuts):
@@ -43,13 +48,24 @@ async def snapshot(step: LiveSnapshot, context: Context) -> None:
         name = f"st{number}-{context.token}"[:31]
         await qemu.add(_overlay(graph, tip, cut.overlay, name))
         actions.append({"type": "blockdev-snapshot", "data": {"node": tip.name, "overlay": name}})
-    await qemu.qmp.execute("transaction", actions=actions)
+    if step.quiesce:
+        context.journal.note(step.cuts[0].tip, FREEZING)
+        async with quiesced(qemu, step.agent):
+            await qemu.qmp.execute("transaction", actions=actions)
+    else:
+        await qemu.qmp.execute("transaction", actions=actions)
     graph = await qemu.graph()
     for cut in step.cuts:
         top = graph.top(inode_at(cut.overlay))
         below = graph.below(top) if top is not None else None
         if below is None or graph.file_of(below).inode != inode_at(cut.tip):
             raise ToolError(f"QEMU reported success, but {cut.overlay} is not what {cut.disk} writes to now")
+
+
+async def _thaw_left(step: LiveSnapshot, context: Context) -> None:
+    """Thaw what a snaptree that was killed may have left frozen, had its guard been killed too."""
+    if context.recovering and context.qemu is not None and context.journal.noted(step.cuts[0].tip) == FREEZING:
+        await thaw(context.qemu, step.agent)
 
 
 def _tip(graph: BlockGraph, cut: Cut) -> Node:
@@ -96,6 +112,7 @@ async def unsnapshot(step: LiveSnapshot, context: Context) -> None:
     """Close overlays that the guest does not write to: they are removed next."""
     if context.qemu is None:
         return
+    await _thaw_left(step, context)
     graph = await context.qemu.graph()
     for cut in step.cuts:
         for node in graph.opened(inode_at(cut.overlay)) if os.path.exists(cut.overlay) else ():
