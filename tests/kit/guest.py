@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def _entry(name: str, data: bytes, mode: int, number: int, device: tuple[int, in
     return _padded(b"070701" + b"".join(b"%08X" % each for each in fields) + encoded) + _padded(data)
 
 
-def drivers() -> dict[str, bytes]:
+def drivers(names: Sequence[str] = MODULES) -> dict[str, bytes]:
     """The drivers that the guest needs, each after those that it needs itself; none that are part of the kernel."""
     found: dict[str, bytes] = {}
 
@@ -58,24 +58,28 @@ def drivers() -> dict[str, bytes]:
             take(each)
         found[f"{name}.ko"] = content
 
-    for name in MODULES:
+    for name in names:
         take(name)
     return found
 
 
-def initramfs(writer: bytes) -> bytes:
-    """The guest's first file system."""
-    modules = drivers()
+def initramfs(files: Mapping[str, bytes], modules: Mapping[str, bytes]) -> bytes:
+    """A guest's first file system: busybox, the drivers, and these files by their names."""
     busybox = shutil.which("busybox")
     assert busybox is not None, "busybox is not installed: run scripts/setup test"
-    init = Path(__file__).with_name("guest_init.sh").read_bytes()
-    files = {"init": init, "writer": writer, "bin/busybox": Path(busybox).read_bytes()}
+    files = {**files, "bin/busybox": Path(busybox).read_bytes()}
     files |= {f"modules/{name}": content for name, content in modules.items()}
     files["modules/order"] = "".join(f"{name}\n" for name in modules).encode()
-    parts = [_entry(name, b"", 0o040755, number) for number, name in enumerate(("bin", "dev", "modules"), 1)]
-    parts.append(_entry("dev/console", b"", 0o020600, 9, (5, 1)))
-    parts += [_entry(name, data, 0o100755, number) for number, (name, data) in enumerate(files.items(), 10)]
+    folders = sorted({"dev"} | {str(folder) for name in files for folder in Path(name).parents} - {"."})
+    parts = [_entry(name, b"", 0o040755, number) for number, name in enumerate(folders, 1)]
+    parts.append(_entry("dev/console", b"", 0o020600, 100, (5, 1)))
+    parts += [_entry(name, data, 0o100755, number) for number, (name, data) in enumerate(files.items(), 101)]
     return b"".join(parts) + _entry("TRAILER!!!", b"", 0, 0)
+
+
+def init(name: str) -> bytes:
+    """The first program of a guest."""
+    return Path(__file__).with_name(name).read_bytes()
 
 
 def build(folder: Path) -> Path:
@@ -85,7 +89,13 @@ def build(folder: Path) -> Path:
         ["gcc", "-static", "-O2", "-Wall", "-Werror", "-o", writer, Path(__file__).with_name("writer.c")], check=True
     )
     target = folder / "initramfs"
-    target.write_bytes(zlib.compress(initramfs(writer.read_bytes()), 1, 31))
+    files = {"init": init("guest_init.sh"), "writer": writer.read_bytes()}
+    return packed(initramfs(files, drivers()), target)
+
+
+def packed(content: bytes, target: Path) -> Path:
+    """Write an initramfs as the kernel takes it."""
+    target.write_bytes(zlib.compress(content, 1, 31))
     return target
 
 

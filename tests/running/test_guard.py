@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from tests.kit import shim
 
-from snaptree.running.guard import PIVOT, STAY, Guard
+from snaptree.running.guard import PIVOT, STAY, Guard, Orders
+from snaptree.running.journal import Journal
 from snaptree.store import operations
 from snaptree.store.database import Database
 
@@ -31,7 +32,8 @@ def test_the_journal_is_on_disk_before_qemu_is_told(
         patched.setenv("FAULTS_LOG", str(log))
         child = os.fork()
         if child == 0:
-            with Guard(database, 1, 0, "the file", "the job", theirs.fileno()):
+            go, stay = (Orders(theirs.fileno(), [(word, {"id": "the job"})]) for word in ("job-finalize", "job-cancel"))
+            with Guard(Journal(database, "web1", 1, "t"), "the file", go=go, stay=stay):
                 os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
     theirs.close()
@@ -39,7 +41,7 @@ def test_the_journal_is_on_disk_before_qemu_is_told(
         ours.settimeout(20)
         assert f'"execute": "{command}"'.encode() in ours.recv(4096)
         done = log.read_text()
-        ours.sendall(b'{"return": {}, "id": "snaptree-guard"}\n')
+        ours.sendall(b'{"return": {}, "id": "snaptree-guard-1"}\n')
         assert ours.recv(4096) == b"", "it ends when QEMU has answered"
     assert re.search(r"^f(?:data)?sync \d+ .*state\.sqlite-wal$", done, re.MULTILINE), done
     assert operations.note_of(database, 1, 0, "the file") == (noted or STAY)

@@ -25,6 +25,9 @@ _base = click.option(
 _nvram = click.option("--nvram", metavar="PATH", help="The file with the machine's UEFI variables.")
 _tpm = click.option("--tpm", metavar="DIR", help="The folder with the machine's TPM state.")
 _qmp = click.option("--qmp", metavar="SOCKET", help="The QMP socket of a QEMU that you start yourself.")
+_agent = click.option(
+    "--agent", metavar="SOCKET", help="The socket of the guest's agent; without it QEMU is asked which it is."
+)
 _start = click.option(
     "--start",
     metavar="COMMAND",
@@ -43,6 +46,7 @@ _start = click.option(
 @_nvram
 @_tpm
 @_qmp
+@_agent
 @_start
 @click.option("--adopt", is_flag=True, help="Own the chain beneath the disks too, and overlays found beside it.")
 @click.option("--from-xml", metavar="DIR", help="A folder of libvirt's snapshot XML to take the snapshots from.")
@@ -54,6 +58,7 @@ def add_command(
     nvram: str | None,
     tpm: str | None,
     qmp: str | None,
+    agent: str | None,
     start: str | None,
     adopt: bool,
     from_xml: str | None,
@@ -71,6 +76,7 @@ def add_command(
         nvram=absolute(nvram),
         tpm=absolute(tpm),
         qmp=absolute(qmp),
+        agent=absolute(agent),
         start=start,
         folder=os.getcwd() if start is not None else None,
         adopt=adopt or from_xml is not None,
@@ -89,6 +95,7 @@ def add_command(
 @_nvram
 @_tpm
 @_qmp
+@_agent
 @_start
 @changing
 def set_command(
@@ -97,6 +104,7 @@ def set_command(
     nvram: str | None,
     tpm: str | None,
     qmp: str | None,
+    agent: str | None,
     start: str | None,
     only_plan: bool,
     as_json: bool,
@@ -110,14 +118,15 @@ def set_command(
     for key, value in (("nvram", nvram), ("tpm", tpm)):
         if value is not None:
             changes[key] = existing(absolute(value)) if value else None
-    if qmp is not None:
-        changes["qmp"] = absolute(qmp) if qmp else None
+    for key, socket in (("qmp", qmp), ("agent", agent)):
+        if socket is not None:
+            changes[key] = absolute(socket) if socket else None
     if start is not None:
         changes |= (
             {"start": checked_command(start), "folder": os.getcwd()} if start else {"start": None, "folder": None}
         )
     if not changes:
-        raise UsageError("nothing to set", "give --base, --nvram, --tpm, --qmp or --start")
+        raise UsageError("nothing to set", "give --base, --nvram, --tpm, --qmp, --agent or --start")
     request = SetRequest(dataclasses.replace(found.config, **changes))
     carry_out(found, request, only_plan=only_plan, as_json=as_json, wait=wait)
 

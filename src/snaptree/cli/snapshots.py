@@ -30,6 +30,7 @@ from snaptree.running.pace import Pace
 @click.argument("snapshot")
 @click.option("--internal", is_flag=True, help="Keep the point within the image, where its format can.")
 @click.option("--exclude", multiple=True, metavar="TARGET", help="Leave a disk out; may be repeated.")
+@click.option("--quiesce", is_flag=True, help="Have the guest's agent freeze its file systems meanwhile.")
 @file_option
 @click.option("--memory", is_flag=True, help="Save the memory of the running machine as well, of the same instant.")
 @click.option("--memory-file", metavar="PATH", help="Where the memory goes.")
@@ -39,6 +40,7 @@ def snapshot_command(
     machine: str,
     snapshot: str,
     internal: bool,
+    quiesce: bool,
     exclude: tuple[str, ...],
     files: tuple[str, ...],
     memory: bool,
@@ -50,7 +52,8 @@ def snapshot_command(
 ) -> None:
     """Take a snapshot of the machine as it is now."""
     place = real_path(memory_file) if memory_file is not None else None
-    request = SnapshotRequest(snapshot, internal, exclude, file_options(files), description, memory, place)
+    chosen = file_options(files)
+    request = SnapshotRequest(snapshot, internal, exclude, chosen, description, memory, place, quiesce)
     carry_out(Connection().machine(machine), request, only_plan=only_plan, as_json=as_json, wait=wait)
 
 

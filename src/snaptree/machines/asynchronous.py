@@ -165,10 +165,12 @@ class Machine:
         description: str = "",
         memory: bool = False,
         memory_file: str | None = None,
+        quiesce: bool = False,
     ) -> Operation:
-        """Take a snapshot, with ``memory`` of a machine that runs."""
+        """Take a snapshot, with ``memory`` of a machine that runs; with ``quiesce`` the guest's agent freezes its file
+        systems meanwhile."""
         chosen = dict(files or {})
-        return self.operate(SnapshotRequest(name, internal, exclude, chosen, description, memory, memory_file))
+        return self.operate(SnapshotRequest(name, internal, exclude, chosen, description, memory, memory_file, quiesce))
 
     def delete(
         self,

@@ -94,6 +94,7 @@ class Connection:
             start=checked_command(options.start) if options.start is not None else None,
             folder=options.folder,
             created=time.time(),
+            agent=options.agent,
         )
         survey = read_survey(self.database, config, empty(options.name), beside=False)
         return add(survey, AddRequest(config, disks, options.adopt, records))

@@ -31,3 +31,4 @@ class AddOptions:
     folder: str | None = None
     adopt: bool = False
     from_xml: str | None = None
+    agent: str | None = None

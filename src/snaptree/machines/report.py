@@ -242,6 +242,8 @@ def _remarks(view: View, named: Snapshot | Branch) -> str:
     if named.memory is not None:
         wrong = view.survey.memories.get(named.memory)
         found.append("memory" if wrong is None else "memory lost")
+    if isinstance(named, Snapshot) and named.consistency == "quiesced":
+        found.append("quiesced")
     missing = sorted(set(tree.disks) - set(points))
     if missing:
         found.append(f"without {', '.join(missing)}")

@@ -51,6 +51,7 @@ def read_survey(
         live=power.live if power is not None else None,
         now=time.time(),
         firmware=dict(config.firmware),
+        agent=config.agent,
         keep=os.path.join(database.folder, "firmware"),
         token=secrets.token_hex(6),
         bytes_per_second=_speed(database, config.name),

@@ -159,8 +159,9 @@ class Survey:
     ``strays`` files beside the layers that the tree does not know, ``running`` whether the machine runs, and ``live``
     what its monitor says: without that it is not known what runs there. ``names``
     lists what is in each folder that new files may go to (a folder that is not there is absent).
-    ``firmware`` has the live firmware state by role, ``keep`` the folder for copies of it, ``token`` a word that is new
-    to every operation, for names of files that nobody chose.
+    ``firmware`` has the live firmware state by role, ``keep`` the folder for copies of it, ``agent`` the socket of the
+    guest's agent if the user has named it, ``token`` a word that is new to every operation, for names of files that
+    nobody chose.
     """
 
     layers: Mapping[LayerId, LayerFacts] = field(default_factory=dict)
@@ -172,6 +173,7 @@ class Survey:
     names: Mapping[str, frozenset[str]] = field(default_factory=dict)
     firmware: Mapping[str, str] = field(default_factory=dict)
     keep: str = ""
+    agent: str | None = None
     token: str = "0"
     running: bool = False
     live: Live | None = None

@@ -25,19 +25,25 @@ class LiveSnapshot:
     """Let a running machine's disks go on in their new overlays, all at one instant.
 
     Whether it has happened QEMU says; when QEMU has died the overlays are taken as the tips, which is right either way.
+    With ``quiesce`` the guest's agent freezes its file systems around the instant, and they are thawed however snaptree
+    dies; ``agent`` is its socket, if not the one that QEMU tells.
     """
 
     kind: ClassVar[str] = "live-snapshot"
     crash: ClassVar[str] = (
         "the guest writes to the tips or to the overlays, on all disks alike; an overlay that QEMU has in its graph is "
-        "kept, and so are all when QEMU is gone"
+        "kept, and so are all when QEMU is gone; frozen file systems are thawed by a process that stands by, or by "
+        "recovery"
     )
 
     cuts: tuple[Cut, ...]
+    quiesce: bool = False
+    agent: str | None = None
 
     @property
     def summary(self) -> str:
-        return "freeze " + ", ".join(each.tip for each in self.cuts) + " at one instant; the guest runs on"
+        how = " with the guest's file systems quiesced" if self.quiesce else ""
+        return "freeze " + ", ".join(each.tip for each in self.cuts) + f" at one instant{how}; the guest runs on"
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,7 +101,7 @@ class RunningQemu:
         told = await self.qmp.execute("query-named-block-nodes", flat=True)
         edges = await self.qmp.execute("x-debug-query-block-graph")
         devices = await self.qmp.execute("query-block")
-        return read_graph(told, edges, devices, self._working_folder())
+        return read_graph(told, edges, devices, self.folder())
 
     async def open_files(self) -> frozenset[Inode]:
         """The files that it has open, by device and inode."""
@@ -115,7 +115,8 @@ class RunningQemu:
         except OSError:
             return ()
 
-    def _working_folder(self) -> str:
+    def folder(self) -> str:
+        """Its working folder, which relative names start from."""
         if self._folder is None:
             try:
                 self._folder = os.readlink(f"/proc/{self.pid}/cwd")

@@ -14,11 +14,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from snaptree.errors import ToolError
 from snaptree.images.child import kill
@@ -40,27 +40,25 @@ class Orders:
     commands: Sequence[tuple[str, dict[str, Any]]] = ()
 
 
-class Guard:
-    """The process, for the length of a ``with`` block around what is pending.
+class StandBy:
+    """A process that shares a socket, for the length of a ``with`` block: should we die in it, it does what is left.
 
-    :param path: the file that the note is about which the step that is being taken makes.
-    :param go: what is said when the note is that it has happened.
-    :param stay: what is said otherwise.
+    :param module: what it runs, with the number of its line to us and the words as arguments. It says a byte when it is
+        ready, and has nothing to do when it hears one.
+    :param descriptors: the sockets that it shares.
+    :param purpose: what it is there for, for messages.
     """
 
-    def __init__(self, journal: Journal, path: str, *, go: Orders, stay: Orders) -> None:
-        self._words = [journal.database.folder, str(journal.operation), str(journal.step), path]
-        self._orders = {PIVOT: go, STAY: stay}
+    def __init__(self, module: str, descriptors: Collection[int], words: Sequence[str], purpose: str) -> None:
+        self._module, self._descriptors, self._words, self._purpose = module, descriptors, words, purpose
 
-    def __enter__(self) -> Guard:
+    def __enter__(self) -> Self:
         ours, theirs = socket.socketpair()
-        orders = json.dumps({note: [each.monitor, each.commands] for note, each in self._orders.items()})
-        monitors = {each.monitor for each in self._orders.values()}
         with theirs:
-            # The standard streams are not inherited: whoever reads ours would wait for the guard's end.
+            # The standard streams are not inherited: whoever reads ours would wait for its end.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "snaptree.running.guard", str(theirs.fileno()), orders, *self._words],
-                pass_fds=(*monitors, theirs.fileno()),
+                [sys.executable, "-m", self._module, str(theirs.fileno()), *self._words],
+                pass_fds=(*self._descriptors, theirs.fileno()),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -71,7 +69,7 @@ class Guard:
         if not ready or not ours.recv(1):
             kill(self._process, "the guard")
             ours.close()
-            raise ToolError("the process that is to guard the guest while it waits does not start", "try it again")
+            raise ToolError(f"the process that is to guard {self._purpose} does not start", "try it again")
         return self
 
     def __exit__(
@@ -82,6 +80,20 @@ class Guard:
             self._ours.send(b"!")
         self._ours.close()
         self._process.wait(READY_SECONDS)
+
+
+class Guard(StandBy):
+    """Stands by while something is pending in QEMU.
+
+    :param path: the file that the note is about which the step that is being taken makes.
+    :param go: what is said when the note is that it has happened.
+    :param stay: what is said otherwise.
+    """
+
+    def __init__(self, journal: Journal, path: str, *, go: Orders, stay: Orders) -> None:
+        orders = json.dumps({note: [each.monitor, each.commands] for note, each in ((PIVOT, go), (STAY, stay))})
+        words = [orders, journal.database.folder, str(journal.operation), str(journal.step), path]
+        super().__init__("snaptree.running.guard", {go.monitor, stay.monitor}, words, "the guest while it waits")
 
 
 class _Monitor:

@@ -114,7 +114,7 @@ async def undo(step: Step, context: Context) -> None:
         case LiveSnapshot():
             from snaptree.running.carry import live
 
-            await live.unsnapshot(step.cuts, context)
+            await live.unsnapshot(step, context)
         case LiveMerge():
             from snaptree.running.carry import live_merge
 

@@ -13,6 +13,10 @@ from snaptree.planning.live_steps import Cut, LiveSnapshot
 from snaptree.qemu.graph import BlockGraph, Inode, Node
 from snaptree.qemu.running import RunningQemu
 from snaptree.running.context import Context
+from snaptree.running.quiescing import quiesced, thaw
+
+FREEZING = "freezing"
+"""What a step notes before the guest's file systems are frozen."""
 
 
 def inode_at(path: str) -> Inode:
@@ -38,9 +42,15 @@ async def snapshot(step: LiveSnapshot, context: Context) -> None:
         return
     graph = await qemu.graph()
     if all(is_top(graph, cut.overlay) for cut in step.cuts):
+        await _thaw_left(step, context)
         return
     actions = await open_overlays(qemu, step.cuts, context)
-    await qemu.qmp.execute("transaction", actions=actions)
+    if step.quiesce:
+        context.journal.note(step.cuts[0].tip, FREEZING)
+        async with quiesced(qemu, step.agent):
+            await qemu.qmp.execute("transaction", actions=actions)
+    else:
+        await qemu.qmp.execute("transaction", actions=actions)
     await require_cut(qemu, step.cuts)
 
 
@@ -67,6 +77,12 @@ async def require_cut(qemu: RunningQemu, cuts: Sequence[Cut]) -> None:
         below = graph.below(top) if top is not None else None
         if below is None or graph.file_of(below).inode != inode_at(cut.tip):
             raise ToolError(f"QEMU reported success, but {cut.overlay} is not what {cut.disk} writes to now")
+
+
+async def _thaw_left(step: LiveSnapshot, context: Context) -> None:
+    """Thaw what a snaptree that was killed may have left frozen, had its guard been killed too."""
+    if context.recovering and context.qemu is not None and context.journal.noted(step.cuts[0].tip) == FREEZING:
+        await thaw(context.qemu, step.agent)
 
 
 def _tip(graph: BlockGraph, cut: Cut) -> Node:
@@ -109,7 +125,14 @@ async def was_cut(cuts: Sequence[Cut], context: Context) -> bool:
     return any(is_top(graph, cut.overlay) or read_facts(cut.overlay, "qcow2").written for cut in cuts)
 
 
-async def unsnapshot(cuts: Sequence[Cut], context: Context) -> None:
+async def unsnapshot(step: LiveSnapshot, context: Context) -> None:
+    """Let the guest be as before: on its tips, and not frozen."""
+    if context.qemu is not None:
+        await _thaw_left(step, context)
+        await close_overlays(step.cuts, context)
+
+
+async def close_overlays(cuts: Sequence[Cut], context: Context) -> None:
     """Close overlays that the guest does not write to: they are removed next."""
     if context.qemu is None:
         return

@@ -233,7 +233,7 @@ async def unsave(step: SaveMemory, context: Context) -> None:
     """Take everything back: the guest goes on in the tips that it has."""
     if context.qemu is not None and context.recovering:
         await _set_right(step, context, context.qemu)
-    await live.unsnapshot(step.cuts, context)
+    await live.close_overlays(step.cuts, context)
     unmake(step.path, context)
 
 
