@@ -17,7 +17,7 @@ from snaptree.machines.finding import find_disk
 from snaptree.machines.findings import Finding
 from snaptree.machines.free import require_free, without_others
 from snaptree.machines.going import going
-from snaptree.machines.memories import as_it_went, merge_loose, with_memory
+from snaptree.machines.memories import arrive, as_it_went, merge_loose, moving, with_memory
 from snaptree.machines.options import DiskOption
 from snaptree.machines.power import Power, silent
 from snaptree.machines.survey import measure, read_survey
@@ -93,7 +93,7 @@ class Standalone:
 
         async def ask() -> Power:
             async with self.asked(tree) as (power, qemu):
-                return await with_memory(power, qemu, request)
+                return await with_memory(power, qemu, tree, request)
 
         return asyncio.run(ask())
 
@@ -152,7 +152,8 @@ class Standalone:
         """The plan for a request; takes no lock and touches nothing."""
         tree = self.tree()
         power = self.power(tree, request)
-        gone = going(self, request, power, tree)
+        moves = moving(self, request, power, tree)
+        gone = going(self, request, power, tree) if moves is None else None
         plan = self._plan(tree, Power(OFF) if gone else power, request)
         return gone.told(plan) if gone else plan
 
@@ -218,9 +219,10 @@ class Standalone:
             tree = self.tree()
             lock.extend(_anchors(tree))
             async with self.asked(tree, WORK_SECONDS) as (power, qemu):
-                power = await with_memory(power, qemu, request)
+                power = await with_memory(power, qemu, tree, request)
                 seen = _seen(tree, request)
-                gone = going(self, request, power, tree)
+                moves = moving(self, request, power, tree)
+                gone = going(self, request, power, tree) if moves is None else None
                 plan = self._plan(tree, Power(OFF) if gone else power, request)
                 if confirm is not None and not confirm(plan):
                     raise CancelledError("nothing was done", "")
@@ -241,7 +243,7 @@ class Standalone:
                         plan,
                         lock=lock,
                         pace=pace,
-                        still=_still(tree, request) if power.live is None else (),
+                        still=_still(tree, request) if power.live is None and moves is None else (),
                         qemu=qemu,
                         report=progress or unheard,
                         cancelled=cancelled,
@@ -257,6 +259,11 @@ class Standalone:
                     raise
                 if gone is not None:
                     await gone.start(self, gone.after)
+                if moves is not None:
+                    why = await arrive(self, moves, tree, outcome.qemu, lock)
+                    outcome.said += [why] if why else []
+                    if outcome.qemu is not None:
+                        await outcome.qemu.close()
                 return as_it_went(plan, outcome)
 
     async def settle(self, lock: MachineLock) -> tuple[str, ...]:

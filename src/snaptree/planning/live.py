@@ -5,6 +5,7 @@ from __future__ import annotations
 from snaptree.errors import RefusedError
 from snaptree.planning.create import BranchRequest, SnapshotRequest
 from snaptree.planning.delete import DeleteRequest
+from snaptree.planning.revert import RevertRequest, SwitchRequest
 from snaptree.planning.sweep import SquashRequest
 from snaptree.planning.verbs import DeleteBranchRequest, GcRequest
 
@@ -19,7 +20,7 @@ def require_possible(name: str, request: object) -> None:
             return
         case DeleteRequest() | DeleteBranchRequest():
             return
-        case SquashRequest() | GcRequest() | BranchRequest():
+        case SquashRequest() | GcRequest() | BranchRequest() | RevertRequest() | SwitchRequest():
             return
         case SnapshotRequest():
             what = "internal snapshots are not taken while it runs"

@@ -14,7 +14,7 @@ from snaptree.model.layer import LayerId
 from snaptree.model.machine import MachineConfig
 from snaptree.model.sizes import readable
 from snaptree.planning.live_steps import LiveMerge, LiveSnapshot
-from snaptree.planning.memory_steps import SaveMemory
+from snaptree.planning.memory_steps import GoOver, SaveMemory
 
 File: TypeAlias = tuple[str, str]
 """One image in a chain: ``(path, format)``."""
@@ -384,6 +384,7 @@ Step: TypeAlias = (
     | LiveSnapshot
     | LiveMerge
     | SaveMemory
+    | GoOver
     | Record
     | Unlink
     | RemoveFirmware
@@ -408,6 +409,7 @@ STEPS: tuple[type[Step], ...] = (
     LiveSnapshot,
     LiveMerge,
     SaveMemory,
+    GoOver,
     Record,
     Unlink,
     RemoveFirmware,

@@ -34,11 +34,14 @@ class Outcome:
 
     said: list[str] = field(default_factory=list)
     paused: float | None = None
+    qemu: RunningQemu | None = None
+    """The machine's QEMU afterwards: another one when that has taken over."""
 
     def add(self, context: Context) -> None:
         """Take over what the steps of one operation have told."""
         self.said += context.said
         self.paused = context.paused if context.paused is not None else self.paused
+        self.qemu = context.qemu
 
 
 async def run(
@@ -67,7 +70,7 @@ async def run(
     stop = cancelled or threading.Event()
     require_free(plan, await qemu.open_files() if qemu is not None else ())
     limiter = Limiter(pace.limit)
-    outcome = Outcome()
+    outcome = Outcome(qemu=qemu)
     for number, each in enumerate(plan.every()):
         if not each.steps:
             continue
@@ -83,6 +86,7 @@ async def run(
             with kept(pace):
                 await _carry_out(machine, each, context, report)
             outcome.add(context)
+            qemu = context.qemu
         finally:
             holding.release()
     return outcome

@@ -68,6 +68,8 @@ async def _settle(
         return f"{operation.summary}: it had been killed, and {how}"
     finally:
         holding.release()
+        if context.qemu is not None and context.qemu is not qemu:
+            await context.qemu.close()
 
 
 def _restart(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from snaptree.planning.live_steps import LiveMerge, LiveSnapshot
-from snaptree.planning.memory_steps import SaveMemory
+from snaptree.planning.memory_steps import GoOver, SaveMemory
 from snaptree.planning.steps import (
     ApplyInternal,
     BuildFromPoint,
@@ -28,7 +28,18 @@ from snaptree.planning.steps import (
     TakeName,
     Unlink,
 )
-from snaptree.running.carry import firmware, headers, internals, live, live_merge, making, memory, sharing, tree
+from snaptree.running.carry import (
+    firmware,
+    going_over,
+    headers,
+    internals,
+    live,
+    live_merge,
+    making,
+    memory,
+    sharing,
+    tree,
+)
 from snaptree.running.carry import moving as moving
 from snaptree.running.context import Context
 
@@ -70,6 +81,8 @@ async def do(step: Step, context: Context) -> None:
             await live_merge.merge(step, context)
         case SaveMemory():
             await memory.save(step, context)
+        case GoOver():
+            await going_over.go_over(step, context)
         case Unlink():
             making.unlink(step, context)
         case Record():
@@ -103,6 +116,8 @@ async def undo(step: Step, context: Context) -> None:
             await live_merge.unmerge(step, context)
         case SaveMemory():
             await memory.unsave(step, context)
+        case GoOver():
+            await going_over.ungo(step, context)
         case _:
             pass
 
@@ -119,5 +134,7 @@ async def happened(steps: tuple[Step, ...], context: Context) -> bool:
             return await live.was_cut(step.cuts, context)
         case LiveMerge():
             return await live_merge.went_on(step, context)
+        case GoOver():
+            return await going_over.went_over(step, context)
         case _:
             return False
