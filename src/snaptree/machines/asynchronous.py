@@ -144,17 +144,30 @@ class Machine:
         delete: bool = False,
         children: bool = False,
         files: Mapping[str, str] | None = None,
+        power: str | None = None,
+        memory: bool | None = None,
     ) -> Operation:
-        """Go back to a snapshot; the work of now is parked unless ``discard``."""
-        return self.operate(RevertRequest(name, discard, keep_as, delete, children, dict(files or {})))
+        """Go back to a snapshot; the work of now is parked unless ``discard``.
+
+        :param power: what the machine does afterwards: ``running``, ``paused`` or ``off``.
+        :param memory: whether memory is loaded, and that of now parked; ``None``: where the snapshot has some.
+        """
+        return self.operate(RevertRequest(name, discard, keep_as, delete, children, dict(files or {}), power, memory))
 
     def branch(self, name: str, *, source: str | None = None, files: Mapping[str, str] | None = None) -> Operation:
         """Grow a branch from a snapshot (``source``) or from here."""
         return self.operate(BranchRequest(name, source, dict(files or {})))
 
-    def switch(self, name: str, *, files: Mapping[str, str] | None = None) -> Operation:
-        """Work on another branch."""
-        return self.operate(SwitchRequest(name, dict(files or {})))
+    def switch(
+        self,
+        name: str,
+        *,
+        files: Mapping[str, str] | None = None,
+        power: str | None = None,
+        memory: bool | None = None,
+    ) -> Operation:
+        """Work on another branch; ``power`` and ``memory`` are as for going back."""
+        return self.operate(SwitchRequest(name, dict(files or {}), power, memory))
 
     def rename(self, old: str, new: str) -> Operation:
         """Give a snapshot or a branch another name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from contextlib import suppress
@@ -11,12 +12,14 @@ from snaptree.images import durable, memory_file
 from snaptree.images.facts import open_to_read, read_facts
 from snaptree.model.live import RUNNING
 from snaptree.planning.memory_steps import GoOver, Load, Save
-from snaptree.qemu import describing, ending, launching, memory
+from snaptree.qemu import describing, ending, launching, memory, sockets
 from snaptree.qemu.running import RunningQemu
 from snaptree.running.carry import memory as saving
 from snaptree.running.carry.making import unmake
 from snaptree.running.context import Context
 from snaptree.running.guard import PIVOT, STAY, Guard, Orders
+
+_SOCKETS = "sockets"
 
 
 async def go_over(step: GoOver, context: Context) -> None:
@@ -24,7 +27,12 @@ async def go_over(step: GoOver, context: Context) -> None:
     if context.journal.noted(step.monitor) == PIVOT:
         await _finish(step, context, await _survivor(step, context))
         return
-    new = await _loaded(step.load, context) if step.load is not None else None
+    _keep_sockets(context)
+    try:
+        new = await _loaded(step.load, context) if step.load is not None else None
+    except BaseException:
+        _give_sockets_back(context)
+        raise
     try:
         if context.qemu is not None:
             await _take_over(step, context, context.qemu, new)
@@ -33,8 +41,27 @@ async def go_over(step: GoOver, context: Context) -> None:
     except BaseException:
         if new is not None:
             await _drop(new)
+        _give_sockets_back(context)
         raise
     await _finish(step, context, new)
+
+
+def _keep_sockets(context: Context) -> None:
+    """Keep the sockets of the old QEMU reachable: a second one takes over their names as soon as it is started."""
+    paths = sockets.listening(context.qemu.pid) if context.qemu is not None else ()
+    context.journal.note(_SOCKETS, json.dumps(paths))
+    for path in paths:
+        with suppress(SnaptreeError):
+            durable.keep_name(path, context.token)
+
+
+def _give_sockets_back(context: Context, *, back: bool = True) -> None:
+    """Let the old QEMU's sockets have their names again, or forget them."""
+    for path in json.loads(context.journal.recall(_SOCKETS) or "[]"):
+        kept = durable.temporary_path(path, context.token)
+        if back and os.path.lexists(kept):
+            durable.replace(kept, path)
+        durable.remove_small(kept)
 
 
 # ---- loading ------------------------------------------------------------------------------------------------------
@@ -175,6 +202,7 @@ async def _finish(step: GoOver, context: Context, new: RunningQemu | None) -> No
         await old.close()
     if step.load is not None and os.path.lexists(step.load.monitor):
         durable.replace(step.load.monitor, step.monitor)
+    _give_sockets_back(context, back=False)
     if new is not None:
         new.path = step.monitor
     elif step.load is not None or old is not None:
@@ -216,6 +244,7 @@ async def ungo(step: GoOver, context: Context) -> None:
         if new is not None:
             await _drop(new)
         durable.remove_small(step.load.monitor)
+        _give_sockets_back(context)
     if context.qemu is not None and context.recovering:
         await saving.set_right(step.monitor, context, context.qemu)
     if step.save is not None:
