@@ -6,9 +6,16 @@ One guest goes on, the old or the new one; what is kept is whole, no file is ove
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.kit.stage import Stage, killed_around, killed_at, processes_of
+
+from snaptree.qemu import memory
 
 LONG = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -113,4 +120,73 @@ def test_snaptree_and_qemu_killed_on_the_way_back(lasting: Stage, every: int) ->
             break
     else:
         raise AssertionError("it was killed to the last")
+    stage.finish()
+
+
+def kill_one(stage: Stage, *, new: bool) -> None:
+    """Kill the QEMU that is to take over, or the one that runs."""
+    for process in processes_of(stage.folder):
+        words = (Path("/proc") / str(process) / "cmdline").read_bytes().split(b"\0")
+        if (b"defer" in words) == new:
+            os.kill(process, signal.SIGKILL)
+            while process in processes_of(stage.folder):
+                time.sleep(0.01)
+
+
+@pytest.mark.parametrize("moment", ["load", "until_done"])
+def test_the_new_qemu_is_killed_and_the_old_guest_goes_on(
+    lasting: Stage, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, real = lasting, getattr(memory, moment)
+    before = stage.files()
+
+    async def killed(*arguments: Any) -> None:
+        kill_one(stage, new=True)
+        await real(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(memory, moment, killed)
+        assert stage("revert web1 s1", status=12).err
+    assert not require_right(stage) and stage.files() == before
+    stage.guest.hold()
+    stage.guest.go()
+    stage("revert web1 s1 --discard")
+    stage.guest.went_over()
+    stage.finish()
+
+
+def test_the_old_qemu_is_killed_while_the_new_one_loads(lasting: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its guest's last disks are there; nothing has gone back."""
+    stage, real = lasting, memory.load
+    flushed = stage.guest.flushed()
+
+    async def killed(*arguments: Any) -> None:
+        kill_one(stage, new=False)
+        await real(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(memory, "load", killed)
+        assert stage("revert web1 s1", status=12).err
+    assert processes_of(stage.folder) == []
+    stage.forgiven.add("leaks")
+    stage("recover web1")
+    assert stage.show()["state"] == "off" and stage.show()["pending"] == []
+    assert min(stage.holds("main", killed=True)) >= flushed
+    stage.sound()
+    stage("revert web1 s1 --discard")
+    stage.guest.went_over()
+    stage.finish()
+
+
+def test_stopped_by_its_user_when_it_has_loaded(lasting: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, real = lasting, memory.load
+    before = stage.files()
+
+    async def interrupted(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        await real(*arguments)
+
+    monkeypatch.setattr(memory, "load", interrupted)
+    stage("revert web1 s1", status=130)
+    assert not require_right(stage) and stage.files() == before
     stage.finish()

@@ -7,7 +7,7 @@ import os
 import time
 from contextlib import suppress
 
-from snaptree.errors import RefusedError, SnaptreeError, ToolError, UnhealthyError
+from snaptree.errors import CancelledError, RefusedError, SnaptreeError, ToolError, UnhealthyError
 from snaptree.images import durable, memory_file
 from snaptree.images.facts import open_to_read, read_facts
 from snaptree.model.live import RUNNING
@@ -34,6 +34,8 @@ async def go_over(step: GoOver, context: Context) -> None:
         _give_sockets_back(context)
         raise
     try:
+        if context.cancelled.is_set():
+            raise CancelledError("stopped when the memory had been loaded: the machine is as it was")
         if context.qemu is not None:
             await _take_over(step, context, context.qemu, new)
         else:
