@@ -11,7 +11,8 @@ from tests.kit.simulated import CELL, Disk, Runner, measured, measured_point, su
 from snaptree.model.branch import Branch
 from snaptree.model.layer import Layer, Point
 from snaptree.model.live import Live
-from snaptree.model.memory import Saveable
+from snaptree.model.memory import Memory, Saveable
+from snaptree.model.survey import Start
 from snaptree.model.tree import Tree
 from snaptree.planning.create import BranchRequest, SnapshotRequest
 from snaptree.planning.delete import DeleteRequest
@@ -51,6 +52,8 @@ class Machine:
             if self.reopens:
                 live = replace(live, commands=frozenset({"blockdev-reopen"}), reopenable=opened)
             found = replace(found, running=True, live=live)
+        start = Start("qemu-system-x86_64 -m 1024", "/", "/disks/web1.sock")
+        found = replace(found, start=start, monitor=start.monitor)
         while True:
             try:
                 return plan(tree, found, request)
@@ -65,6 +68,16 @@ class Machine:
             for each in self.plan(request).every():
                 self.runner.run(each)
             self.write()
+        return self
+
+    def remember(self, *names: str) -> Machine:
+        """Let snapshots or branches have memory, one file for all of them."""
+        tree = self.runner.tree
+        memory = Memory(1, f"/disks/web1.{names[0]}.memory", "background", 1 << 28, needs=self.memory.needs)
+        tree = replace(tree, memories={1: memory})
+        tree = tree.with_snapshots(*(replace(one, memory=1) for each, one in tree.snapshots.items() if each in names))
+        tree = tree.with_branches(*(replace(one, memory=1) for each, one in tree.branches.items() if each in names))
+        self.runner.tree = tree
         return self
 
     def write(self) -> None:
@@ -114,6 +127,9 @@ def examples() -> Iterator[tuple[str, Plan]]:
     yield "revert", _line().plan(RevertRequest("s2"))
     yield "revert --discard", _line().plan(RevertRequest("s2", True))
     yield "revert --discard --delete", _line().plan(RevertRequest("s3", True, delete=True))
+    yield "revert to memory while it runs", _live(_line()).remember("s2").plan(RevertRequest("s2"))
+    dropped = _live(_line()).remember("s3").plan(RevertRequest("s3", True, delete=True))
+    yield "revert --discard --delete to memory while it runs", dropped
     yield "revert to an internal snapshot of the tip", _line(1, 2, 3).plan(RevertRequest("s2"))
     yield "revert to an internal snapshot below", _line(2).plan(RevertRequest("s2"))
     yield "branch", _line().plan(BranchRequest("new", "s1"))

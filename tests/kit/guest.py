@@ -117,10 +117,15 @@ class Boot:
 
     initramfs: Path
     memory: Path
+    before: str = ""
+    """What stands before QEMU in the command, such as ``env -u LD_PRELOAD``: what kills snaptree is not to kill it."""
+    append: bool = False
+    """Whether the console's log goes on where the one before has ended, when the guest goes over to another QEMU."""
 
     def words(self, folder: Path, *, saved: bool = True) -> list[str]:
         """QEMU's command line without disks, monitor and display; the console is in the folder."""
         console = f"socket,id=console,path={folder}/console,server=on,wait=off,logfile={folder}/console.log"
+        console += ",logappend=on" if self.append else ""
         words = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-machine", "q35", "-accel", "tcg"]
         words += ["-m", "96", "-display", "none", "-no-reboot", "-kernel", str(kernel())]
         words += ["-initrd", str(self.initramfs), "-append", "console=ttyS0 quiet panic=1"]
@@ -132,7 +137,7 @@ class Boot:
         words = self.words(folder, saved=saved)
         for disk in DISKS:
             words += ["-device", device(disk, f"{{{disk}}}")]
-        return shlex.join(words)
+        return f"{self.before} {shlex.join(words)}".strip()
 
 
 def device(disk: str, node: str) -> str:
@@ -183,7 +188,13 @@ class Guest:
 
     def flushed(self) -> int:
         """The number up to which it has told that all records are flushed."""
-        return max((int(line.split()[1]) for line in self.lines() if line.startswith(("F ", "D "))), default=0)
+        found = [int(match[1]) for line in self.lines() if (match := re.fullmatch(r"(?:F|D) (\d+)( \d+)?", line))]
+        return found[-1] if found else 0
+
+    def went_over(self) -> None:
+        """It goes on in another QEMU: wait until it has said so. The first line may be joined to one of before."""
+        lines = len(self.lines())
+        self.wait_for("the guest that has gone over", lambda now: len(now) > lines + 3)
 
     def stall(self, since: int = 0) -> float:
         """The longest that one record took, in seconds, after the record of that number."""

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,10 @@ class Stage(Scene):
 
     def agree(self, name: str, monitor: Path) -> None:
         """What a paused guest has in memory and what the name's disks hold is of the same record."""
+        self.agree_with(self.holds(name), monitor)
+
+    def agree_with(self, held: Sequence[int], monitor: Path) -> None:
+        """What a paused guest has in memory is of the same record as disks that hold so much."""
         with Qmp(monitor) as qmp:
             until = time.monotonic() + 60
             while (status := qmp("query-status")["status"]) == "inmigrate":
@@ -126,7 +131,6 @@ class Stage(Scene):
                 time.sleep(0.01)
             assert status == "paused", status
             number, disk = in_memory(qmp, self.folder)
-        held = self.holds(name)
         for at, last in enumerate(held):
             # It is filled in memory, then written to one disk after the other.
             may = {number} if at < disk else {number - 1} if at > disk else {number - 1, number}
@@ -144,12 +148,17 @@ class Stage(Scene):
 
     def kill_qemu(self) -> None:
         """Kill the machine's QEMU, and wait until it has gone."""
-        (process,) = processes_of(self.folder)
-        descriptor = os.pidfd_open(process)
-        os.kill(process, signal.SIGKILL)
-        assert select.select([descriptor], [], [], 30)[0]
-        os.close(descriptor)
-        (self.folder / "console").unlink()
+        (_,) = processes_of(self.folder)
+        self.kill_every_qemu()
+
+    def kill_every_qemu(self) -> None:
+        """Kill the machine's QEMU, and one that was to take over."""
+        for process in processes_of(self.folder):
+            descriptor = os.pidfd_open(process)
+            os.kill(process, signal.SIGKILL)
+            assert select.select([descriptor], [], [], 30)[0]
+            os.close(descriptor)
+        (self.folder / "console").unlink(missing_ok=True)
         self.forgiven.add("leaks")
 
 

@@ -11,10 +11,14 @@ from tests.kit.examples import Machine
 from snaptree.errors import NoSpaceError, RefusedError, SnaptreeError, UsageError
 from snaptree.model.delta import apply
 from snaptree.model.invariants import violations
-from snaptree.planning.create import SnapshotRequest
-from snaptree.planning.memory_steps import SaveMemory
+from snaptree.planning.create import BranchRequest, SnapshotRequest
+from snaptree.planning.delete import DeleteRequest
+from snaptree.planning.memory_steps import GoOver, SaveMemory
+from snaptree.planning.plan import Plan
+from snaptree.planning.revert import RevertRequest, SwitchRequest
 from snaptree.planning.settle import loose_layers
-from snaptree.planning.steps import Record
+from snaptree.planning.steps import Record, Unlink
+from snaptree.planning.verbs import DeleteBranchRequest, Request
 
 
 def running(**changes: Any) -> Machine:
@@ -66,3 +70,72 @@ def test_what_cannot_be_is_told_beforehand(
 def test_a_machine_that_is_off_has_no_memory() -> None:
     with pytest.raises(RefusedError, match="is off"):
         Machine().plan(SnapshotRequest("s9", memory=True))
+
+
+# ---- going back ---------------------------------------------------------------------------------------------------
+
+
+def remembering(*names: str, runs: bool = True) -> Machine:
+    machine = Machine().run(SnapshotRequest("s1"), SnapshotRequest("s2"), BranchRequest("other", "s1"))
+    machine.runs = runs
+    return machine.remember(*names) if names else machine
+
+
+def going(found: Plan) -> GoOver | None:
+    return next((step for step in found.steps if isinstance(step, GoOver)), None)
+
+
+def test_the_work_of_now_is_parked_with_memory_where_the_snapshot_has_some() -> None:
+    found = remembering("s1").plan(RevertRequest("s1"))
+    step = going(found)
+    assert step is not None and step.load is not None and step.save is not None and step.after == "running"
+    assert found.steps.index(step) == found.point_of_no_return - 1
+    parked = found.after.branches["main.1"]
+    assert parked.memory is not None and found.after.memories[parked.memory].path == step.save.path
+    assert found.after.snapshots["s1"].memory == 1 and violations(found.after) == ()
+    # It starts on the new line's tips, which stand on the snapshot's points.
+    tip = found.after.branches["main"].tips["vda"].layer
+    assert [number for number, _, _ in step.load.disks["vda"]] == [each.id for each in found.after.chain(tip)]
+
+
+def saves(request: Request, *names: str, runs: bool = True) -> tuple[bool, bool, str]:
+    """What is loaded, what is saved, and what the machine is then."""
+    step = going(remembering(*names, runs=runs).plan(request))
+    assert step is not None
+    return step.load is not None, step.save is not None, step.after
+
+
+def test_what_is_loaded_and_what_is_saved() -> None:
+    assert saves(RevertRequest("s1", memory=True)) == (False, True, "running")
+    assert saves(RevertRequest("s1", discard=True), "s1") == (True, False, "running")
+    assert saves(RevertRequest("s1", power="paused"), "s1") == (True, True, "paused")
+    assert saves(RevertRequest("s1", power="off"), "s1") == (False, True, "off")
+    assert saves(RevertRequest("s1"), "s1", runs=False) == (True, False, "running")
+    assert saves(SwitchRequest("other"), "other") == (True, True, "running")
+    assert saves(SwitchRequest("other", memory=True)) == (False, True, "running")
+    for request in (RevertRequest("s1", memory=False), SwitchRequest("other", memory=False)):
+        assert going(remembering("s1", "other").plan(request)) is None
+    for nothing in (RevertRequest("s1"), SwitchRequest("other")):
+        assert going(remembering().plan(nothing)) is None
+
+
+def test_a_memory_file_goes_with_the_last_that_refers_to_it() -> None:
+    machine = remembering("s1", "other")
+
+    def removed(request: Request) -> bool:
+        return machine.runner.tree.memories[1].path in [
+            step.path for step in machine.plan(request).steps if isinstance(step, Unlink)
+        ]
+
+    assert not removed(DeleteRequest(("s1",))) and not removed(DeleteBranchRequest("other"))
+    assert not removed(SwitchRequest("other")) and not removed(RevertRequest("s1", discard=True, delete=True))
+    machine = remembering("s1")
+    assert removed(DeleteRequest(("s1",))) and removed(DeleteRequest(("s1",), memory_only=True))
+    assert removed(RevertRequest("s1", discard=True, delete=True))
+    machine = remembering("other")
+    assert removed(SwitchRequest("other")) and removed(SwitchRequest("other", memory=False))
+
+
+def test_memory_is_not_lost_by_the_way() -> None:
+    with pytest.raises(RefusedError, match="would be lost"):
+        remembering("other").plan(SwitchRequest("other", power="off"))

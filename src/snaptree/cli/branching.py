@@ -5,7 +5,15 @@ from __future__ import annotations
 import click
 
 from snaptree.cli.output import carry_out
-from snaptree.cli.parsing import branch_argument, changing, file_option, file_options, machine_argument, powered
+from snaptree.cli.parsing import (
+    branch_argument,
+    changing,
+    file_option,
+    file_options,
+    machine_argument,
+    powered,
+    remembered,
+)
 from snaptree.machines.connection import Connection
 from snaptree.planning.create import BranchRequest
 from snaptree.planning.revert import SwitchRequest
@@ -40,6 +48,7 @@ def branch_command(
 @click.command("switch")
 @machine_argument
 @branch_argument()
+@remembered
 @powered
 @file_option
 @changing
@@ -47,13 +56,14 @@ def switch_command(
     machine: str,
     branch: str,
     files: tuple[str, ...],
+    memory: bool | None,
     power: str | None,
     only_plan: bool,
     as_json: bool,
     wait: float,
 ) -> None:
     """Work on another branch; the one of now is parked as it is."""
-    request = SwitchRequest(branch, file_options(files), power)
+    request = SwitchRequest(branch, file_options(files), power, memory)
     carry_out(Connection().machine(machine), request, only_plan=only_plan, as_json=as_json, wait=wait)
 
 

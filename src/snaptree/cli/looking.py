@@ -79,6 +79,10 @@ def show_command(machine: str, snapshot: str | None, xml: str | None, as_json: b
         room = f"{readable(layer['allocated']):>10} of {readable(layer['virtual_size']):>10}"
         health = f"  [{layer['health']}]" if layer["health"] != "ok" else ""
         say(f"  {layer['disk']:5} {layer['role']:8} {room}  {layer['path']}{health}")
+    for memory in everything["memories"]:
+        health = f"  [{memory['health']}]" if memory["health"] != "ok" else ""
+        of = f"{readable(memory['size']):>10} of {', '.join(memory['names'])}"
+        say(f"  {'memory':14} {of}  {memory['path']}{health}")
     for line in everything["pending"]:
         say(f"  pending: {line}")
 

@@ -146,6 +146,16 @@ def powered(function: F) -> F:
     return function
 
 
+def remembered(function: F) -> F:
+    """The option of commands that go to other disks: whether memory is loaded, and that of now parked."""
+    return click.option(
+        "--memory/--no-memory",
+        "memory",
+        default=None,
+        help="Park the memory of now, and load what is there; by default where the target has memory.",
+    )(function)
+
+
 def changing(function: F) -> F:
     """The options that every command has which changes something."""
     for option in (

@@ -14,6 +14,7 @@ from snaptree.cli.parsing import (
     paced,
     powered,
     real_path,
+    remembered,
     snapshot_argument,
 )
 from snaptree.errors import UsageError
@@ -103,6 +104,7 @@ def delete_command(
 @click.option("--keep-as", metavar="BRANCH", help="The name for the parked work of now.")
 @click.option("--delete", is_flag=True, help="Delete the snapshot as well.")
 @click.option("--children", is_flag=True, help="With --discard: delete the snapshots that grew from it.")
+@remembered
 @powered
 @file_option
 @paced
@@ -115,6 +117,7 @@ def revert_command(
     delete: bool,
     children: bool,
     files: tuple[str, ...],
+    memory: bool | None,
     power: str | None,
     only_plan: bool,
     as_json: bool,
@@ -123,7 +126,7 @@ def revert_command(
     idle: bool,
 ) -> None:
     """Go back to a snapshot. The work of now is parked as a branch unless --discard."""
-    request = RevertRequest(snapshot, discard, keep_as, delete, children, file_options(files), power)
+    request = RevertRequest(snapshot, discard, keep_as, delete, children, file_options(files), power, memory)
     carry_out(
         Connection().machine(machine), request, only_plan=only_plan, as_json=as_json, wait=wait, pace=Pace(limit, idle)
     )

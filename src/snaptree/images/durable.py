@@ -322,6 +322,12 @@ def _sync_gone(path: str) -> None:
         sync_folder(path)
 
 
+def keep_name(path: str, token: str) -> None:
+    """Give what the path names, a socket say, a hidden second name, so that it can have its name again."""
+    with explained(path, "link"):
+        os.link(path, temporary_path(path, token), follow_symlinks=False)
+
+
 def discard_temporary(path: str, token: str) -> None:
     """Remove what an operation had prepared for the path, if anything."""
     remove_small(temporary_path(path, token))

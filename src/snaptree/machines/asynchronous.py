@@ -199,22 +199,31 @@ class Machine:
         children: bool = False,
         files: Mapping[str, str] | None = None,
         power: str | None = None,
+        memory: bool | None = None,
         pace: Pace = FREELY,
     ) -> Operation:
         """Go back to a snapshot; the work of now is parked unless ``discard``.
 
         :param power: what the machine does afterwards, ``off``, ``paused`` or ``running``; as it does now without it.
+        :param memory: whether memory is loaded, and that of now parked; ``None``: where the snapshot has some.
         """
-        request = RevertRequest(name, discard, keep_as, delete, children, dict(files or {}), power)
+        request = RevertRequest(name, discard, keep_as, delete, children, dict(files or {}), power, memory)
         return self.operate(request, pace=pace)
 
     def branch(self, name: str, *, source: str | None = None, files: Mapping[str, str] | None = None) -> Operation:
         """Grow a branch from a snapshot (``source``) or from here."""
         return self.operate(BranchRequest(name, source, dict(files or {})))
 
-    def switch(self, name: str, *, files: Mapping[str, str] | None = None, power: str | None = None) -> Operation:
-        """Work on another branch; ``power`` as in :meth:`revert`."""
-        return self.operate(SwitchRequest(name, dict(files or {}), power))
+    def switch(
+        self,
+        name: str,
+        *,
+        files: Mapping[str, str] | None = None,
+        power: str | None = None,
+        memory: bool | None = None,
+    ) -> Operation:
+        """Work on another branch; ``power`` and ``memory`` are as for going back."""
+        return self.operate(SwitchRequest(name, dict(files or {}), power, memory))
 
     def rename(self, old: str, new: str) -> Operation:
         """Give a snapshot or a branch another name."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from snaptree.errors import SnaptreeError
 from snaptree.machines.power import Power
 from snaptree.machines.survey import measure
+from snaptree.model.live import OFF, PAUSED
 from snaptree.model.tree import Tree
 from snaptree.planning.create import SnapshotRequest
 from snaptree.planning.plan import Plan
+from snaptree.planning.remembering import Moves
+from snaptree.planning.revert import RevertRequest, SwitchRequest, memory_moves
 from snaptree.planning.sweep import follow
 from snaptree.planning.unmeasured import Unmeasured
 from snaptree.planning.verbs import Request
@@ -21,21 +25,55 @@ if TYPE_CHECKING:
     from snaptree.running.executor import Outcome
 
 
-def _wants_memory(request: Request | None) -> bool:
-    """Whether the request may save the memory of the running machine."""
-    return isinstance(request, SnapshotRequest) and request.memory
-
-
-async def with_memory(power: Power, qemu: RunningQemu | None, request: Request | None) -> Power:
-    """What the machine does, with what its monitor says of its memory, if the request may save that."""
-    if qemu is None or power.live is None or not _wants_memory(request):
+async def with_memory(power: Power, qemu: RunningQemu | None, tree: Tree, request: Request | None) -> Power:
+    """What the machine does, with what its monitor says of its memory, if the request is to save that."""
+    if qemu is None or power.live is None:
+        return power
+    moves = memory_moves(tree, power.state, request)
+    if not (isinstance(request, SnapshotRequest) and request.memory) and not (moves is not None and moves.saves):
         return power
     from snaptree.qemu.describing import saveable
 
     return replace(power, live=replace(power.live, memory=await saveable(qemu)))
 
 
-async def merge_loose(machine: Standalone, before: Tree, qemu: RunningQemu, lock: MachineLock) -> tuple[str, ...]:
+def moving(machine: Standalone, request: Request, power: Power, tree: Tree) -> Moves | None:
+    """What the request does with memory. That the machine can be started is seen to before anything is touched.
+
+    :raise SnaptreeError: it could not be.
+    """
+    if isinstance(request, RevertRequest | SwitchRequest):
+        power.require_known(machine.name)
+    moves = memory_moves(tree, power.state, request)
+    if moves is not None and moves.after != OFF:
+        from snaptree.machines import switching
+
+        try:
+            switching.require_startable(machine, tree)
+        except SnaptreeError as error:
+            error.hint = f"{error.hint}; or leave the memory alone with --no-memory"
+            raise
+    return moves
+
+
+async def arrive(machine: Standalone, moves: Moves, before: Tree, qemu: RunningQemu | None, lock: MachineLock) -> str:
+    """What is left to be done after the machine has gone over: merging what is loose, and starting it where no memory
+    was loaded. Why something is not merged, if so."""
+    why = ""
+    try:
+        await merge_loose(machine, before, qemu, lock)
+    except SnaptreeError as error:
+        why = f"what is loose is not merged yet: {error.message}; 'snaptree gc {machine.name}' does it"
+    if moves.loads is None and moves.after != OFF:
+        from snaptree.machines import switching
+
+        await switching.launch(machine, machine.tree(), paused=moves.after == PAUSED)
+    return why
+
+
+async def merge_loose(
+    machine: Standalone, before: Tree, qemu: RunningQemu | None, lock: MachineLock
+) -> tuple[str, ...]:
     """Merge what an operation has made loose that could not be planned with it; what it leaves as it is, in sentences.
 
     :param before: the tree before that operation.
@@ -45,7 +83,7 @@ async def merge_loose(machine: Standalone, before: Tree, qemu: RunningQemu, lock
     from snaptree.running.holding import files_of
 
     tree = machine.tree()
-    survey = machine.survey(tree, await again(qemu, tree))
+    survey = machine.survey(tree, await again(qemu, tree) if qemu is not None else Power(OFF))
     while True:
         try:
             plan = follow(Plan("merge", "merge what is loose", (), 0, tree), before, survey, "auto")

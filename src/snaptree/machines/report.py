@@ -86,6 +86,16 @@ def show(view: View) -> dict[str, Any]:
             }
             for layer in tree.layers.values()
         ],
+        "memories": [
+            {
+                "path": memory.path,
+                "form": memory.form,
+                "size": memory.size,
+                "names": sorted(each.name for each in tree.named if each.memory == memory.id),
+                "health": "ok" if memory.id not in view.survey.memories else "changed",
+            }
+            for memory in tree.memories.values()
+        ],
         "pending": list(view.pending),
     }
 

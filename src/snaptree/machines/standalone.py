@@ -17,7 +17,7 @@ from snaptree.machines.finding import find_disk
 from snaptree.machines.findings import Finding
 from snaptree.machines.free import require_free, require_plugged_in, without_others
 from snaptree.machines.going import going
-from snaptree.machines.memories import as_it_went, merge_loose, with_memory
+from snaptree.machines.memories import arrive, as_it_went, merge_loose, moving, with_memory
 from snaptree.machines.options import DiskOption
 from snaptree.machines.power import LOOK_SECONDS, WORK_SECONDS, Power, monitor_of, silent
 from snaptree.machines.survey import measure, read_survey
@@ -99,7 +99,7 @@ class Standalone:
 
         async def ask() -> Power:
             async with self.asked(tree) as (power, qemu):
-                return await with_memory(power, qemu, request)
+                return await with_memory(power, qemu, tree, request)
 
         return asyncio.run(ask())
 
@@ -164,7 +164,8 @@ class Standalone:
         """The plan for a request; takes no lock and touches nothing."""
         tree = self.tree()
         power = self.power(_expected(tree, request), request)
-        gone = going(self, request, power, tree)
+        moves = moving(self, request, power, tree)
+        gone = going(self, request, power, tree) if moves is None else None
         plan = self._plan(tree, Power(OFF) if gone else power, request)
         return gone.told(plan) if gone else plan
 
@@ -241,9 +242,12 @@ class Standalone:
             tree = self.tree()
             lock.extend(_anchors(tree))
             async with self.asked(_expected(tree, request), WORK_SECONDS) as (power, qemu):
-                power = await with_memory(power, qemu, request)
+                power = await with_memory(power, qemu, tree, request)
                 seen = _seen(tree, request)
-                gone = going(self, request, power, tree)
+                moves = moving(self, request, power, tree)
+                if moves is not None and not loops.runs():
+                    raise LoopNeededError
+                gone = going(self, request, power, tree) if moves is None else None
                 plan = self._plan(tree, Power(OFF) if gone else power, request)
                 if isinstance(request, AttachRequest) and qemu is not None:
                     from snaptree.machines.asking import match
@@ -267,7 +271,7 @@ class Standalone:
                         self.name,
                         plan,
                         lock=lock,
-                        still=_still(tree, request) if power.live is None else (),
+                        still=_still(tree, request) if power.live is None and moves is None else (),
                         qemu=qemu,
                         report=progress or unheard,
                         control=control,
@@ -283,6 +287,11 @@ class Standalone:
                     raise
                 if gone is not None:
                     await gone.start(self, gone.after)
+                if moves is not None:
+                    why = await arrive(self, moves, tree, outcome.qemu, lock)
+                    outcome.said += [why] if why else []
+                    if outcome.qemu is not None:
+                        await outcome.qemu.close()
                 return as_it_went(plan, outcome)
 
     async def settle(self, lock: MachineLock, control: Control | None = None) -> tuple[str, ...]:

@@ -13,11 +13,11 @@ from snaptree.errors import SnaptreeError, UnhealthyError
 from snaptree.images import durable, gate, memory_file
 from snaptree.images.facts import read_facts
 from snaptree.images.inode import is_still
-from snaptree.machines.power import Power
+from snaptree.machines.power import Power, own_monitor
 from snaptree.model.layer import LayerId, Point
 from snaptree.model.live import OFF
 from snaptree.model.machine import MachineConfig
-from snaptree.model.survey import FileSystemFacts, LayerFacts, Outsider, PointFacts, RowFacts, Stray, Survey
+from snaptree.model.survey import FileSystemFacts, LayerFacts, Outsider, PointFacts, RowFacts, Start, Stray, Survey
 from snaptree.model.tree import Tree
 from snaptree.planning.unmeasured import Unmeasured
 from snaptree.store import operations, trees
@@ -56,6 +56,8 @@ def read_survey(
         token=secrets.token_hex(6),
         bytes_per_second=_speed(database, config.name),
         free=_free(places),
+        start=_start(database, config),
+        monitor=own_monitor(database, config.name),
         memories={each.id: wrong for each in tree.memories.values() if (wrong := memory_file.ailment(each))},
     )
 
@@ -88,6 +90,12 @@ def _file_systems(facts: Iterable[LayerFacts]) -> dict[int, FileSystemFacts]:
         free = status.f_bavail if os.geteuid() else status.f_bfree
         found[each.identity.device] = FileSystemFacts(each.identity.device, free * status.f_frsize)
     return found
+
+
+def _start(database: Database, config: MachineConfig) -> Start | None:
+    if config.start is None:
+        return None
+    return Start(config.start, config.folder or "/", own_monitor(database, config.name))
 
 
 def _free(folders: Iterable[str]) -> dict[str, int]:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import select
 import shlex
-import signal
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from snaptree.errors import BusyError, RefusedError, SnaptreeError, ToolError, UsageError
+from snaptree.errors import BusyError, RefusedError, SnaptreeError, UsageError
 from snaptree.images import durable
 from snaptree.machines.asking import match
 from snaptree.machines.power import WORK_SECONDS, Power, own_monitor, written_by
@@ -25,6 +22,7 @@ from snaptree.planning.naming import renamed_roots
 from snaptree.planning.plan import Plan
 from snaptree.planning.verbs import PutBackRequest
 from snaptree.qemu import launching
+from snaptree.qemu.ending import QUIT_SECONDS, end, has_ended
 from snaptree.qemu.launching import Chain
 from snaptree.qemu.running import RunningQemu
 from snaptree.store import trees
@@ -32,8 +30,6 @@ from snaptree.store import trees
 if TYPE_CHECKING:
     from snaptree.machines.standalone import Standalone
 
-QUIT_SECONDS = 20.0
-"""So long a QEMU may take to end that was told to quit, before it is killed."""
 GONE_SECONDS = 30.0
 """So long its images may stay locked after its end."""
 
@@ -118,7 +114,7 @@ async def launch(machine: Standalone, tree: Tree, *, paused: bool = False) -> st
         match(await qemu.graph(), tree, monitor)
         return await qemu.state()
     except BaseException:
-        await _quit(qemu)
+        await end(qemu)
         raise
     finally:
         await qemu.close()
@@ -158,7 +154,7 @@ async def _stop(machine: Standalone, seconds: float, wait: float, *, force: bool
             try:
                 forced = force or not await _shut_down(qemu, config, power, ended, seconds)
                 if forced:
-                    await _quit(qemu, ended)
+                    await end(qemu, ended)
             finally:
                 os.close(ended)
         await _wait_until_free(tree)
@@ -169,7 +165,7 @@ async def _stop(machine: Standalone, seconds: float, wait: float, *, force: bool
 
 async def turn_off(qemu: RunningQemu, tree: Tree) -> None:
     """End the machine's QEMU, as by pulling the plug, and wait until its images are free."""
-    await _quit(qemu)
+    await end(qemu)
     await _wait_until_free(tree)
 
 
@@ -183,44 +179,16 @@ async def _shut_down(qemu: RunningQemu, config: MachineConfig, power: Power, end
     await qemu.qmp.execute("system_powerdown")
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if await _has_ended(ended, 0.1):
+        if await has_ended(ended, 0.1):
             return True
         try:
             if await qemu.run_state() == "shutdown":
                 # The guest has; QEMU was told to stay (-no-shutdown).
-                await _quit(qemu, ended)
+                await end(qemu, ended)
                 return True
         except SnaptreeError:
-            return await _has_ended(ended, QUIT_SECONDS)
+            return await has_ended(ended, QUIT_SECONDS)
     return False
-
-
-async def _has_ended(ended: int, seconds: float) -> bool:
-    """Whether a process ends within so many seconds."""
-    ready, _, _ = await asyncio.to_thread(select.select, [ended], [], [], seconds)
-    return bool(ready)
-
-
-async def _quit(qemu: RunningQemu, ended: int | None = None) -> None:
-    """End QEMU, by force if need be.
-
-    :raise ToolError: the system holds it.
-    """
-    descriptor = ended if ended is not None else os.pidfd_open(qemu.pid)
-    try:
-        with suppress(SnaptreeError):
-            await qemu.qmp.execute("quit", seconds=QUIT_SECONDS)
-        if await _has_ended(descriptor, QUIT_SECONDS):
-            return
-        with suppress(ProcessLookupError):
-            # By the descriptor: its number may be another process's by now.
-            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-        if not await _has_ended(descriptor, QUIT_SECONDS):
-            hint = "look at the kernel's log for the device"
-            raise ToolError(f"QEMU (process {qemu.pid}) cannot be killed: the system does not let go of it", hint)
-    finally:
-        if ended is None:
-            os.close(descriptor)
 
 
 async def _wait_until_free(tree: Tree) -> None:

@@ -150,6 +150,15 @@ class Stray:
     made: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """How the machine is started: its stored command, the folder that it is run in, and where its monitor is then."""
+
+    command: str
+    folder: str
+    monitor: str
+
+
 @dataclass(frozen=True)
 class Survey:
     """All that was read for one operation.
@@ -184,3 +193,6 @@ class Survey:
     """How many bytes there are for us in each folder that new files may go to."""
     memories: Mapping[int, str] = field(default_factory=dict)
     """What is wrong with the file of each memory that is not as it was written, as a sentence."""
+    start: Start | None = None
+    monitor: str = ""
+    """Where the monitor of a machine is that snaptree starts."""

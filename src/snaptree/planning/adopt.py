@@ -16,7 +16,7 @@ from snaptree.model.names import check_name, check_target
 from snaptree.model.snapshot import Snapshot
 from snaptree.model.survey import LayerFacts, Survey
 from snaptree.model.tree import MAX_CHAIN, Tree
-from snaptree.planning.draft import Draft, is_tip, paths_of
+from snaptree.planning.draft import Draft, is_tip, paths_of, removal
 from snaptree.planning.plan import Plan
 from snaptree.planning.settle import settle
 from snaptree.planning.steps import Forget, Record, Register, RemoveFirmware, Step, Unlink
@@ -218,7 +218,8 @@ def remove(tree: Tree, survey: Survey, *, delete_files: bool) -> Plan:
             steps.append(Unlink(layer.path, facts.identity.generation, facts.identity.inode, facts.allocated))
             freed += facts.allocated
     for memory in tree.memories.values() if delete_files else ():
-        steps.append(Unlink(memory.path, 0, 0, memory.size))
+        steps.append(removal(memory))
+        freed += memory.size
     for piece in sorted({piece for each in tree.named for piece in each.firmware}, key=lambda each: each.path):
         steps.append(RemoveFirmware(piece.role, piece.path))
     return Plan(

@@ -9,6 +9,7 @@ from dataclasses import replace
 from snaptree.errors import ExistsError, NoSpaceError, NotFoundError, RefusedError
 from snaptree.model.delta import diff
 from snaptree.model.layer import Layer, LayerId, Point
+from snaptree.model.memory import Memory
 from snaptree.model.sizes import readable
 from snaptree.model.snapshot import FirmwareFile
 from snaptree.model.survey import LayerFacts, PointFacts, Survey
@@ -396,11 +397,16 @@ class Draft:
             steps.append(RemoveFirmware(piece.role, piece.path))
         for memory in self.before.memories.values():
             if memory.id not in after.memories:
-                looks = memory.identity
-                known = (looks.generation, looks.inode) if looks is not None else (0, 0)
-                steps.append(Unlink(memory.path, *known, memory.size))
+                steps.append(removal(memory))
                 freed += memory.size
         return steps, freed
+
+
+def removal(memory: Memory) -> Unlink:
+    """The step that removes a memory's file."""
+    looks = memory.identity
+    known = (looks.generation, looks.inode) if looks is not None else (0, 0)
+    return Unlink(memory.path, *known, memory.size)
 
 
 def is_tip(tree: Tree, layer: LayerId) -> bool:

@@ -6,6 +6,7 @@ from snaptree.errors import RefusedError
 from snaptree.planning.adopt import AttachRequest, DetachRequest
 from snaptree.planning.create import BranchRequest, SnapshotRequest
 from snaptree.planning.delete import DeleteRequest
+from snaptree.planning.revert import RevertRequest, SwitchRequest
 from snaptree.planning.sweep import SquashRequest
 from snaptree.planning.verbs import DeleteBranchRequest, GcRequest
 
@@ -20,7 +21,9 @@ def require_possible(name: str, request: object) -> None:
             return
         case DeleteRequest() | DeleteBranchRequest():
             return
-        case SquashRequest() | GcRequest() | BranchRequest() | AttachRequest() | DetachRequest():
+        case AttachRequest() | DetachRequest() | RevertRequest() | SwitchRequest():
+            return
+        case SquashRequest() | GcRequest() | BranchRequest():
             return
         case SnapshotRequest():
             what = "internal snapshots are not taken while it runs"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
+from snaptree.model.layer import LayerId
+from snaptree.model.live import PAUSED
+from snaptree.model.memory import Memory
 from snaptree.model.sizes import readable
 from snaptree.planning.live_steps import Cut
 
@@ -34,3 +38,60 @@ class SaveMemory:
     def summary(self) -> str:
         tips = ", ".join(each.tip for each in self.cuts)
         return f"freeze {tips} and save memory ({readable(self.used)}) in {self.path}, of one instant"
+
+
+Chain: TypeAlias = tuple[tuple[LayerId, str, str], ...]
+"""The layers of a disk, ``(id, path, format)``, the tip first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """A memory that is saved while the guest waits: its file, whose owner that gets, the forms to try, its bytes."""
+
+    path: str
+    like: str
+    forms: tuple[str, ...]
+    used: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A QEMU that loads a memory beside the one of now: the stored ``command`` with these ``disks``, run in ``folder``;
+    its monitor is at ``monitor`` until it takes over."""
+
+    command: str
+    folder: str
+    monitor: str
+    disks: Mapping[str, Chain]
+    memory: Memory
+
+
+@dataclass(frozen=True, slots=True)
+class GoOver:
+    """Let another QEMU, which has loaded a memory beside, take over from the one of now, or turn that one off.
+
+    Before the old guest is touched all is loaded and compared. Then it stands still; with ``save`` its memory is saved;
+    the new one goes on if ``after`` says so, and the old one ends. ``monitor`` is where the machine's monitor is to be.
+    """
+
+    kind: ClassVar[str] = "go-over"
+    crash: ClassVar[str] = (
+        "the old guest goes on, and the new QEMU is ended, until the journal says that the new one has taken over; "
+        "then the old one is ended, and a new one that has died without having written is loaded again"
+    )
+
+    monitor: str
+    after: str
+    load: Load | None = None
+    save: Save | None = None
+
+    @property
+    def summary(self) -> str:
+        parts = []
+        if self.load is not None:
+            parts.append(f"load {self.load.memory.path} into another QEMU")
+        if self.save is not None:
+            parts.append(f"save the memory of now ({readable(self.save.used)}) in {self.save.path}")
+        if self.load is None:
+            return "; ".join([*parts, "end the machine's QEMU"])
+        return "; ".join([*parts, "let it take over" + (", paused" if self.after == PAUSED else "")])

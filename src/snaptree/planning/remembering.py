@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import posixpath
-from dataclasses import replace
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from snaptree.errors import ExistsError, NoSpaceError, NotFoundError, RefusedError, UsageError
+from snaptree.errors import ExistsError, NoSpaceError, NotFoundError, RefusedError, UnhealthyError, UsageError
+from snaptree.model.branch import Branch
 from snaptree.model.delta import diff
+from snaptree.model.live import OFF
 from snaptree.model.memory import BACKGROUND, Memory, Saveable
 from snaptree.model.sizes import readable
+from snaptree.model.snapshot import Snapshot
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
 from snaptree.planning.draft import Draft
 from snaptree.planning.live_steps import Cut
-from snaptree.planning.memory_steps import SaveMemory
+from snaptree.planning.memory_steps import GoOver, Load, Save, SaveMemory
 from snaptree.planning.plan import Plan
 from snaptree.planning.settle import settle
-from snaptree.planning.steps import Record, Step
+from snaptree.planning.steps import ApplyInternal, Record, Step
 
 if TYPE_CHECKING:
     from snaptree.planning.create import SnapshotRequest
@@ -150,3 +154,86 @@ def or_else(plan: Plan, draft: Draft, without: Tree) -> Plan:
     other = diff(draft.before, settle(without, draft.outsiders))
     steps: list[Step] = [replace(each, otherwise=other) if isinstance(each, Record) else each for each in plan.steps]
     return replace(plan, steps=tuple(steps), seconds=plan.bytes_to_copy / SPEED)
+
+
+# ---- going back to memory -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """What going elsewhere does with memory: what is loaded, whether that of now is saved, and what the machine does
+    afterwards."""
+
+    loads: Memory | None
+    saves: bool
+    after: str
+
+
+def moves(
+    tree: Tree, state: str, target: Snapshot | Branch, *, wanted: bool | None, power: str | None, drops: bool
+) -> Moves | None:
+    """What going to a snapshot or a branch does with memory; ``None`` when there is none in it.
+
+    The memory of now is saved when the work of now is parked on the way to something that has memory, or as wanted.
+
+    :param state: what the machine does now.
+    :param wanted: whether the user wants memory; ``None`` when nothing was said.
+    :param power: what the machine is to do afterwards, if that was said: otherwise what it did when the memory was
+        saved, or what it does now.
+    :param drops: the work of now is not parked.
+    """
+    held = tree.memories.get(target.memory) if target.memory is not None and wanted is not False else None
+    after = power or (held.state if held is not None else state)
+    loads = held if after != OFF else None
+    saves = state != OFF and not drops and (wanted is True or (wanted is None and held is not None))
+    return Moves(loads, saves, after) if loads is not None or saves else None
+
+
+def require_loadable(draft: Draft, name: str, memory: Memory, extra: Collection[str]) -> None:
+    """Refuse to go back to a memory that cannot be loaded, before anything is touched.
+
+    :param extra: disks that the machine would have besides those that are of the same instant as the memory.
+    :raise UnhealthyError: its file is not what was written.
+    :raise RefusedError: the machine cannot be started by us, or has other disks.
+    """
+    wrong = draft.survey.memories.get(memory.id)
+    without = "go back without the memory: --no-memory"
+    if wrong:
+        raise UnhealthyError(
+            f"cannot go back to the memory of {name!r}: {wrong}", f"put it back as it was, or {without}"
+        )
+    if draft.survey.start is None:
+        machine = draft.before.machine
+        hint = f"store how: snaptree set {machine} --start 'qemu-system-x86_64 -m 2048 …', or {without}"
+        raise RefusedError(f"machine {machine} has no start command, without which its memory cannot be loaded", hint)
+    if extra:
+        other = min(extra)
+        raise RefusedError(f"the memory of {name!r} knows nothing of disk {other}", f"detach it first, or {without}")
+    require_no_firmware(draft.survey, f"load the memory of {name!r}")
+    if any(isinstance(step, ApplyInternal) for step in draft.finish):
+        raise RefusedError(f"{name!r} has an internal point, beside which no memory is loaded yet", without)
+
+
+def go_over(draft: Draft, found: Moves, saved: Memory | None) -> None:
+    """Let the machine go over to what the tree in the making says, with memory.
+
+    :param saved: the memory of now, which is still to be saved.
+    """
+    survey, tree = draft.survey, draft.tree
+    save = load = None
+    if saved is not None:
+        forms = tuple(each for each in saveable(survey).forms if each != BACKGROUND)
+        active = draft.before.active_branch.tips
+        like = draft.before.layers[active[min(active)].layer].path
+        save = Save(saved.path, like, forms, saved.size)
+        draft.pause = saved.size / SPEED
+    if found.loads is not None:
+        assert survey.start is not None
+        disks = {
+            disk: tuple((each.id, each.path, each.format) for each in tree.chain(tip.layer))
+            for disk, tip in sorted(tree.active_branch.tips.items())
+        }
+        beside = survey.start.monitor.removesuffix(".sock") + ".next.sock"
+        load = Load(survey.start.command, survey.start.folder, beside, disks, found.loads)
+        draft.notes.append(f"the machine goes on from the instant of {found.loads.path}, and is {found.after} then")
+    draft.prepare.append(GoOver(survey.monitor, found.after, load, save))

@@ -8,12 +8,24 @@ from dataclasses import dataclass, field, replace
 from snaptree.errors import NotFoundError, RefusedError, UsageError
 from snaptree.model.branch import Branch
 from snaptree.model.layer import LayerId, Point
+from snaptree.model.live import OFF
+from snaptree.model.memory import Memory
 from snaptree.model.snapshot import Snapshot
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
 from snaptree.planning.create import require_disks, require_free_name, require_plain
 from snaptree.planning.draft import Draft, renamed_tip
 from snaptree.planning.plan import Plan
+from snaptree.planning.remembering import (
+    Moves,
+    go_over,
+    moves,
+    new_memory,
+    require_loadable,
+    require_no_firmware,
+    require_open,
+    saveable,
+)
 from snaptree.planning.settle import settle, without_names
 from snaptree.planning.steps import ApplyInternal, MakeInternal
 from snaptree.planning.sweep import follow
@@ -30,16 +42,37 @@ class RevertRequest:
     children: bool = False
     files: Mapping[str, str] = field(default_factory=dict)
     power: str | None = None
-    """What the machine does afterwards: ``running``, ``paused`` or ``off``; without it, what it does now."""
+    """What the machine does afterwards: ``running``, ``paused`` or ``off``; without it, what it does now, or did then
+    where memory is loaded."""
+    memory: bool | None = None
+    """Whether memory is loaded, and that of now parked: without it, where the snapshot has some."""
 
 
 @dataclass(frozen=True)
 class SwitchRequest:
-    """``snaptree switch NAME BRANCH``; ``power`` is as for going back."""
+    """``snaptree switch NAME BRANCH``; ``power`` and ``memory`` are as for going back."""
 
     name: str
     files: Mapping[str, str] = field(default_factory=dict)
     power: str | None = None
+    memory: bool | None = None
+
+
+def memory_moves(tree: Tree, state: str, request: object) -> Moves | None:
+    """What a request to go elsewhere does with memory; ``None`` when there is none in it, or the request is another.
+
+    :param state: what the machine does now.
+    """
+    target: Snapshot | Branch | None = None
+    drops = False
+    if isinstance(request, RevertRequest):
+        target, drops = tree.snapshots.get(request.name), request.discard
+    elif isinstance(request, SwitchRequest) and request.name != tree.active:
+        target = tree.branches.get(request.name)
+    if target is None:
+        return None
+    assert isinstance(request, RevertRequest | SwitchRequest)
+    return moves(tree, state, target, wanted=request.memory, power=request.power, drops=drops)
 
 
 def _whole(base: Tree, layer: LayerId, outsiders: frozenset[LayerId]) -> bool:
@@ -114,6 +147,7 @@ def revert(tree: Tree, survey: Survey, request: RevertRequest) -> Plan:
     snapshot = _checked(tree, request)
     draft = Draft(tree, survey, request.files)
     active = tree.active_branch
+    remembered = memory_moves(tree, survey.live.state if survey.live is not None else OFF, request)
     parks = not request.discard and _is_written(draft, snapshot)
     if request.keep_as is not None and not parks:
         draft.notes.append(f"nothing was written since the last snapshot: no branch {request.keep_as!r} was made")
@@ -134,6 +168,7 @@ def revert(tree: Tree, survey: Survey, request: RevertRequest) -> Plan:
     line = Branch(active.name, snapshot.name, {**others, **stays}, active.created)
     left = tree.without_branches(active.name).with_branches(*([parked] if parks else []))
     draft.tree = without_names(left.with_branches(line), gone)
+    saved = _park_memory(draft, parked_name) if remembered is not None and remembered.saves and parks else None
     keep = {**({} if parks else others), **({} if request.delete else stays)}
     base = settle(renamed_line(draft.tree, active.name, keep), draft.outsiders)
 
@@ -148,12 +183,28 @@ def revert(tree: Tree, survey: Survey, request: RevertRequest) -> Plan:
         if disk in stays and not (request.delete and point.layer not in base.layers):
             tips[disk] = stays[disk]
         else:
-            tips[disk] = _go_to(draft, base, point, active.name, purpose, reuse=request.delete)
+            # A layer that the old QEMU has open cannot be written to by a new one beside it.
+            reuse = request.delete and remembered is None
+            tips[disk] = _go_to(draft, base, point, active.name, purpose, reuse=reuse)
     draft.restore_firmware(snapshot.firmware)
     draft.tree = renamed_line(draft.tree, active.name, tips)
+    if remembered is not None:
+        if remembered.loads is not None:
+            require_loadable(draft, snapshot.name, remembered.loads, others)
+        go_over(draft, remembered, saved)
     work = f", parking the work of now as {parked_name!r}" if parks else ""
     plan = draft.conclude("revert", f"go back to {snapshot.name!r}{work}", f"the machine is at {snapshot.name!r}")
-    return follow(plan, tree, survey, "auto") if gone else plan
+    # With memory, what becomes loose is merged when it is known what the machine has open then.
+    return follow(plan, tree, survey, "auto") if gone and remembered is None else plan
+
+
+def _park_memory(draft: Draft, name: str) -> Memory:
+    """Give the branch that is parked the memory of now, which is still to be saved."""
+    require_no_firmware(draft.survey, f"park {name!r} with its memory")
+    require_open(saveable(draft.survey))
+    memory = new_memory(draft, name)
+    draft.tree = draft.tree.with_branches(replace(draft.tree.branches[name], memory=memory.id))
+    return memory
 
 
 def _checked(tree: Tree, request: RevertRequest) -> Snapshot:
@@ -210,7 +261,12 @@ def switch(tree: Tree, survey: Survey, request: SwitchRequest) -> Plan:
     draft = Draft(tree, survey, request.files)
     purpose = f"switch to {request.name!r}"
     active, target = tree.active_branch, tree.branches[request.name]
+    remembered = memory_moves(tree, survey.live.state if survey.live is not None else OFF, request)
+    if target.memory is not None and request.memory is not False and (remembered is None or remembered.loads is None):
+        hint = "leave out --stopped to go on from it, or drop it with --no-memory"
+        raise RefusedError(f"branch {request.name!r} was parked with its memory, which would be lost", hint)
     draft.tree = tree.with_branches(replace(active, firmware=draft.keep_firmware(active.name)))
+    saved = _park_memory(draft, active.name) if remembered is not None and remembered.saves else None
     base = settle(draft.tree, draft.outsiders)
     tips: dict[str, Point] = {}
     for disk, point in sorted(target.tips.items()):
@@ -226,7 +282,11 @@ def switch(tree: Tree, survey: Survey, request: SwitchRequest) -> Plan:
         draft.notes.append(f"{disk} comes back with branch {target.name!r}")
     draft.restore_firmware(target.firmware)
     draft.tree = replace(
-        draft.tree.with_branches(replace(target, tips=tips, firmware=())),
+        draft.tree.with_branches(replace(target, tips=tips, firmware=(), memory=None)),
         active=target.name,
     )
+    if remembered is not None:
+        if remembered.loads is not None:
+            require_loadable(draft, target.name, remembered.loads, set(tips) - set(target.tips))
+        go_over(draft, remembered, saved)
     return draft.conclude("switch", f"switch to branch {target.name!r}", f"the machine works on {target.name!r}")

@@ -14,7 +14,7 @@ from snaptree.model.layer import LayerId
 from snaptree.model.machine import MachineConfig
 from snaptree.model.sizes import readable
 from snaptree.planning.live_steps import LiveMerge, LiveSettle, LiveSnapshot, LiveSwap
-from snaptree.planning.memory_steps import SaveMemory
+from snaptree.planning.memory_steps import GoOver, SaveMemory
 
 File: TypeAlias = tuple[str, str]
 """One image in a chain: ``(path, format)``."""
@@ -388,6 +388,7 @@ Step: TypeAlias = (
     | LiveSwap
     | LiveSettle
     | SaveMemory
+    | GoOver
     | Record
     | Unlink
     | RemoveFirmware
@@ -414,6 +415,7 @@ STEPS: tuple[type[Step], ...] = (
     LiveSwap,
     LiveSettle,
     SaveMemory,
+    GoOver,
     Record,
     Unlink,
     RemoveFirmware,

@@ -31,16 +31,19 @@ def node_name(layer: LayerId, token: str) -> str:
     return f"st{layer}-{token[:12]}"
 
 
-def command_line(command: str, disks: Mapping[str, Chain], token: str) -> list[str]:
+def command_line(command: str, disks: Mapping[str, Chain], token: str, *, loads: bool = False) -> list[str]:
     """QEMU's command line: the stored one, with the disks filled in.
 
     ``{vda}`` stands for the node of the disk ``vda``, to be given to a device (``drive={vda}``). Where no disk has a
     place in the command each gets a ``virtio-blk-pci`` device.
 
+    :param loads: it is to be told by its monitor what memory to load, and to wait afterwards.
     :raise UsageError: only some of the disks have a place in the command, or it names one that there is not.
     :raise RefusedError: it opens an image of the machine itself.
     """
     words = split_command(command)
+    if loads:
+        words = [*_without_incoming(words), "-incoming", "defer", "-S"]
     tips = {disk: node_name(chain[0][0], token) for disk, chain in disks.items()}
     used = {disk for disk in disks for word in words if f"{{{disk}}}" in word}
     _require_no_image(words, disks)
@@ -70,6 +73,17 @@ def command_line(command: str, disks: Mapping[str, Chain], token: str) -> list[s
     return [*words, *found]
 
 
+def _without_incoming(words: Sequence[str]) -> list[str]:
+    """The command without what it would load by itself."""
+    found: list[str] = []
+    passed = False
+    for word in words:
+        if not passed and word not in ("-incoming", "--incoming"):
+            found.append(word)
+        passed = not passed and word in ("-incoming", "--incoming")
+    return found
+
+
 def _require_no_image(words: Sequence[str], disks: Mapping[str, Chain]) -> None:
     for disk, chain in disks.items():
         for _, path, _ in chain:
@@ -80,11 +94,12 @@ def _require_no_image(words: Sequence[str], disks: Mapping[str, Chain]) -> None:
                 )
 
 
-async def launch(words: Sequence[str], monitor: str, folder: str, log: str) -> RunningQemu:
+async def launch(words: Sequence[str], monitor: str, folder: str, log: str, *, loads: bool = False) -> RunningQemu:
     """Start QEMU, and connect to its monitor when it is ready: whatever it has to load has been loaded.
 
     It lives on without us. What it says goes into ``log``.
 
+    :param loads: it is ready when it can be told what to load.
     :param folder: the folder that it is to work in.
     :raise ToolError: it is not installed, ended at once, or does not answer.
     """
@@ -112,14 +127,14 @@ async def launch(words: Sequence[str], monitor: str, folder: str, log: str) -> R
     finally:
         bound.close()
     try:
-        return await _ready(process, monitor, log)
+        return await _ready(process, monitor, log, loads=loads)
     except BaseException:
         child.kill(process, os.path.basename(words[0]))
         durable.remove_small(monitor)
         raise
 
 
-async def _ready(process: subprocess.Popen[bytes], monitor: str, log: str) -> RunningQemu:
+async def _ready(process: subprocess.Popen[bytes], monitor: str, log: str, *, loads: bool) -> RunningQemu:
     deadline = time.monotonic() + START_SECONDS
     qemu: RunningQemu | None = None
     try:
@@ -127,15 +142,15 @@ async def _ready(process: subprocess.Popen[bytes], monitor: str, log: str) -> Ru
             _require_alive(process, log)
             qemu = await RunningQemu.attach(monitor)
             if qemu is None and time.monotonic() > deadline:
-                raise ToolError(f"QEMU does not listen on its monitor after {START_SECONDS:.0f} s", _words_of(log))
+                raise ToolError(f"QEMU does not listen on its monitor after {START_SECONDS:.0f} s", words_of(log))
             await asyncio.sleep(0.01)
         seen = -1
-        while await qemu.run_state() == "inmigrate":
+        while not loads and await qemu.run_state() == "inmigrate":
             now = await _loaded(qemu)
             if now != seen:
                 seen, deadline = now, time.monotonic() + START_SECONDS
             if time.monotonic() > deadline:
-                raise ToolError(f"QEMU has loaded nothing for {START_SECONDS:.0f} s", _words_of(log))
+                raise ToolError(f"QEMU has loaded nothing for {START_SECONDS:.0f} s", words_of(log))
             await asyncio.sleep(0.01)
     except BaseException as error:
         if qemu is not None:
@@ -160,11 +175,11 @@ async def _loaded(qemu: RunningQemu) -> int:
 
 def _require_alive(process: subprocess.Popen[bytes], log: str) -> None:
     if process.poll() is not None:
-        said = _words_of(log)
+        said = words_of(log)
         raise ToolError(f"QEMU ended with {process.returncode} when it was started" + (f": {said}" if said else ""))
 
 
-def _words_of(log: str) -> str:
+def words_of(log: str) -> str:
     """The end of what QEMU has said."""
     try:
         with open(log, "rb") as file:

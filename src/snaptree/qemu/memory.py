@@ -21,6 +21,8 @@ FREELY = 10 << 30
 """Bytes a second, as no limit: QEMU's default would slow the saving down."""
 QUIET_SECONDS, STALL_SECONDS, CANCEL_SECONDS = 30.0, 60.0, 30.0
 """So long a migration of before may take to be gone, this one may make no progress, and may take to be cancelled."""
+LOAD_SECONDS = 300.0
+"""So long a memory may take to load: QEMU says nothing meanwhile."""
 _OVER = ("none", "completed", "failed", "cancelled")
 
 
@@ -214,6 +216,39 @@ async def abandon(qmp: QmpSession) -> None:
             await qmp.execute("migrate_cancel")
         while (await query(qmp)).status not in _OVER and time.monotonic() < deadline:
             await asyncio.sleep(0.005)
+
+
+async def load(qmp: QmpSession, uri: str, form: str) -> None:
+    """Have a QEMU that was started for it load a memory, and wait until it has.
+
+    :raise ToolError: it cannot.
+    """
+    if form == MAPPED:
+        said = [{"capability": CAPABILITIES[MAPPED], "state": True}]
+        await qmp.execute("migrate-set-capabilities", capabilities=said)
+    try:
+        await qmp.execute("migrate-incoming", uri=uri, exit_on_error=False)
+    except ToolError as error:
+        # Before QEMU 9.1 it ends when it cannot load.
+        if "exit-on-error" not in error.message:
+            raise
+        await qmp.execute("migrate-incoming", uri=uri)
+    since, seen = time.monotonic(), -1
+    while True:
+        answer = await qmp.execute("query-migrate")
+        status = str(answer.get("status", "none"))
+        if status == "failed":
+            raise ToolError(f"the memory cannot be loaded: {answer.get('error-desc', 'QEMU does not say why')}")
+        if status == "completed" and (await qmp.execute("query-status"))["status"] != "inmigrate":
+            return
+        done = int(answer.get("ram", {}).get("transferred", 0))
+        if done != seen:
+            since, seen = time.monotonic(), done
+        elif time.monotonic() - since > LOAD_SECONDS:
+            raise ToolError(
+                f"QEMU has loaded nothing for {LOAD_SECONDS:.0f} s", "look at the kernel's log for the disk"
+            )
+        await asyncio.sleep(0.005)
 
 
 @dataclass

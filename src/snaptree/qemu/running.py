@@ -13,7 +13,10 @@ from snaptree.images import durable
 from snaptree.model.live import PAUSED, RUNNING
 from snaptree.qemu.dialling import dial, listener
 from snaptree.qemu.graph import BlockGraph, Inode, read_graph
-from snaptree.qemu.session import GREETING_SECONDS, QmpSession
+from snaptree.qemu.session import GREETING_SECONDS, QmpSession, not_negotiated
+
+ATTEMPTS = 3
+"""So often a session is begun: an event that QEMU sends just then comes before its answer, as when a guest starts."""
 
 
 class RunningQemu:
@@ -36,18 +39,23 @@ class RunningQemu:
         :param seconds: how long it may take to greet us.
         :raise ToolError: somebody listens and does not greet us: the monitor is held by another client, or is none.
         """
-        found = dial(path)
-        if found is None:
-            return None
-        pid = listener(found)
-        qmp = QmpSession(f"the QEMU at {path}")
-        try:
-            found.setblocking(False)
-            await qmp.connect(found, seconds)
-        except BaseException:
-            found.close()
-            raise
-        return cls(qmp, found, pid, path)
+        left = ATTEMPTS
+        while True:
+            left -= 1
+            found = dial(path)
+            if found is None:
+                return None
+            pid = listener(found)
+            qmp = QmpSession(f"the QEMU at {path}")
+            try:
+                found.setblocking(False)
+                await qmp.connect(found, seconds)
+            except BaseException as error:
+                found.close()
+                if left and isinstance(error, ToolError) and not_negotiated(error):
+                    continue
+                raise
+            return cls(qmp, found, pid, path)
 
     @property
     def descriptor(self) -> int:

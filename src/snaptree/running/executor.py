@@ -36,11 +36,14 @@ class Outcome:
 
     said: list[str] = field(default_factory=list)
     paused: float | None = None
+    qemu: RunningQemu | None = None
+    """The machine's QEMU afterwards: another one when that has taken over."""
 
     def add(self, context: Context) -> None:
         """Take over what the steps of one operation have told."""
         self.said += context.said
         self.paused = context.paused if context.paused is not None else self.paused
+        self.qemu = context.qemu
 
 
 async def run(
@@ -68,7 +71,7 @@ async def run(
     stop = control.cancelled
     control.begin(plan)
     require_free(plan, await qemu.open_files() if qemu is not None else ())
-    outcome = Outcome()
+    outcome = Outcome(qemu=qemu)
     for number, each in enumerate(plan.every()):
         if not each.steps:
             continue
@@ -86,6 +89,7 @@ async def run(
             with kept(control.pace):
                 await _carry_out(machine, each, context, _both(report, control.report))
             outcome.add(context)
+            qemu = context.qemu
         finally:
             holding.release()
     return outcome

@@ -86,6 +86,8 @@ async def _settle(
         return f"{operation.summary}: it had been killed, and {how}"
     finally:
         holding.release()
+        if context.qemu is not None and context.qemu is not qemu:
+            await context.qemu.close()
 
 
 def _reporter(control: Control, progress: Progress) -> Callable[[int, int], None]:

@@ -15,6 +15,7 @@ from snaptree.model.machine import MachineConfig
 from snaptree.model.memory import Memory
 from snaptree.model.snapshot import FirmwareFile, Snapshot
 from snaptree.planning.live_steps import Cut, LiveJob, Swap
+from snaptree.planning.memory_steps import Load, Save
 from snaptree.planning.steps import STEPS, MoveJob, Step
 
 _CLASSES: dict[str, type[Any]] = {
@@ -27,10 +28,12 @@ _CLASSES: dict[str, type[Any]] = {
         Identity,
         Layer,
         LiveJob,
+        Load,
         MachineConfig,
         Memory,
         MoveJob,
         Point,
+        Save,
         Snapshot,
         Swap,
         *STEPS,

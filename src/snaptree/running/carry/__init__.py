@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from snaptree.planning.live_steps import LiveMerge, LiveSettle, LiveSnapshot, LiveSwap
-from snaptree.planning.memory_steps import SaveMemory
+from snaptree.planning.memory_steps import GoOver, SaveMemory
 from snaptree.planning.steps import (
     ApplyInternal,
     BuildFromPoint,
@@ -84,6 +84,10 @@ async def do(step: Step, context: Context) -> None:
             from snaptree.running.carry import memory
 
             await memory.save(step, context)
+        case GoOver():
+            from snaptree.running.carry import going_over
+
+            await going_over.go_over(step, context)
         case Unlink():
             making.unlink(step, context)
         case Record():
@@ -127,6 +131,10 @@ async def undo(step: Step, context: Context) -> None:
             from snaptree.running.carry import memory
 
             await memory.unsave(step, context)
+        case GoOver():
+            from snaptree.running.carry import going_over
+
+            await going_over.ungo(step, context)
         case _:
             pass
 
@@ -147,5 +155,9 @@ async def happened(steps: tuple[Step, ...], context: Context) -> bool:
             from snaptree.running.carry import live_merge
 
             return await live_merge.went_on(step, context)
+        case GoOver():
+            from snaptree.running.carry import going_over
+
+            return await going_over.went_over(step, context)
         case _:
             return False

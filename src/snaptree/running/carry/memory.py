@@ -63,26 +63,26 @@ async def save(step: SaveMemory, context: Context) -> None:
 async def _begin(step: SaveMemory, context: Context, qemu: RunningQemu) -> None:
     await memory.quiet(qemu)
     before = await memory.settings(qemu.qmp)
-    context.journal.note(_settings(step.path), f"{qemu.pid} {before.text()}")
+    remember(step.path, before, qemu, context)
     descriptor = new_file(step.path, step.like, context)
     try:
         actions = await live.open_overlays(qemu, step.cuts, context)
         form = await choose(qemu, before, step.forms, context)
         lent = await memory.lend(qemu, descriptor, memory.forms_known(before))
-        followed = _followed(step.used, context)
+        told = followed(step.used, context)
         try:
             orders = Orders(qemu.descriptor, GO_ON)
             with Guard(context.journal, step.path, go=Orders(qemu.descriptor), stay=orders):
                 async with standing_still(qemu, step.path, context):
-                    saving = _Saving(qemu, before, lent.uri, descriptor, followed, context)
+                    saving = _Saving(qemu, before, lent.uri, descriptor, told, context)
                     form = await saving.in_background(form, step.forms)
                     await qemu.qmp.execute("transaction", actions=actions)
                     if form != BACKGROUND:
                         await saving.begin(form)
                 context.journal.note(step.path, PIVOT)
-            context.journal.note(_form(step.path), form)
+            note_form(step.path, form, context)
             await live.require_cut(qemu, step.cuts)
-            await memory.until_done(qemu.qmp, followed)
+            await memory.until_done(qemu.qmp, told)
         except BaseException:
             await memory.abandon(qemu.qmp)
             raise
@@ -171,7 +171,7 @@ async def standing_still(qemu: RunningQemu, path: str, context: Context) -> Asyn
     """Let the guest stand still in the block, and go on afterwards, however that ends; how long it did is told."""
     running = await qemu.state() == RUNNING
     if running:
-        context.journal.note(_stopped(path), str(qemu.pid))
+        remember_stop(path, qemu, context)
     begun = time.monotonic()
     if running:
         await qemu.qmp.execute("stop")
@@ -195,7 +195,8 @@ async def go_on(qemu: RunningQemu, *, running: bool) -> None:
         await qemu.qmp.execute("blockdev-set-active", active=True)
 
 
-def _followed(used: int, context: Context) -> Followed:
+def followed(used: int, context: Context) -> Followed:
+    """What the waiting for a memory is told by, and tells."""
     return Followed(lambda written: context.moved(written, max(written, used)), context.cancelled.is_set)
 
 
@@ -210,19 +211,19 @@ async def _resume(step: SaveMemory, context: Context, qemu: RunningQemu) -> None
             raise ToolError("snaptree was killed before the guest's memory was saved", "take the snapshot again")
         if pid != str(qemu.pid):
             raise ToolError("QEMU died before the memory was saved", "take the snapshot again")
-        await memory.until_done(qemu.qmp, _followed(step.used, context))
+        await memory.until_done(qemu.qmp, followed(step.used, context))
     finally:
-        await _set_right(step, context, qemu)
+        await set_right(step.path, context, qemu)
     durable.publish(durable.temporary_path(step.path, context.token), step.path)
 
 
-async def _set_right(step: SaveMemory, context: Context, qemu: RunningQemu) -> None:
+async def set_right(about: str, context: Context, qemu: RunningQemu) -> None:
     """End what is still being saved, let the guest go on that we have stopped, and set all as its user had it."""
-    pid, _, text = (context.journal.recall(_settings(step.path)) or "").partition(" ")
+    pid, _, text = (context.journal.recall(_settings(about)) or "").partition(" ")
     if pid != str(qemu.pid):
         return
     await memory.abandon(qemu.qmp)
-    stopped = context.journal.recall(_stopped(step.path)) == pid and context.journal.noted(step.path) != PIVOT
+    stopped = context.journal.recall(_stopped(about)) == pid and context.journal.noted(about) != PIVOT
     if stopped and await qemu.run_state() in ("paused", "postmigrate"):
         await qemu.qmp.execute("cont")
     with suppress(SnaptreeError):
@@ -232,9 +233,24 @@ async def _set_right(step: SaveMemory, context: Context, qemu: RunningQemu) -> N
 async def unsave(step: SaveMemory, context: Context) -> None:
     """Take everything back: the guest goes on in the tips that it has."""
     if context.qemu is not None and context.recovering:
-        await _set_right(step, context, context.qemu)
+        await set_right(step.path, context, context.qemu)
     await live.close_overlays(step.cuts, context)
     unmake(step.path, context)
+
+
+def remember(about: str, before: Settings, qemu: RunningQemu, context: Context) -> None:
+    """Keep the settings that the user has, and of which process."""
+    context.journal.note(_settings(about), f"{qemu.pid} {before.text()}")
+
+
+def remember_stop(about: str, qemu: RunningQemu, context: Context) -> None:
+    """Keep that we are about to stop the guest."""
+    context.journal.note(_stopped(about), str(qemu.pid))
+
+
+def note_form(path: str, form: str, context: Context) -> None:
+    """Keep in which form the memory is saved."""
+    context.journal.note(_form(path), form)
 
 
 def form_of(path: str, context: Context) -> str:
