@@ -119,6 +119,10 @@ class ToolError(SnaptreeError):
     status = 12
 
 
+class OutrunError(ToolError):
+    """A guest writes faster than its disk is merged, so that the merge does not come to its end."""
+
+
 class CancelledError(SnaptreeError):
     """The operation was stopped on request; everything that is kept is whole."""
 

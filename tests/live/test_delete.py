@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from tests.kit.by_hand import WAYS, by_hand
 from tests.kit.qmp import Qmp
 from tests.kit.stage import Stage
+
+from snaptree.qemu import live_jobs
 
 
 def snapshots(stage: Stage, count: int, more: int = 60) -> dict[str, tuple[int, ...]]:
@@ -207,6 +210,24 @@ def test_layers_of_a_machine_that_somebody_started_are_merged(
         files = {each["file"] for each in qmp("query-named-block-nodes", flat=True) if each["drv"] == "file"}
     assert len(files) == 2
     stage.finish()
+
+
+def test_a_guest_that_outruns_a_commit_has_its_data_pulled_up(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan changes its way rather than hang; the root has its name again when the machine has stopped."""
+    guest = stage.start(raw=False)
+    snapshots(stage, 1, 200)
+    # Whatever is not done at once counts as outrun: how fast the guest writes nobody can tell.
+    monkeypatch.setattr(live_jobs, "CONVERGE_SECONDS", 0.0)
+    assert "faster" in stage("delete web1 s1 --merge commit --limit 256K", status=12).err
+    guest.writes_on()
+    stage("snapshot web1 s2")
+    assert stage("delete web1 s2 --plan --json").json["way"] == "commit"
+    said = stage("delete web1 s2 --limit 256K --json").json
+    assert any("pulled up instead" in note for note in said["notes"])
+    guest.writes_on()
+    stage.finish()
+    assert stage.show()["pending"] == []
+    assert {Path(each["path"]).name for each in stage.show()["layers"]} == {"vda.qcow2", "vdb.qcow2"}
 
 
 # ---- stopped and killed -------------------------------------------------------------------------------------------

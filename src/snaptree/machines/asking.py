@@ -61,12 +61,8 @@ async def _asked(qemu: RunningQemu, tree: Tree, writer: str, name: str) -> tuple
         if not writer and not _any_open(graph, tree):
             await qemu.close()
             return Power(OFF, None, f"the QEMU at {qemu.path} runs another machine"), None
-        nodes = match(graph, tree, qemu.path)
-        state = await qemu.state()
-        words = qemu.command_line()
-        known = frozenset(layer for layer, node in nodes.items() if options_of(graph, node, words) is not None)
-        live = Live(state, qemu.pid, frozenset(nodes), commands, known, graph.files(), graph.plugged())
-        return Power(state, live), qemu
+        live = await _live(qemu, graph, tree, commands)
+        return Power(live.state, live), qemu
     except SnaptreeError as error:
         await qemu.close()
         return Power(UNKNOWN, None, error.message, error.hint), None
@@ -77,9 +73,14 @@ async def again(qemu: RunningQemu, tree: Tree) -> Power:
 
     :raise UnhealthyError: it has other images open than the tree says.
     """
-    nodes = match(await qemu.graph(), tree, qemu.path)
-    state = await qemu.state()
-    return Power(state, Live(state, qemu.pid, frozenset(nodes), await qemu.commands()))
+    live = await _live(qemu, await qemu.graph(), tree, await qemu.commands())
+    return Power(live.state, live)
+
+
+async def _live(qemu: RunningQemu, graph: BlockGraph, tree: Tree, commands: frozenset[str]) -> Live:
+    nodes, words = match(graph, tree, qemu.path), qemu.command_line()
+    known = frozenset(layer for layer, node in nodes.items() if options_of(graph, node, words) is not None)
+    return Live(await qemu.state(), qemu.pid, frozenset(nodes), commands, known, graph.files(), graph.plugged())
 
 
 async def for_recovery(database: Database, config: MachineConfig, tree: Tree) -> RunningQemu | None:

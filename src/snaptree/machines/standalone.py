@@ -8,9 +8,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from snaptree.errors import BusyError, NotFoundError, RefusedError, SnaptreeError
+from snaptree.errors import BusyError, NotFoundError, OutrunError, RefusedError, SnaptreeError
 from snaptree.images import durable
 from snaptree.images.locks import MachineLock
 from snaptree.machines.finding import find_disk
@@ -19,6 +20,7 @@ from snaptree.machines.free import require_free, require_plugged_in, without_oth
 from snaptree.machines.going import going
 from snaptree.machines.memories import arrive, as_it_went, merge_loose, moving, with_memory
 from snaptree.machines.options import DiskOption
+from snaptree.machines.outrun import pull_instead
 from snaptree.machines.power import LOOK_SECONDS, WORK_SECONDS, Power, monitor_of, silent
 from snaptree.machines.survey import measure, read_survey
 from snaptree.model.layer import LayerId
@@ -166,10 +168,11 @@ class Standalone:
         power = self.power(_expected(tree, request), request)
         moves = moving(self, request, power, tree)
         gone = going(self, request, power, tree) if moves is None else None
-        plan = self._plan(tree, Power(OFF) if gone else power, request)
+        plan = self.plan_with(tree, Power(OFF) if gone else power, request)
         return gone.told(plan) if gone else plan
 
-    def _plan(self, tree: Tree, power: Power, request: Request) -> Plan:
+    def plan_with(self, tree: Tree, power: Power, request: Request) -> Plan:
+        """The plan for a request on a machine that is known to do this."""
         if not isinstance(request, RenameRequest | SetRequest):
             power.require_known(self.name)
             if power.live is not None:
@@ -248,7 +251,7 @@ class Standalone:
                 if moves is not None and not loops.runs():
                     raise LoopNeededError
                 gone = going(self, request, power, tree) if moves is None else None
-                plan = self._plan(tree, Power(OFF) if gone else power, request)
+                plan = self.plan_with(tree, Power(OFF) if gone else power, request)
                 if isinstance(request, AttachRequest) and qemu is not None:
                     from snaptree.machines.asking import match
 
@@ -259,23 +262,20 @@ class Standalone:
                     await gone.turn_off(qemu, tree)
                     # What was planned rested on disks that the guest wrote to.
                     power, qemu = Power(OFF), None
-                    plan = gone.told(self._plan(tree, power, request))
+                    plan = gone.told(self.plan_with(tree, power, request))
                 lock.extend(files_of(plan))
                 moved = sorted(path for path, inode in _seen(tree, request).items() if inode != seen[path])
                 if moved:
                     hint = "see what did it, and try again"
                     raise BusyError(f"{moved[0]} has been replaced since it was planned", hint)
+                run = partial(
+                    executor.run, self.database, self.name, lock=lock, report=progress or unheard, control=control
+                )
+                still = _still(tree, request) if power.live is None and moves is None else ()
                 try:
-                    outcome = await executor.run(
-                        self.database,
-                        self.name,
-                        plan,
-                        lock=lock,
-                        still=_still(tree, request) if power.live is None and moves is None else (),
-                        qemu=qemu,
-                        report=progress or unheard,
-                        control=control,
-                    )
+                    outcome = await run(plan, qemu=qemu, still=still)
+                except OutrunError as error:
+                    outcome = await pull_instead(self, error, plan, request, partial(run, qemu=qemu), lock, qemu)
                 except BaseException:
                     if not operations.unfinished(self.database, self.name):
                         if gone is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -189,6 +190,9 @@ def _up(draft: Draft, choice: Choice) -> Tree:
     pulled = tree.with_layers(replace(top, parent=lowest.parent, identity=None))
     left: LayerId | None = lowest.id if lowest.id in settle(pulled, draft.outsiders).layers else None
     if not is_owned_root(tree, lowest.id) or left is not None:
+        return pulled
+    if top.format == lowest.format and posixpath.dirname(top.path) == posixpath.dirname(lowest.path):
+        draft.notes.append(f"{top.path} gets the name {lowest.path} when the machine has stopped")
         return pulled
     draft.notes.append(f"the root of {top.disk} is now {top.path}")
     return replace(pulled, roots={**pulled.roots, top.disk: (top.path, top.format)})

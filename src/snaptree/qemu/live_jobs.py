@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from snaptree.errors import CancelledError, ToolError
+from snaptree.errors import CancelledError, OutrunError, ToolError
 from snaptree.qemu.jobs import FIRST_POLL, FLUSH_SECONDS, LAST_POLL, STALL_SECONDS, Job, JobProgress, Steering, query
 from snaptree.qemu.session import QmpSession, explain
 
@@ -77,7 +77,8 @@ async def follow(
 
     :raise CancelledError: ``cancelled`` said so.
     :raise NoSpaceError: a job ran out of room.
-    :raise ToolError: a job failed, stands still, or does not come to its end because the guest writes too fast.
+    :raise ToolError: a job failed or stands still.
+    :raise OutrunError: a job does not come to its end because the guest writes too fast.
     """
     names = {job.id: job for job in jobs}
     pause = FIRST_POLL
@@ -106,7 +107,7 @@ async def follow(
             if left < nearest.get(name, left + 1):
                 nearest[name], nearer = left, time.monotonic()
         if any(job.active for job in jobs) and time.monotonic() - nearer > CONVERGE_SECONDS:
-            raise ToolError(
+            raise OutrunError(
                 f"the guest writes faster than its disk is committed: no nearer for {CONVERGE_SECONDS:.0f} s",
                 "use --merge pull, or 'snaptree gc' when it is quiet or off",
             )
@@ -153,7 +154,7 @@ async def stop_the_guest(qmp: QmpSession, job: Merging) -> bool:
     """Bring an active commit from ready to pending: both files are the same, and the guest's requests wait.
 
     :return: whether it is so; without it the commit has ended already.
-    :raise ToolError: it does not get there in time.
+    :raise OutrunError: it does not get there in time.
     """
     deadline = time.monotonic() + PENDING_SECONDS
     asked = False
@@ -167,7 +168,7 @@ async def stop_the_guest(qmp: QmpSession, job: Merging) -> bool:
             await qmp.execute("job-complete", id=job.id)
             asked = True
         if time.monotonic() > deadline:
-            raise ToolError(
+            raise OutrunError(
                 f"the guest writes too fast for its disk to go over within {PENDING_SECONDS:.0f} s",
                 "use --merge pull, or 'snaptree gc' when it is quiet or off",
             )
