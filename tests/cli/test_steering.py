@@ -20,6 +20,7 @@ from tests.kit.scene import Scene, command
 
 import snaptree
 from snaptree.errors import CancelledError, NotFoundError, RefusedError
+from snaptree.running import calling
 
 TOOL = [sys.executable, "-c", "import sys; from snaptree.cli.main import run; sys.exit(run(sys.argv[1:]))"]
 WRITTEN = 48 * MiB
@@ -148,8 +149,18 @@ def test_the_limit_is_lifted_and_kept(slow: Scene, started: Started) -> None:
     whole(slow)
 
 
-@pytest.mark.parametrize("case", WAYS)
-@pytest.mark.parametrize("paused", [False, True], ids=["running", "paused"])
+QUICK = [("mover, down", True), ("QEMU, up", True), ("mover, up", False), ("QEMU, down", False)]
+"""Those that are run by default."""
+
+
+@pytest.mark.parametrize(
+    ("case", "paused"),
+    [
+        pytest.param(case, paused, marks=[] if (case, paused) in QUICK else [pytest.mark.slow])
+        for case in WAYS
+        for paused in (False, True)
+    ],
+)
 def test_cancelled(slow: Scene, started: Started, case: str, paused: bool) -> None:
     way, environment, cancel = WAYS[case]
     outcome = {"pauses": "paused", "undoes": "undone"}[cancel]
@@ -255,14 +266,18 @@ def test_one_whose_process_was_killed_is_interrupted(slow: Scene, started: Start
     slow.sound()
 
 
-def test_one_that_does_not_answer(slow: Scene, started: Started) -> None:
+def test_one_that_does_not_answer(slow: Scene, started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
     process = started("delete web1 s1 --merge commit --limit 2MiB/s")
     moving(slow)
     process.send_signal(signal.SIGSTOP)
-    (found,) = going_on(slow)
-    assert found["state"] == "unknown" and found["process"] == process.pid
-    assert "does not answer" in slow("operations").out
-    assert f"process {process.pid}" in slow("pause web1", status=5).err
+    while not all(") T " in each.read_text() for each in Path(f"/proc/{process.pid}/task").glob("*/stat")):
+        time.sleep(0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr(calling, "ANSWER_SECONDS", 0.5)
+        (found,) = going_on(slow)
+        assert found["state"] == "unknown" and found["process"] == process.pid
+        assert "does not answer" in slow("operations").out
+        assert f"process {process.pid}" in slow("pause web1", status=5).err
     process.send_signal(signal.SIGCONT)
     slow("cancel web1")
     process.communicate(timeout=30)

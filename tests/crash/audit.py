@@ -188,6 +188,9 @@ class Audit:
         elif "/state.sqlite-wal" in path:
             # SQLite removes it when all of it has gone into the state file.
             (self.state.discard if "sync" in call or call in NAMES else self.state.add)(path)
+        elif "/state/operations" in path:
+            # The sockets of what runs live no longer than it.
+            pass
         elif not path.startswith(self.folder) or "/state.sqlite" in path or path.endswith(" (deleted)"):
             return  # What has no name is nobody's.
         elif call == "punch":

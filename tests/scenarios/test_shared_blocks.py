@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +17,12 @@ from tests.kit.scene import SLOT, Scene
 from tests.kit.space import held, mounted
 from tests.scenarios.test_found_by_attack import killed_at
 
-from snaptree.errors import RefusedError
+from snaptree.errors import CancelledError, RefusedError
 from snaptree.images import durable
+from snaptree.machines.connection import Connection
 from snaptree.planning.delete import DeleteRequest
+from snaptree.running.control import Control
+from snaptree.running.progress import Progress
 
 KINDS = ("xfs", "btrfs")
 
@@ -337,4 +342,40 @@ def test_what_was_not_closed_cleanly_is_counted_before_it_is_built_upon(xfs: Sce
     xfs("delete web1 s1")
 
     assert xfs.shows() == "bxbbkyz."
+    xfs.sound()
+
+
+@pytest.mark.parametrize("ending", ["resumed", "cancelled"])
+def test_sharing_is_paused(xfs: Scene, ending: str) -> None:
+    """No more blocks are shared until it is resumed; cancelled, what was built aside goes."""
+    line(xfs)
+    before = xfs.files()
+    control = Control("web1")
+    seen: list[str] = []
+
+    def steer() -> None:
+        until = time.monotonic() + 20
+        while control.state != "paused" and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        seen.append(control.state)
+        if ending == "cancelled":
+            control.cancel()
+        control.resume()
+
+    def watch(progress: Progress) -> None:
+        if progress.summary.startswith("build") and not seen and not control.limiter.held:
+            control.pause()
+            threading.Thread(target=steer).start()
+
+    machine = Connection(str(xfs.state)).machine("web1")
+    if ending == "cancelled":
+        with pytest.raises(CancelledError):
+            machine.run(DeleteRequest(("s1",), "reflink"), progress=watch, control=control)
+        assert xfs.files() == before and "s1" not in xfs.names()
+        xfs("gc web1")
+    else:
+        machine.run(DeleteRequest(("s1",), "reflink"), progress=watch, control=control)
+    assert seen == ["paused"]
+    assert (xfs.shows("s2"), xfs.shows()) == ("bx.x....", "yx.xy...")
     xfs.sound()

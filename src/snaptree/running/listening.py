@@ -16,7 +16,6 @@ import contextlib
 import json
 import selectors
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -36,7 +35,6 @@ PATIENCE = 5.0
 AT_ONCE = 32
 """So many are heard at once; the others wait until one of these has been answered, or has had its time."""
 MOST_LIMIT = 1 << 60
-END_SECONDS = 2.0
 
 
 @dataclass
@@ -63,8 +61,8 @@ def heard(state: str, control: Control) -> Iterator[None]:
         server.start()
         yield
     finally:
+        listening.remove()
         server.stop()
-        listening.close()
 
 
 class _Server:
@@ -75,22 +73,18 @@ class _Server:
         self._askers: dict[socket.socket, _Asker] = {}
         self._selector = selectors.DefaultSelector()
         self._ours, self._theirs = socket.socketpair()
-        self._ended = threading.Event()
-        self._ended.set()
 
     def start(self) -> None:
         """Begin; without memory for a thread nobody is heard."""
-        with contextlib.suppress(RuntimeError):
-            self._ended.clear()
+        try:
             # Not threading.Thread, whose start waits for the new thread's first word: see images/workers.py.
             _thread.start_new_thread(self._serve, ())
-            return
-        self._ended.set()
+        except RuntimeError:
+            self._end()
 
     def stop(self) -> None:
-        """Hear nobody any more."""
+        """Hear nobody any more; the thread is not waited for."""
         self._ours.close()
-        self._ended.wait(END_SECONDS)
 
     def _serve(self) -> None:
         try:
@@ -102,11 +96,14 @@ class _Server:
             # Nobody is heard any more; whoever is connected sees the end of the connection.
             pass
         finally:
-            for each in self._askers.values():
-                each.connection.close()
-            self._selector.close()
-            self._theirs.close()
-            self._ended.set()
+            self._end()
+
+    def _end(self) -> None:
+        for each in self._askers.values():
+            each.connection.close()
+        self._selector.close()
+        self._listening.close()
+        self._theirs.close()
 
     def _turn(self) -> bool:
         """Do what is to be done now; whether there is a next turn."""

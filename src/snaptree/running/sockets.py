@@ -73,7 +73,7 @@ def _folder(state: str, *, make: bool) -> Iterator[int]:
 
 
 class Listening:
-    """A socket that listens in the state folder until :meth:`close`; ``name`` is its file's.
+    """A socket that listens in the state folder; ``name`` is its file's. Whoever has it closes it.
 
     :raise OSError: there can be none (a file system without sockets, a link in the way).
     :raise RefusedError: the folder is not to be trusted.
@@ -96,9 +96,8 @@ class Listening:
             self.socket.close()
             raise
 
-    def close(self) -> None:
-        """Stop listening, and remove the socket."""
-        self.socket.close()
+    def remove(self) -> None:
+        """Remove its name: nobody new finds it."""
         with suppress(OSError, RefusedError), _folder(self._state, make=False) as folder:
             os.unlink(self.name, dir_fd=folder)
 
