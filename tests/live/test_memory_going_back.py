@@ -51,6 +51,7 @@ def test_going_back_parks_with_memory_and_back_again(lasting: Stage) -> None:
     stage("switch web1 main.1 --paused")
     stage.agree_with(parked, stage.monitor)
     assert stage.names()["main"]["memory"] and not stage.names()["main.1"]["memory"]
+    assert "memory " in stage("branches web1").out and "memory " in stage("show web1").out
     assert remembered(stage) == {"web1.s1.memory", "web1.main.memory"}
     with stage.qmp() as qmp:
         qmp("cont")
