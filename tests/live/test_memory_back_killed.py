@@ -49,12 +49,12 @@ def require_right(stage: Stage) -> bool:
 @pytest.mark.parametrize(
     ("command", "before", "there"),
     [
-        ("migrate-incoming", False, False),
         ("stop", False, False),
         ("migrate", False, False),
         ("cont", True, True),
         ("cont", False, True),
-        ("blockdev-set-active", False, True),
+        pytest.param("blockdev-set-active", False, True, marks=LONG),
+        pytest.param("migrate-incoming", False, False, marks=LONG),
         *(pytest.param(each, True, False, marks=LONG) for each in ("add-fd", "query-yank", "stop", "migrate")),
     ],
 )
@@ -133,7 +133,7 @@ def kill_one(stage: Stage, *, new: bool) -> None:
                 time.sleep(0.01)
 
 
-@pytest.mark.parametrize("moment", ["load", "until_done"])
+@pytest.mark.parametrize("moment", ["load", pytest.param("until_done", marks=LONG)])
 def test_the_new_qemu_is_killed_and_the_old_guest_goes_on(
     lasting: Stage, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

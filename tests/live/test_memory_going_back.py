@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
+import socket
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,7 @@ def test_going_back_parks_with_memory_and_back_again(lasting: Stage) -> None:
     stage("switch web1 main.1 --paused")
     stage.agree_with(parked, stage.monitor)
     assert stage.names()["main"]["memory"] and not stage.names()["main.1"]["memory"]
+    assert "memory " in stage("branches web1").out and "memory " in stage("show web1").out
     assert remembered(stage) == {"web1.s1.memory", "web1.main.memory"}
     with stage.qmp() as qmp:
         qmp("cont")
@@ -241,3 +243,24 @@ def test_a_machine_that_somebody_else_starts(lasting: Stage, monkeypatch: pytest
     stage.guest.went_over()
     stage.guest.writes_on()
     stage("stop web1 --force")
+
+
+def test_two_that_cannot_run_at_once(lasting: Stage) -> None:
+    """A port that the running one holds: it is told, and works from the machine turned off."""
+    stage = lasting
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    taken = f" -chardev socket,id=taken,host=127.0.0.1,port={port},server=on,wait=off"
+    stage.add("--start", stage.boot.command(stage.folder) + taken, raw=False)
+    stage("start web1")
+    guest = stage.guest
+    guest.go()
+    stage("snapshot web1 s1 --memory")
+    said = stage("revert web1 s1", status=12)
+    assert "in use" in said.err and "'snaptree stop' it first" in said.err
+    guest.writes_on()
+    stage("stop web1")
+    stage("revert web1 s1 --discard")
+    guest.went_over()
+    stage.finish()

@@ -37,12 +37,11 @@ def require_right(stage: Stage, name: str) -> bool:
     ("command", "before"),
     [
         ("stop", False),
-        ("transaction", True),
         ("transaction", False),
         ("cont", True),
         ("cont", False),
         *(pytest.param(each, False, marks=LONG) for each in ("migrate-set-capabilities", "add-fd", "migrate")),
-        pytest.param("remove-fd", True, marks=LONG),
+        *(pytest.param(each, True, marks=LONG) for each in ("transaction", "remove-fd")),
     ],
 )
 def test_killed_while_the_guest_stands_still(stage: Stage, command: str, before: bool) -> None:

@@ -120,3 +120,5 @@ def branches_command(machine: str, as_json: bool) -> None:
         for disk, point in branch["tips"].items():
             inside = f" (internal {point['internal']!r})" if point["internal"] else ""
             say(f"    {disk} {point['path']}{inside}")
+        if branch["memory"]:
+            say(f"    memory {branch['memory']}")

@@ -41,9 +41,10 @@ async def go_over(step: GoOver, context: Context) -> None:
         else:
             await _begin(step, context, new)
     except BaseException:
-        if new is not None:
-            await _drop(new)
-        _give_sockets_back(context)
+        if context.journal.noted(step.monitor) != PIVOT:
+            if new is not None:
+                await _drop(new)
+            _give_sockets_back(context)
         raise
     await _finish(step, context, new)
 
@@ -142,7 +143,7 @@ async def _begin(step: GoOver, context: Context, new: RunningQemu | None) -> Non
     try:
         if new is not None and step.after == RUNNING:
             await new.qmp.execute("cont")
-    except SnaptreeError:
+    except BaseException:
         context.journal.note(step.monitor, STAY)
         raise
 
