@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.kit.space import mounted
 from tests.kit.stage import Stage, kill_all
 
 from snaptree.qemu import memory
@@ -80,9 +83,17 @@ def settings(stage: Stage) -> tuple[Any, Any]:
         return qmp("query-migrate-capabilities"), qmp("query-migrate-parameters")
 
 
-def test_where_the_host_cannot_the_guest_waits(stage: Stage) -> None:
+@pytest.fixture
+def on_disk(place: Path) -> Iterator[Path]:
+    """A folder on a file system with a disk, wherever the tests' own folders are."""
+    with mounted(place, "ext4", 256 << 20) as folder:
+        yield folder
+        kill_all(place)
+
+
+def test_where_the_host_cannot_the_guest_waits(stage: Stage, on_disk: Path) -> None:
     """With memory in a file on a disk QEMU cannot save in the background; its user's settings are put back."""
-    place = stage.folder / "ram-of-web1"
+    place = on_disk / "ram-of-web1"
     backend = f"-machine q35,memory-backend=pc.ram -object memory-backend-file,id=pc.ram,size=96M,mem-path={place}"
     stage.add("--start", stage.boot.command(stage.folder).replace("-machine q35", f"{backend},share=on"), raw=False)
     stage("start web1")
