@@ -16,7 +16,7 @@ from snaptree.planning.live_steps import LiveJob, LiveMerge
 from snaptree.planning.merged import merged_down, to_be_known
 from snaptree.planning.plan import Plan
 from snaptree.planning.settle import settle
-from snaptree.planning.steps import Record, Step
+from snaptree.planning.steps import Record, Repoint, Step
 from snaptree.planning.ways import Choice, Row, is_owned_root, obstacles, open_as_asked, require_room
 
 USUAL_SPEED = 200e6
@@ -156,6 +156,8 @@ def _steps(draft: Draft, choices: Sequence[Choice]) -> Plan:
     steps.append(LiveMerge(jobs))
     no_return = len(steps)
     for choice in choices:
+        if choice.down:
+            steps += _repointed(draft, choice)
         draft.tree = merged_down(draft.tree, choice.row) if choice.down else _up(draft, choice)
     after = settle(draft.tree, draft.outsiders)
     cleanup, freed = draft.cleanup(after)
@@ -181,6 +183,15 @@ def _steps(draft: Draft, choices: Sequence[Choice]) -> Plan:
         touches=tuple(sorted({tree.layers[each].path for choice in choices for each in choice.row})),
         estimate=True,
     )
+
+
+def _repointed(draft: Draft, choice: Choice) -> list[Step]:
+    """Headers of other branches' layers that stand on what goes down; that of the line it runs on QEMU writes."""
+    tree, live = draft.tree, draft.survey.live
+    opened = live.open if live is not None else frozenset()
+    lowest = tree.layers[choice.row[0]]
+    beside = [tree.layers[each] for each in tree.children.get(choice.row[-1], ()) if each not in opened]
+    return [Repoint(each.path, lowest.path, lowest.format) for each in beside if each.id not in draft.fresh]
 
 
 def _up(draft: Draft, choice: Choice) -> Tree:
