@@ -124,6 +124,17 @@ def test_another_branch_is_merged_beside_it() -> None:
     assert "move" in kinds(found) and "live-merge" in kinds(found)
 
 
+def test_other_branches_on_what_goes_down_are_pointed_anew() -> None:
+    """QEMU writes the header of what it has open on it, and of nothing else."""
+    forked = Machine().run(SnapshotRequest("s1"), SnapshotRequest("s2"), BranchRequest("other", "s2"))
+    found = running(forked).plan(DeleteRequest(("s1",), "commit"))
+    assert "live-merge" in kinds(found)
+    paths = [step.path for each in found.every() for step in each.steps if isinstance(step, Repoint)]
+    other = found.end.branches["other"].tips["vda"].layer
+    assert paths == [found.end.layers[other].path]
+    assert found.end.layers[other].parent == found.end.snapshots["s2"].points["vda"].layer
+
+
 def test_a_live_snapshot_is_one_step_over_all_disks() -> None:
     found = running(Machine()).plan(SnapshotRequest("s1"))
     cuts = [step for step in found.steps if isinstance(step, LiveSnapshot)]
