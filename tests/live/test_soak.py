@@ -49,14 +49,18 @@ class Soak:
         if len(self.held) >= MOST:
             verb = self.delete
         began = time.monotonic()
-        verb()
         name = getattr(verb, "__name__", "gc").replace("<lambda>", "gc")
+        print(f"{sum(self.done.values())}: {name}", end="", flush=True)
+        verb()
         self.done[name] += 1
-        self.stage.guest.writes_on(8)
+        try:
+            self.stage.guest.writes_on(8)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: the machine is {self.stage.show()['state']}: {error}") from error
         for each, held in self.held.items():
             assert self.stage.holds(each) == held, (each, name)
         assert {*self.held, self.active} == set(self.stage.names())
-        print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
+        print(f", {time.monotonic() - began:.1f} s", flush=True)
 
     # ---- the verbs ------------------------------------------------------------------------------------------------
 
