@@ -139,9 +139,9 @@ class Soak:
 
     def _go(self, line: str, target: str, *, memory: bool) -> None:
         """Go elsewhere; with its memory the guest goes on, otherwise it starts anew."""
-        stage, said = self.stage, len(self.stage.guest.lines())
-        held, before = self.held[target], self.active
+        stage, held, before = self.stage, self.held[target], self.active
         stage(line)
+        said = len(stage.guest.lines())
         shown = stage.show()
         self.active = shown["active_branch"]
         parked = {each["name"] for each in shown["branches"]} - {self.active}
