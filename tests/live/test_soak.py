@@ -153,12 +153,15 @@ class Soak:
         self.branches = parked
         self.memories = {name for name, each in stage.names().items() if each["memory"] is not None}
         until = time.monotonic() + SECONDS
-        while not any(each.startswith("F ") for each in stage.guest.lines()[said + 1 :]):
+        while not (told := [each for each in stage.guest.lines()[said + 1 :] if each.startswith("F ")]):
             assert time.monotonic() < until, line
             if memory:
                 time.sleep(0.05)
             else:
                 stage.guest.tell(f"at {held[-1]}", "go")
+        print(f" ({line}, which holds {held}: {told[0]})", end="")
+        # Memory and disks are of one instant: it goes on just where the disks end.
+        assert held[-1] - 8 <= int(told[0].split()[1]) < held[-1] + 2000, (line, held, told)
 
 
 @pytest.mark.timeout(3000)
