@@ -128,7 +128,7 @@ class Boot:
         console += ",logappend=on" if self.append else ""
         words = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-machine", "q35", "-accel", "tcg"]
         words += ["-m", "96", "-display", "none", "-no-reboot", "-kernel", str(kernel())]
-        words += ["-initrd", str(self.initramfs), "-append", "console=ttyS0 quiet panic=1"]
+        words += ["-initrd", str(self.initramfs), "-append", "console=ttyS0 quiet panic=1 no_timer_check"]
         words += ["-chardev", console, "-serial", "chardev:console"]
         return [*words, "-incoming", f"file:{self.memory}"] if saved else words
 

@@ -24,20 +24,20 @@ PIDFD_GETFD = 438
 REFUSED = 6
 
 
-def ending(kill: Callable[[], None]) -> None:
-    """Be killed when the journal is to say that the operation has come to its end."""
+def recording(kill: Callable[[], None]) -> None:
+    """Be killed when the tree is to change, by which the operation comes to its end."""
 
-    def end(*_: Any) -> None:
+    def record(*_: Any) -> None:
         kill()
 
-    setattr(Journal, "end", end)  # noqa: B010
+    setattr(Journal, "record", record)  # noqa: B010
 
 
 @pytest.mark.parametrize("command", ["start", "stop"])
 def test_what_was_killed_is_settled_first(still: Still, command: str) -> None:
     if command == "start":
         still("stop web1 --force")
-    still.killed("snapshot web1 s1", ending)
+    still.killed("snapshot web1 s1", recording)
     assert "interrupted" in still.show()["pending"][0]
     still("start web1" if command == "start" else "stop web1 --force")
     assert still.show()["pending"] == []

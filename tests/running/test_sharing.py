@@ -34,9 +34,11 @@ def put_in_place(kill: Callable[[], None]) -> None:
     """Be killed when a merged file has taken the other's place, and the folder has not been synced yet."""
     rename = os.rename
 
-    def renamed(source: str, target: str) -> None:
-        rename(source, target)
-        kill()
+    def renamed(source: str, target: str, **folders: int) -> None:
+        rename(source, target, **folders)
+        # What is named within a folder is a socket.
+        if not folders:
+            kill()
 
     setattr(os, "rename", renamed)  # noqa: B010
 
