@@ -65,7 +65,8 @@ async def _asked(qemu: RunningQemu, tree: Tree, writer: str, name: str) -> tuple
         state = await qemu.state()
         words = qemu.command_line()
         known = {layer for layer, node in nodes.items() if options_of(graph, node, words) is not None}
-        return Power(state, Live(state, qemu.pid, frozenset(nodes), commands, frozenset(known))), qemu
+        tracked = frozenset(layer for layer, node in nodes.items() if node.bitmaps)
+        return Power(state, Live(state, qemu.pid, frozenset(nodes), commands, frozenset(known), tracked)), qemu
     except SnaptreeError as error:
         await qemu.close()
         return Power(UNKNOWN, None, error.message, error.hint), None

@@ -14,7 +14,8 @@ class Live:
     """The QEMU that has the active tips open.
 
     ``state`` is ``running`` or ``paused``. ``open`` are the layers that it has open, tips and all beneath them;
-    of ``reopenable`` it is known how it has opened them. ``commands`` is what its monitor can be asked for.
+    of ``reopenable`` it is known how it has opened them, of ``tracked`` it keeps dirty bitmaps. ``commands`` is what
+    its monitor can be asked for.
     """
 
     state: str
@@ -22,3 +23,4 @@ class Live:
     open: frozenset[LayerId] = frozenset()
     commands: frozenset[str] = frozenset()
     reopenable: frozenset[LayerId] = frozenset()
+    tracked: frozenset[LayerId] = frozenset()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import shlex
 import socket
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -13,7 +13,7 @@ from snaptree.images import durable
 from snaptree.model.live import PAUSED, RUNNING
 from snaptree.qemu.dialling import dial, listener
 from snaptree.qemu.graph import BlockGraph, Inode, read_graph
-from snaptree.qemu.session import GREETING_SECONDS, QmpSession
+from snaptree.qemu.session import GREETING_SECONDS, QmpSession, was_cut_short
 
 
 class RunningQemu:
@@ -36,18 +36,25 @@ class RunningQemu:
         :param seconds: how long it may take to greet us.
         :raise ToolError: somebody listens and does not greet us: the monitor is held by another client, or is none.
         """
-        found = dial(path)
-        if found is None:
-            return None
-        pid = listener(found)
-        qmp = QmpSession(f"the QEMU at {path}")
-        try:
-            found.setblocking(False)
-            await qmp.connect(found, seconds)
-        except BaseException:
-            found.close()
-            raise
-        return cls(qmp, found, pid, path)
+        for again in (True, False):
+            found = dial(path)
+            if found is None:
+                return None
+            pid = listener(found)
+            qmp = QmpSession(f"the QEMU at {path}")
+            try:
+                found.setblocking(False)
+                await qmp.connect(found, seconds)
+                return cls(qmp, found, pid, path)
+            except ToolError as error:
+                found.close()
+                # It may say an event before it answers what it is asked first, which our client does not expect.
+                if not (again and was_cut_short(error)):
+                    raise
+            except BaseException:
+                found.close()
+                raise
+        return None
 
     @property
     def descriptor(self) -> int:
@@ -98,6 +105,17 @@ class RunningQemu:
         graph = await self.graph()
         return frozenset(node.inode for node in graph.nodes.values() if node.inode is not None)
 
+    def descriptors(self) -> frozenset[Inode]:
+        """The files that its process has open, whatever their names lead to by now; none when we may not know."""
+        found: set[Inode] = set()
+        folder = f"/proc/{self.pid}/fd"
+        with suppress(OSError):
+            for name in os.listdir(folder):
+                with suppress(OSError):
+                    status = os.stat(f"{folder}/{name}")
+                    found.add((status.st_dev, status.st_ino))
+        return frozenset(found)
+
     def command_line(self) -> tuple[str, ...]:
         """The words that started it; none when we may not know them."""
         try:
@@ -118,12 +136,16 @@ class RunningQemu:
     async def flush(self, node: str, path: str) -> None:
         """Have everything written to an image that QEMU holds back, tables too, and see that it is on disk.
 
-        There is no command for it but in the human monitor, which says nothing when it fails. What it has written is
-        synced here, so that a disk that fails is told of; whether the tables are there the caller sees on the file.
+        There is no command for it but in the human monitor, which says nothing when a flush fails. What it has written
+        is synced here, so that a disk that fails is told of; whether the tables are there the caller sees on the file.
 
         :raise IoError: the file cannot be synced.
+        :raise ToolError: QEMU does not know the node.
         """
-        await self.qmp.execute("human-monitor-command", command_line=f"qemu-io {shlex.quote(node)} flush")
+        # Its words are quoted with double quotes alone: QEMU's own names begin with a sign that a shell would mind.
+        said = await self.qmp.execute("human-monitor-command", command_line=f'qemu-io "{node}" flush')
+        if said:
+            raise ToolError(f"{self.qmp.name} did not flush {path}: {str(said).strip()}")
         durable.sync_file(path)
 
     async def blockdev_del(self, name: str) -> None:

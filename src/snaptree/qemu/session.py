@@ -7,6 +7,7 @@ import socket
 from typing import Any
 
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError
+from qemu.qmp.qmp_client import NegotiationError
 
 from snaptree.errors import NoSpaceError, SnaptreeError, ToolError
 
@@ -65,6 +66,12 @@ class QmpSession:
             await asyncio.wait_for(self._client.disconnect(), 2.0)
         except (Exception, asyncio.CancelledError):
             return
+
+
+def was_cut_short(error: ToolError) -> bool:
+    """Whether a monitor that had greeted us then answered something else than was asked for."""
+    cause = error.__cause__
+    return isinstance(cause, ConnectError) and isinstance(cause.exc, NegotiationError)
 
 
 def explain(doing: str, reason: str) -> SnaptreeError:
