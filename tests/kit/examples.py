@@ -41,6 +41,8 @@ class Machine:
         self.reopens = False
         """Whether the QEMU that runs it can be made to read a layer anew."""
         self.memory = Saveable(1 << 30, 1 << 28, {"RAM": f"{1 << 30} bytes"}, ("background", "mapped-ram", "plain"))
+        self.tracked: frozenset[int] = frozenset()
+        """The layers of which it keeps dirty bitmaps."""
 
     def plan(self, request: Request) -> Plan:
         """The plan for the request, on the files as they are."""
@@ -48,7 +50,7 @@ class Machine:
         found = survey(disk, tree, self.number)
         if self.runs:
             opened = frozenset(each.id for tip in tree.active_branch.tips.values() for each in tree.chain(tip.layer))
-            live = Live("running", 1, opened, memory=self.memory)
+            live = Live("running", 1, opened, tracked=self.tracked, memory=self.memory)
             if self.reopens:
                 live = replace(live, commands=frozenset({"blockdev-reopen"}), reopenable=opened)
             found = replace(found, running=True, live=live)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tests.kit import guest
 from tests.kit.guest import Boot
+from tests.kit.space import mounted
 from tests.kit.stage import Stage, kill_all
 
 
@@ -33,3 +34,11 @@ def place() -> Iterator[Path]:
 def stage(boot: Boot, place: Path) -> Stage:
     """Two disks and a guest for them; no machine yet."""
     return Stage(place, boot)
+
+
+@pytest.fixture
+def sharing(boot: Boot, place: Path) -> Iterator[Stage]:
+    """A stage whose disks are on XFS."""
+    with mounted(place, "xfs", 400 << 20) as folder:
+        yield Stage(folder, boot)
+        kill_all(folder)

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.kit.by_hand import by_hand
-from tests.kit.guest import Boot
-from tests.kit.space import mounted
-from tests.kit.stage import Stage, kill_all, killed_at
+from tests.kit.stage import Stage, killed_at
 from tests.live.test_delete import kept, opened, snapshots
-
-
-@pytest.fixture
-def sharing(boot: Boot, place: Path) -> Iterator[Stage]:
-    """A stage whose disks are on XFS."""
-    with mounted(place, "xfs", 400 << 20) as folder:
-        yield Stage(folder, boot)
-        kill_all(folder)
 
 
 def files_open(stage: Stage) -> set[str]:

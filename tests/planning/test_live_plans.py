@@ -171,3 +171,20 @@ def test_what_is_refused_names_the_machine() -> None:
             require_possible("web1", request)
     with pytest.raises(RefusedError, match="fork"):
         line().plan(BranchRequest("b"))
+
+
+def test_what_a_merge_would_have_qemu_forget_is_not_merged_so() -> None:
+    """A dirty bitmap is its node's, and a backup program relies on it."""
+    machine = sharing("s1", "s2", "s3")
+    tree = machine.runner.tree
+    tip = tree.active_branch.tips["vda"].layer
+    middle = next(each.id for each in list(tree.chain(tip))[1:])
+    assert "live-merge" in kinds(machine.plan(DeleteRequest(("s3",), "pull")))
+    machine.tracked = frozenset({tip})
+    found = machine.plan(DeleteRequest(("s3",), "commit"))
+    assert kinds(found) == ["record"]
+    assert any("dirty bitmaps" in note for each in found.every() for note in each.notes)
+    # A pull leaves the highest layer's node where it is.
+    assert "live-merge" in kinds(machine.plan(DeleteRequest(("s3",), "pull")))
+    machine.tracked = frozenset({middle})
+    assert kinds(machine.plan(DeleteRequest(("s3",), "reflink"))) == ["record"]

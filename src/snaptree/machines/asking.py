@@ -80,7 +80,10 @@ async def again(qemu: RunningQemu, tree: Tree) -> Power:
 async def _live(qemu: RunningQemu, graph: BlockGraph, tree: Tree, commands: frozenset[str]) -> Live:
     nodes, words = match(graph, tree, qemu.path), qemu.command_line()
     known = frozenset(layer for layer, node in nodes.items() if options_of(graph, node, words) is not None)
-    return Live(await qemu.state(), qemu.pid, frozenset(nodes), commands, known, graph.files(), graph.plugged())
+    tracked = frozenset(layer for layer, node in nodes.items() if node.bitmaps)
+    return Live(
+        await qemu.state(), qemu.pid, frozenset(nodes), commands, known, tracked, graph.files(), graph.plugged()
+    )
 
 
 async def for_recovery(database: Database, config: MachineConfig, tree: Tree) -> RunningQemu | None:

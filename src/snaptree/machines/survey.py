@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -22,6 +22,9 @@ from snaptree.model.tree import Tree
 from snaptree.planning.unmeasured import Unmeasured
 from snaptree.store import operations, trees
 from snaptree.store.database import Database
+
+READS = 5
+"""So often the tables of an image are read anew that a guest writes to meanwhile."""
 
 
 def read_survey(
@@ -182,7 +185,7 @@ def _speed(database: Database, machine: str) -> float:
 
 def measure(tree: Tree, survey: Survey, wanted: Unmeasured) -> Survey:
     """The survey with the figures of these rows and points."""
-    from snaptree.images.mover.cost import foreseen, foreseen_point
+    from snaptree.images.mover.cost import foreseen_point
 
     figures: dict[tuple[LayerId, ...], RowFacts] = dict(survey.rows)
     points: dict[Point, PointFacts] = dict(survey.points)
@@ -191,9 +194,9 @@ def measure(tree: Tree, survey: Survey, wanted: Unmeasured) -> Survey:
         below = [(each.path, each.format) for each in list(tree.chain(row[0]))[1:]]
         try:
             with durable.explained(layers[-1][0], "read the tables of"):
-                figures[row] = foreseen(layers, below)
+                figures[row] = _counted(layers, below, again=READS if _is_written(survey, row) else 0)
         except UnhealthyError as error:
-            if survey.live is not None and row[-1] in survey.live.open:
+            if _is_written(survey, row):
                 # A guest writes to it: its tables do not stand still while they are read.
                 figures[row] = _roughly(survey, row)
                 continue
@@ -209,8 +212,27 @@ def measure(tree: Tree, survey: Survey, wanted: Unmeasured) -> Survey:
     return replace(survey, rows=figures, points=points)
 
 
+def _is_written(survey: Survey, row: tuple[LayerId, ...]) -> bool:
+    return survey.live is not None and row[-1] in survey.live.open
+
+
+def _counted(layers: Sequence[tuple[str, str]], below: Sequence[tuple[str, str]], *, again: int) -> RowFacts:
+    """What the tables say; they are read ``again`` so often where they make no sense."""
+    from snaptree.images.mover.cost import foreseen
+
+    for _ in range(again):
+        with suppress(UnhealthyError):
+            return foreseen(layers, below)
+        time.sleep(0.02)
+    return foreseen(layers, below)
+
+
 def _roughly(survey: Survey, row: tuple[LayerId, ...]) -> RowFacts:
-    """What a merge may move at the most, by what the files occupy; an estimate."""
+    """What a merge may move at the most, by what the files occupy; an estimate.
+
+    Whether blocks can be shared has not been found out.
+    """
     room = [survey.layers[each].allocated for each in row]
     down, up = sum(room[1:]), sum(room[:-1])
-    return RowFacts(down, 0, down, up, up)
+    unknown = f"the tables of {survey.layers[row[-1]].path} change while they are read"
+    return RowFacts(down, 0, down, up, up, unshared=unknown)

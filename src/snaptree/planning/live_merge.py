@@ -86,8 +86,11 @@ def _choose(draft: Draft, row: Row, way: str) -> Choice | str:
     reason = _uneven(draft, row)
     if reason:
         closed |= {"commit": closed.get("commit") or reason, "pull": closed.get("pull") or reason}
+    # What keeps data from going down is nothing to a file that takes the highest layer's place.
+    closed.pop("reflink", None)
     if reason := live_swap.obstacle(draft, row, closed):
         closed["reflink"] = reason
+    closed = _forgotten(draft, row) | closed
     rooted = is_owned_root(tree, row[0])
     if rooted and "pull" not in closed and len(tree.children.get(row[0], ())) == 1:
         closed["pull"] = (
@@ -125,6 +128,21 @@ def _uneven(draft: Draft, row: Row) -> str:
     if len({tree.layers[each].virtual_size for each in near}) > 1:
         return f"the layers around {lowest.path} are of different sizes, which only a merge with the machine off minds"
     return ""
+
+
+def _forgotten(draft: Draft, row: Row) -> dict[str, str]:
+    """The ways that would lose what QEMU keeps of what was written to layers, with the reason.
+
+    A dirty bitmap is its node's, and goes with it: a backup program would find it no more.
+    """
+    live = draft.survey.live
+    assert live is not None
+    found: dict[str, str] = {}
+    for way, gone in (("commit", row[1:]), ("pull", row[:-1]), ("reflink", row)):
+        for each in gone:
+            if each in live.tracked:
+                found[way] = f"its QEMU keeps dirty bitmaps of {draft.tree.layers[each].path}, which would be lost"
+    return found
 
 
 def _job(draft: Draft, choice: Choice) -> LiveJob:

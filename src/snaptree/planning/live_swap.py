@@ -80,6 +80,8 @@ def swap(draft: Draft, choices: Sequence[Choice], over: Mapping[Row, LayerId]) -
     cleanup, freed = draft.cleanup(after)
     steps += [Record(diff(tree, after), to_be_known(after), "the merged layers are one"), *cleanup]
     copied, grown = sum(choice.bytes for choice in choices), sum(choice.grows for choice in choices)
+    # What is shared with a file that stays takes no room.
+    added = sum(choice.adds if choice.row[0] not in after.layers else choice.grows for choice in choices)
     extents = sum(choice.extents for choice in choices)
     return Plan(
         operation="merge",
@@ -89,7 +91,7 @@ def swap(draft: Draft, choices: Sequence[Choice], over: Mapping[Row, LayerId]) -
         after=after,
         bytes_to_copy=copied,
         peak_extra_bytes=grown,
-        frees_bytes=freed - grown,
+        frees_bytes=freed - added,
         seconds=0.1 + extents * SHARING_SECONDS,
         guest_pause=SWAP_SECONDS,
         way="reflink",

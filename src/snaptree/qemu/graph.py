@@ -24,7 +24,8 @@ FILTERS = ("commit_top", "mirror_top", "stream", "copy-on-read", "throttle", "pr
 class Node:
     """One node. ``file`` and ``backing`` are the nodes beneath it, ``above`` those that stand on it.
 
-    ``path`` and ``inode`` are of the file that a protocol node has open. ``cache`` has ``direct`` and ``no-flush``.
+    ``path`` and ``inode`` are of the file that a protocol node has open. ``cache`` has ``direct`` and ``no-flush``,
+    ``bitmaps`` the names of the dirty bitmaps that QEMU keeps of it; those of jobs have none.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Node:
     above: tuple[str, ...] = ()
     cache: Mapping[str, bool] = field(default_factory=dict)
     detect_zeroes: str = "off"
+    bitmaps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,7 @@ def _read(
             above=tuple(above.get(name, ())),
             cache={key: bool(each["cache"][key]) for key in ("direct", "no-flush")},
             detect_zeroes=str(each["detect_zeroes"]),
+            bitmaps=tuple(str(one["name"]) for one in each.get("dirty-bitmaps", ()) if one.get("name")),
         )
     return BlockGraph(nodes, frozenset(each["inserted"]["node-name"] for each in devices if "inserted" in each))
 

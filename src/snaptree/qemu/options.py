@@ -16,6 +16,9 @@ from snaptree.qemu.graph import BlockGraph, Node
 
 OWN = re.compile(r"s[tvw]\d+-[0-9a-f-]+")
 """The names of nodes that snaptree has opened: at the start, for a snapshot, or for a merge."""
+_WORDS = frozenset({"aio", "detect-zeroes", "discard", "locking"})
+"""Options whose ``on`` and ``off`` are words in JSON, too, being two of several."""
+_OWN, _THEIRS = "file", "f"
 _SIZE = re.compile(r"(\d+)([bkmgt]?)", re.IGNORECASE)
 _SIZES = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 
@@ -30,26 +33,41 @@ def options_of(graph: BlockGraph, node: Node, words: Sequence[str]) -> dict[str,
     file = graph.file_of(node)
     if node.driver != "qcow2" or file is node or graph.nodes[node.file or ""] is not file:
         return None
-    if OWN.fullmatch(node.name):
+    named = _named(words)
+    source = _source(node, file, list(named))
+    if source is None:
         found: dict[str, Any] = {
             "driver": "qcow2",
             "discard": "unmap",
-            "file": {"driver": file.driver, "discard": "ignore"},
+            "file": {"driver": file.driver, "discard": "ignore", "node-name": _OWN},
         }
     else:
-        named = _named(words)
-        if node.name not in named:
+        if source not in named:
             return None
-        found = {key: value for key, value in named[node.name].items() if key != "backing"}
+        found = {key: value for key, value in named[source].items() if key != "backing"}
         inner = found.get("file")
         found["file"] = dict(named.get(inner, {})) if isinstance(inner, str) else inner
         if not isinstance(found["file"], dict) or found["file"].get("driver") != file.driver:
             return None
+        found["file"] = {**found["file"], "node-name": f"{_THEIRS}{list(named).index(source)}"}
     for options, each in ((found, node), (found["file"], file)):
         options["cache"] = dict(each.cache)
         options["detect-zeroes"] = each.detect_zeroes
     found["read-only"] = node.read_only
     return found
+
+
+def _source(node: Node, file: Node, named: Sequence[str]) -> str | None:
+    """The node of the command line that the image was opened like; ``None`` when it was like snaptree's own.
+
+    What snaptree opened in the place of another says it in the name of its file's node: a later reopen needs it, too.
+    """
+    if not OWN.fullmatch(node.name):
+        return node.name
+    number = file.name.removeprefix(f"{node.name}-{_THEIRS}")
+    if number == file.name or not number.isdigit():
+        return None
+    return named[int(number)] if int(number) < len(named) else ""
 
 
 def reopened(node: Node, options: Mapping[str, Any], backing: str) -> dict[str, Any]:
@@ -62,7 +80,7 @@ def opened_anew(options: Mapping[str, Any], path: str, name: str, backing: str |
     file = {
         **options["file"],
         "filename": path,
-        "node-name": f"{name}-file",
+        "node-name": f"{name}-{options['file']['node-name']}",
         "read-only": False,
         "auto-read-only": True,
     }
@@ -75,12 +93,13 @@ def _named(words: Sequence[str]) -> dict[str, dict[str, Any]]:
     for before, word in pairwise(words):
         if before not in ("-blockdev", "--blockdev"):
             continue
-        options = _parsed(word)
-        inner: Any = options
-        while isinstance(inner, dict):
-            if isinstance(name := inner.get("node-name"), str):
-                found[name] = inner
-            inner = inner.get("file")
+        within: list[Any] = [_parsed(word)]
+        while within:
+            options = within.pop()
+            if isinstance(options, dict):
+                if isinstance(name := options.get("node-name"), str):
+                    found[name] = options
+                within += [options.get("backing"), options.get("file")]
     return found
 
 
@@ -93,15 +112,19 @@ def _parsed(word: str) -> dict[str, Any]:
         return found if isinstance(found, dict) else {}
     options: dict[str, Any] = {}
     # A comma in a value is doubled.
-    for part in re.split(r"(?<!,),(?!,)", word):
-        key, _, value = part.partition("=")
+    for number, part in enumerate(re.findall(r"(?:[^,]|,,)+", word)):
+        key, equals, value = part.partition("=")
+        if not equals and not number:
+            # The first may be the driver alone.
+            key, value = "driver", key
         *outer, last = key.split(".")
         at = options
         for each in outer:
             at = at.setdefault(each, {})
             if not isinstance(at, dict):
                 return {}
-        at[last] = _typed(value.replace(",,", ","))
+        value = value.replace(",,", ",")
+        at[last] = value if last in _WORDS else _typed(value)
     return options
 
 

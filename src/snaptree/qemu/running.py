@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import shlex
 import socket
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -115,6 +115,17 @@ class RunningQemu:
         """The files that it has open, by device and inode."""
         return (await self.graph()).files()
 
+    def descriptors(self) -> frozenset[Inode]:
+        """The files that its process has open, whatever their names lead to by now; none when we may not know."""
+        found: set[Inode] = set()
+        folder = f"/proc/{self.pid}/fd"
+        with suppress(OSError):
+            for name in os.listdir(folder):
+                with suppress(OSError):
+                    status = os.stat(f"{folder}/{name}")
+                    found.add((status.st_dev, status.st_ino))
+        return frozenset(found)
+
     def command_line(self) -> tuple[str, ...]:
         """The words that started it; none when we may not know them."""
         try:
@@ -136,12 +147,16 @@ class RunningQemu:
     async def flush(self, node: str, path: str) -> None:
         """Have everything written to an image that QEMU holds back, tables too, and see that it is on disk.
 
-        There is no command for it but in the human monitor, which says nothing when it fails. What it has written is
-        synced here, so that a disk that fails is told of; whether the tables are there the caller sees on the file.
+        There is no command for it but in the human monitor, which says nothing when a flush fails. What it has written
+        is synced here, so that a disk that fails is told of; whether the tables are there the caller sees on the file.
 
         :raise IoError: the file cannot be synced.
+        :raise ToolError: QEMU does not know the node.
         """
-        await self.qmp.execute("human-monitor-command", command_line=f"qemu-io {shlex.quote(node)} flush")
+        # Its words are quoted with double quotes alone: QEMU's own names begin with a sign that a shell would mind.
+        said = await self.qmp.execute("human-monitor-command", command_line=f'qemu-io "{node}" flush')
+        if said:
+            raise ToolError(f"{self.qmp.name} did not flush {path}: {str(said).strip()}")
         durable.sync_file(path)
 
     async def blockdev_del(self, name: str) -> None:

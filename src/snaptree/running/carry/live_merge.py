@@ -125,7 +125,10 @@ def _merging(graph: BlockGraph, job: LiveJob, name: str) -> Merging:
     if job.way == "commit":
         backing = gate.relative_backing_name(job.child[0], job.row[0][0]) if job.child is not None else None
         return Merging(name, "commit", graph.root_of(top).name, top.name, lowest.name, backing, job.active)
-    below = _node(graph, job.below[0]) if job.below else None
+    # Another disk may stand on the same file, which is then open more than once.
+    below = next((each for each in graph.chain(lowest)[1:]), None) if job.below else None
+    if job.below and (below is None or graph.file_of(below).inode != inode_at(job.below[0][0])):
+        raise UnhealthyError(f"QEMU has not {job.below[0][0]} beneath {job.row[0][0]}", "see what was done to it")
     backing = gate.relative_backing_name(job.row[-1][0], job.below[0][0]) if job.below else None
     return Merging(name, "pull", graph.root_of(top).name, top.name, below.name if below else None, backing, False)
 

@@ -52,7 +52,7 @@ async def unswap(step: LiveSwap, context: Context) -> None:
             upper = _others(graph, each.upper, _names(step.swaps, each, context))
             if not upper:
                 raise UnhealthyError(f"QEMU has {each.upper} open no more", "see what was done to the machine")
-            back.append(reopened(child, _options(qemu, graph, child), upper[0].name))
+            back.append(reopened(child, _options(qemu, graph, child, context), upper[0].name))
     if back:
         await qemu.qmp.execute("blockdev-reopen", options=back)
     for each in step.swaps:
@@ -68,19 +68,22 @@ async def _go_over(qemu: RunningQemu, swaps: tuple[Swap, ...], context: Context,
         name = _name(swaps, each, context, hidden=hidden)
         child = _child(graph, each)
         at = graph.below(child)
-        if at is not None and at.name == name:
+        if (at is not None and at.name == name) or (not hidden and _is_settled(qemu, graph, each, context)):
             continue
         if name not in graph.nodes:
             path = durable.temporary_path(each.upper, context.token) if hidden else each.upper
-            below = _node(graph, each.below[0][0]).name if each.below else None
-            await qemu.add(opened_anew(_options(qemu, graph, _upper(graph, swaps, each, context)), path, name, below))
-        over.append(reopened(child, _options(qemu, graph, child), name))
+            below = _beneath(graph, child, each.below[0][0]).name if each.below else None
+            await qemu.add(
+                opened_anew(_options(qemu, graph, _upper(graph, swaps, each, context), context), path, name, below)
+            )
+        over.append(reopened(child, _options(qemu, graph, child, context), name))
     if over:
         await qemu.qmp.execute("blockdev-reopen", options=over)
     graph = await qemu.graph()
     for each in swaps:
         at = graph.below(_child(graph, each))
-        if at is None or at.name != _name(swaps, each, context, hidden=hidden):
+        over_there = at is not None and at.name == _name(swaps, each, context, hidden=hidden)
+        if not over_there and (hidden or not _is_settled(qemu, graph, each, context)):
             raise ToolError(f"QEMU reported success, but {each.child[0]} does not stand on what was built")
 
 
@@ -102,6 +105,18 @@ def _node(graph: BlockGraph, path: str) -> Node:
     if len(found) != 1:
         raise UnhealthyError(f"QEMU has {path} open {len(found)} times", "see what was done to the machine")
     return found[0]
+
+
+def _beneath(graph: BlockGraph, child: Node, path: str) -> Node:
+    """The node of the file among those that the child stands on: another disk may stand on the same file.
+
+    :raise UnhealthyError: there is none.
+    """
+    inode = inode_at(path)
+    for node in graph.chain(child)[1:]:
+        if graph.file_of(node).inode == inode:
+            return node
+    raise UnhealthyError(f"{child.name} does not stand on {path} in QEMU", "see what was done to the machine")
 
 
 def _others(graph: BlockGraph, path: str, ours: frozenset[str]) -> list[Node]:
@@ -137,13 +152,32 @@ def _upper(graph: BlockGraph, swaps: tuple[Swap, ...], swap: Swap, context: Cont
     return at
 
 
-def _options(qemu: RunningQemu, graph: BlockGraph, node: Node) -> dict[str, Any]:
+def _is_settled(qemu: RunningQemu, graph: BlockGraph, swap: Swap, context: Context) -> bool:
+    """Whether a QEMU that was started since has the merged file open already, on what it is to stand on.
+
+    What a node's file is now the monitor does not tell, only by which name it was opened; the process's descriptors do.
+    """
+    child = _child(graph, swap)
+    at = graph.below(child)
+    if at is None:
+        return False
+    paths = (swap.upper, durable.temporary_path(swap.upper, context.token))
+    if [node for node in graph.nodes.values() if any(_is_at(node, path) for path in paths)] != [graph.file_of(at)]:
+        return False
+    below = graph.below(at)
+    stands = graph.file_of(below).inode if below is not None else None
+    wanted = inode_at(swap.below[0][0]) if swap.below else None
+    return stands == wanted and inode_at(swap.upper) in qemu.descriptors()
+
+
+def _options(qemu: RunningQemu, graph: BlockGraph, node: Node, context: Context) -> dict[str, Any]:
     found = options_of(graph, node, qemu.command_line())
     if found is None:
         path = graph.file_of(node).path or node.name
+        recovering = "stop the machine, then run 'snaptree recover'"
         raise RefusedError(
             f"how QEMU has opened {path} cannot be found out, so that it cannot be reopened as it is",
-            "use --merge commit or --merge pull",
+            recovering if context.recovering else "use --merge commit or --merge pull",
         )
     return found
 
