@@ -47,7 +47,7 @@ TESTS = (
     *("tests/scenarios/test_found_by_attack.py", "tests/cli/test_bad_input.py", "tests/crash/test_many_at_once.py"),
 )
 TRIED = (*AUDITED, "EIO of the tools")
-FIRST_CASES, QUICK_TESTS, QUICK_SECONDS = 3, 12, 3.0
+FIRST_CASES, QUICK_TESTS, QUICK_SECONDS = 3, 24, 3.0
 """So many cases come before other files' tests, so many tests before the other cases, if none takes longer than so."""
 ONE_SECONDS = 60.0
 """So long any one thing may take, which otherwise does not end."""

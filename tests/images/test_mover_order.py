@@ -17,7 +17,7 @@ from tests.kit import images
 from tests.kit.images import KiB, MiB
 
 from snaptree.images import durable
-from snaptree.images.mover import merging
+from snaptree.images.mover import mapping, merging
 from snaptree.images.mover.copying import Watch
 from snaptree.images.mover.merging import Merge, merge
 
@@ -144,10 +144,10 @@ def longer(folder: Path) -> Row:
 
 def many_clusters(folder: Path) -> Row:
     """Counts need new blocks, and a longer table of them."""
-    base = images.create(folder / "base.qcow2", 2 * MiB, cluster_size=512, refcount_bits=64)
+    base = images.create(folder / "base.qcow2", 4 * MiB, cluster_size=512, refcount_bits=64)
     images.io(base, "qcow2", "write -P 1 0 32k")
-    top = images.create(folder / "top.qcow2", 2 * MiB, backing=(base, "qcow2"), cluster_size=512, refcount_bits=64)
-    images.io(top, "qcow2", "write -P 2 16k 1M", "write -z 4k 8k")
+    top = images.create(folder / "top.qcow2", 4 * MiB, backing=(base, "qcow2"), cluster_size=512, refcount_bits=64)
+    images.io(top, "qcow2", "write -P 2 16k 2M", "write -P 3 3M 16k", "write -z 4k 8k")
     return (str(base), "qcow2"), (str(top), "qcow2")
 
 
@@ -171,7 +171,7 @@ def test_a_power_cut_in_a_merge_changes_nothing(
     target, target_format = row[into]
     # Several rounds, whose counts are put down while the next one writes.
     monkeypatch.setattr(merging, "ROUND", 1)
-    monkeypatch.setattr("snaptree.images.mover.mapping.WINDOW_GRANULES", 64)
+    monkeypatch.setattr(mapping, "WINDOW_GRANULES", 2048 if make is many_clusters else 64)
 
     found = recorded(target, Merge(row, (), into), monkeypatch)
 

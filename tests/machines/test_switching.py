@@ -6,7 +6,6 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from snaptree.running.journal import Journal
 
 PIDFD_GETFD = 438
 """The system call's number, the same on all architectures but Alpha."""
-REFUSED = 6
 
 
 def recording(kill: Callable[[], None]) -> None:
@@ -88,17 +86,3 @@ def test_it_goes_elsewhere_when_its_disks_are_free(still: Still, lingering: Call
     assert still.shows() == "b......." and still.shows("main.1") == "x......."
     still.forgiven.add("leaks")
     still.sound()
-
-
-@pytest.mark.parametrize("line", ["revert web1 s1", "switch web1 other", "snapshot web1 s2", "delete web1 s1"])
-@pytest.mark.parametrize("plan", ["", " --plan"])
-def test_nothing_is_even_planned_for_a_machine_that_may_be_running(still: Still, line: str, plan: str) -> None:
-    """Its QEMU is there and does not answer."""
-    still("stop web1 --force")
-    for each in ("snapshot web1 s1", "branch web1 other --from s1", "start web1"):
-        still(each)
-    hidden = Path(f"{still.monitor}.hidden")
-    still.monitor.rename(hidden)
-    said = still(line + plan, status=REFUSED)
-    assert "may be running" in said.err
-    hidden.rename(still.monitor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from tests.kit.programs import killed
 from tests.kit.space import mounted
 from tests.kit.world import World
 
+from snaptree.errors import BusyError
 from snaptree.images import durable
+from snaptree.images.locks import MachineLock, probe
+from snaptree.planning.verbs import GcRequest
 from snaptree.running.journal import Journal
 from snaptree.store import operations
 
@@ -97,9 +101,6 @@ def test_what_was_built_aside_and_is_not_wanted_is_removed_and_forgotten(world: 
 
 def test_what_is_to_take_its_place_is_locked_before(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the next moment it has the name that others know: neither QEMU nor another snaptree may come upon it free."""
-    from snaptree.errors import BusyError
-    from snaptree.images.locks import MachineLock, probe
-
     replace, looked = durable.replace, list[str]()
 
     def replaced(temporary: str, path: str) -> None:
@@ -113,3 +114,19 @@ def test_what_is_to_take_its_place_is_locked_before(world: World, monkeypatch: p
     monkeypatch.setattr(durable, "replace", replaced)
     world.machine.run(CASE.request(world))
     assert len(looked) == 2
+
+
+def test_what_another_program_has_open_is_not_replaced(world: World) -> None:
+    """It would go on with the file of before: one that takes no locks of QEMU's, too."""
+    paths = [path for path, _ in world.tree.roots.values()]
+    before = [os.stat(path).st_ino for path in paths]
+    with open(paths[0], "rb") as file, subprocess.Popen(["sleep", "60"], stdin=file) as process:
+        try:
+            with pytest.raises(BusyError, match="is open by sleep"):
+                world.machine.run(CASE.request(world))
+        finally:
+            process.kill()
+    assert [os.stat(path).st_ino for path in paths] == before
+    world.truth.pop("s1")
+    world.machine.run(GcRequest())
+    world.check()

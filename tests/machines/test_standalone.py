@@ -1,4 +1,4 @@
-"""Whoever works on a machine's images, from whatever state folder, keeps another snaptree out."""
+"""Who may work on a machine: one snaptree at a time, from whatever state folder, and none when it may be running."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from tests.crash.cases import CASES
 from tests.kit.programs import killed as killed_in
 from tests.kit.scene import Scene
+from tests.kit.still import Still
 from tests.kit.world import World
 
 from snaptree.errors import BusyError
@@ -21,7 +22,7 @@ from snaptree.running import recovery
 from snaptree.running.carry import making
 from snaptree.store import operations, trees
 
-BUSY = 5
+EXISTS, BUSY, REFUSED = 4, 5, 6
 
 
 def test_an_image_that_is_worked_on_cannot_be_added(scene: Scene) -> None:
@@ -30,6 +31,14 @@ def test_an_image_that_is_worked_on_cannot_be_added(scene: Scene) -> None:
     scene("add web1 --disk vda=web1.qcow2", status=BUSY)
     lock.release()
     scene("add web1 --disk vda=web1.qcow2")
+
+
+def test_a_disk_of_another_machine_is_not_attached(web1: Scene) -> None:
+    web1.image("other.qcow2")
+    web1("add web2 --disk vda=other.qcow2")
+    for plan in ("", " --plan"):
+        said = web1(f"disk attach web1 vdb=other.qcow2{plan}", status=EXISTS)
+        assert "belongs to machine 'web2'" in said.err
 
 
 def test_a_machine_that_is_worked_on_is_left_alone(web1: Scene) -> None:
@@ -142,3 +151,17 @@ def test_what_a_removal_has_left_is_locked(tmp_path: Path, monkeypatch: pytest.M
         else:
             world.connection.add(AddOptions("web1", (DiskOption("vda", str(tip), form),)))
     assert len(paths) > 2
+
+
+@pytest.mark.parametrize("line", ["revert web1 s1", "switch web1 other", "snapshot web1 s2", "delete web1 s1"])
+@pytest.mark.parametrize("plan", ["", " --plan"])
+def test_nothing_is_even_planned_for_a_machine_that_may_be_running(still: Still, line: str, plan: str) -> None:
+    """Its QEMU is there and does not answer."""
+    still("stop web1 --force")
+    for each in ("snapshot web1 s1", "branch web1 other --from s1", "start web1"):
+        still(each)
+    hidden = Path(f"{still.monitor}.hidden")
+    still.monitor.rename(hidden)
+    said = still(line + plan, status=REFUSED)
+    assert "may be running" in said.err
+    hidden.rename(still.monitor)
