@@ -32,6 +32,10 @@ _LOOP_CONFIG = struct.Struct("=I4x52xI176x64x")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+MOUNTS = 3
+"""So often it is tried: another process may have been just letting go of the loop device."""
+
+
 class Disk:
     """A disk with a new file system, not mounted yet; skips the test where that cannot be.
 
@@ -64,10 +68,14 @@ class Disk:
         A file gets a loop device of its own each time: ``mount -o loop`` takes one that has it still, and with it what
         the system remembers of the file as it was.
         """
-        with self._device() as device:
-            if _libc.mount(os.fsencode(device), os.fsencode(self.place), self.kind.encode(), 0, None) != 0:
-                pytest.skip(f"disks cannot be mounted here: {os.strerror(ctypes.get_errno())}")
-        return self.place
+        for _ in range(MOUNTS):
+            with self._device() as device:
+                if _libc.mount(os.fsencode(device), os.fsencode(self.place), self.kind.encode(), 0, None) == 0:
+                    return self.place
+                reason = ctypes.get_errno()
+            if reason != errno.EINVAL:
+                break
+        pytest.skip(f"disks cannot be mounted here: {os.strerror(reason)}")
 
     @contextlib.contextmanager
     def _device(self) -> Iterator[Path]:
