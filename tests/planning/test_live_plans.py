@@ -53,9 +53,9 @@ def test_what_a_running_machine_has_open_its_qemu_merges(names: tuple[str, ...],
         }
 
 
-def sharing(*names: str) -> Machine:
+def sharing(*names: str, shares: bool = True) -> Machine:
     """A line whose blocks can be shared, under a QEMU that can be made to read a layer anew."""
-    machine = Machine(shares=True)
+    machine = Machine(shares=shares)
     machine.run(*(SnapshotRequest(name) for name in names))
     machine.reopens = True
     return running(machine)
@@ -70,6 +70,8 @@ def test_blocks_are_shared_under_it_where_they_can_be() -> None:
     (merge,) = found.then
     assert merge.steps[merge.point_of_no_return].kind == "put-in-place"
     assert violations(found.end) == ()
+    for name in ("s1", "s2", "s3"):
+        assert "live-swap" not in kinds(sharing("s1", "s2", "s3", shares=False).plan(DeleteRequest((name,))))
     # The root's name waits until the machine is off.
     machine = sharing("s1", "s2")
     found = machine.plan(DeleteRequest(("s1",)))

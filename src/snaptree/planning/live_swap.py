@@ -32,6 +32,8 @@ def obstacle(draft: Draft, row: Row, closed: Mapping[str, str]) -> str:
     reason = closed.get("reflink up", "")
     if reason and not rootless(reason):
         return reason
+    if unshared := draft.survey.rows[row].unshared:
+        return unshared
     if "blockdev-reopen" not in live.commands:
         return "its QEMU does not know blockdev-reopen"
     tip = is_tip(tree, row[-1])
