@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from tests.kit import images
 from tests.kit.by_hand import by_hand
@@ -89,7 +91,7 @@ def test_plugged_in_and_unplugged(stage: Stage) -> None:
     stage("snapshot web1 s1")
     assert set(stage.names()["s1"]["points"]) == {"vda", "vdb", "vdc"}
     with stage.qmp() as qmp:
-        qmp("device_del", id="vdc")
+        _unplug(qmp)
     said = stage("snapshot web1 s2", status=6).err
     assert "has not" in said and "disk detach web1 vdc" in said
     stage("disk detach web1 vdc")
@@ -100,6 +102,15 @@ def test_plugged_in_and_unplugged(stage: Stage) -> None:
     stage("delete web1 --branch main-vdc")
     stage("stop web1 --force")
     stage.sound()
+
+
+def _unplug(qmp: Qmp) -> None:
+    """QEMU answers before it has let go of the device."""
+    qmp("device_del", id="vdc")
+    until = time.monotonic() + 30
+    while any("vdc" in each.get("qdev", "") for each in qmp("query-block")):
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def _plug(qmp: Qmp, path: str) -> None:
@@ -116,7 +127,7 @@ def test_an_unplugged_disk_goes_with_its_files(stage: Stage) -> None:
         _plug(qmp, str(disk))
     stage(f"disk attach web1 vdc={disk}")
     with stage.qmp() as qmp:
-        qmp("device_del", id="vdc")
+        _unplug(qmp)
     # The device has gone, and QEMU has the image still open.
     assert "is to be removed" in stage("disk detach web1 vdc --delete-files", status=6).err
     with stage.qmp() as qmp:
