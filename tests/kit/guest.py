@@ -215,7 +215,7 @@ class Guest:
         until = time.monotonic() + SECONDS
         while self.flushed() <= before:
             assert time.monotonic() < until, f"it does not begin: {self.lines()[-5:]}"
-            self.tell(*([f"at {at}."] if at else []), "go")
+            self.tell(f"from {at}." if at else "go")
         self.writes_on()
 
     def writes_on(self, more: int = 40) -> int:

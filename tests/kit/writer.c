@@ -3,8 +3,8 @@
  * Record n goes to the first disk, then to the second, each time with O_DIRECT, so that at any one moment the disks hold
  * the records up to n, the last one perhaps only on the first of them. Every EACH records both disks are flushed. It says
  *
- *   R                  ready; "go" makes it begin, "hold" makes it wait (it says H NUMBER), "end" ends it; "at NUMBER."
- *                      says which record was the last, when its disks have some from before
+ *   R                  ready; "go" makes it begin, "hold" makes it wait (it says H NUMBER), "end" ends it;
+ *                      "from NUMBER." makes it begin after that record, when its disks have some from before
  *   F NUMBER MICROS    all records up to the number are flushed; the longest that a record took since the last F
  *   E ERRNO NUMBER     an I/O error
  *   D NUMBER           done: told to end, or the power button was pressed; all records are flushed
@@ -99,11 +99,11 @@ static int listen_for(int milliseconds) {
             order[length] = 0, length = 0;
             if (!strcmp(order, "go")) going = 1;
             if (!strcmp(order, "hold")) going = 0, say("H %llu\n", (long long)number);
-            if (!strncmp(order, "at ", 3)) {
-                /* The end of an order may be lost, and the next then follows on it: a stop tells that the number is whole. */
+            if (!strncmp(order, "from ", 5)) {
+                /* The end of an order may be lost, and the next then follows on it: the stop tells that it is whole. */
                 char *end;
-                uint64_t wanted = strtoull(order + 3, &end, 10);
-                if (!strcmp(end, ".")) number = wanted;
+                uint64_t wanted = strtoull(order + 5, &end, 10);
+                if (!strcmp(end, ".")) number = wanted, going = 1;
             }
             if (!strcmp(order, "end")) return 0;
         }

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from tests.kit import guest
+from tests.kit.scene import command
 from tests.kit.stage import Stage, killed_at
 from tests.live.test_delete_shared import files_open, loosen
 
@@ -33,9 +34,15 @@ def started_by_hand(stage: Stage, how: str) -> None:
 def recovered(stage: Stage, held: dict[str, tuple[int, ...]]) -> None:
     stage.guest.writes_on(5)
     assert {name: stage.holds(name) for name in held} == held
-    stage("recover web1")
+    said = command("recover", "web1", state=stage.state, folder=stage.disks)
     stage.guest.writes_on(5)
     assert {name: stage.holds(name) for name in held} == held
+    if said.status:
+        # One file was in place and another not, and this QEMU's nodes are not such as can be reopened.
+        assert "cannot be found out" in said.err and "shut down" in said.err, said.err
+        stage.kill_qemu()
+        stage("recover web1")
+        started_by_hand(stage, "tree")
     assert files_open(stage) == {each["path"] for each in stage.show()["layers"]}
     stage.sound()
 
@@ -46,7 +53,8 @@ SLOW = [pytest.mark.slow, pytest.mark.timeout(3600)]
 @pytest.mark.parametrize(
     ("how", "begin", "stride"),
     [
-        ("headers", 30, 30),
+        ("headers", 41, 40),
+        ("tree", 90, 25),
         *(pytest.param(how, 1, 2, marks=SLOW) for how in ("headers", "tree")),
     ],
 )

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from snaptree.images.locks import MachineLock
+from snaptree.planning.live_steps import LiveSettle
 from snaptree.planning.steps import BuildMerged, Move, PutInPlace, Record, Step, Unlink
 from snaptree.running import carry
 from snaptree.running.carry import moving, sharing
@@ -111,6 +112,13 @@ def _restart(
     waiting = [step for step in steps[operation.step :] if isinstance(step, PutInPlace)]
     if not all(sharing.is_ready(step, journal) for step in waiting):
         return next(number for number, step in enumerate(steps) if isinstance(step, BuildMerged)), frozenset()
+    if (
+        operation.step
+        and isinstance(steps[operation.step - 1], LiveSettle)
+        and isinstance(steps[operation.step], Record)
+    ):
+        # The tree of before is what QEMU may have been started on since.
+        return operation.step - 1, frozenset()
     moves = [number for number, step in enumerate(steps[: operation.step]) if isinstance(step, Move | BuildMerged)]
     if not moves:
         return operation.step, frozenset()

@@ -52,7 +52,7 @@ async def unswap(step: LiveSwap, context: Context) -> None:
             upper = _others(graph, each.upper, _names(step.swaps, each, context))
             if not upper:
                 raise UnhealthyError(f"QEMU has {each.upper} open no more", "see what was done to the machine")
-            back.append(reopened(child, _options(qemu, graph, child, context), upper[0].name))
+            back.append(reopened(child, _options(qemu, graph, child), upper[0].name))
     if back:
         await qemu.qmp.execute("blockdev-reopen", options=back)
     for each in step.swaps:
@@ -73,10 +73,8 @@ async def _go_over(qemu: RunningQemu, swaps: tuple[Swap, ...], context: Context,
         if name not in graph.nodes:
             path = durable.temporary_path(each.upper, context.token) if hidden else each.upper
             below = _beneath(graph, child, each.below[0][0]).name if each.below else None
-            await qemu.add(
-                opened_anew(_options(qemu, graph, _upper(graph, swaps, each, context), context), path, name, below)
-            )
-        over.append(reopened(child, _options(qemu, graph, child, context), name))
+            await qemu.add(opened_anew(_options(qemu, graph, _upper(graph, swaps, each, context)), path, name, below))
+        over.append(reopened(child, _options(qemu, graph, child), name))
     if over:
         await qemu.qmp.execute("blockdev-reopen", options=over)
     graph = await qemu.graph()
@@ -170,14 +168,17 @@ def _is_settled(qemu: RunningQemu, graph: BlockGraph, swap: Swap, context: Conte
     return stands == wanted and inode_at(swap.upper) in qemu.descriptors()
 
 
-def _options(qemu: RunningQemu, graph: BlockGraph, node: Node, context: Context) -> dict[str, Any]:
+def _options(qemu: RunningQemu, graph: BlockGraph, node: Node) -> dict[str, Any]:
+    """How the node is open.
+
+    :raise RefusedError: it is not known: this QEMU is not the one that it was planned for.
+    """
     found = options_of(graph, node, qemu.command_line())
     if found is None:
         path = graph.file_of(node).path or node.name
-        recovering = "stop the machine, then run 'snaptree recover'"
         raise RefusedError(
             f"how QEMU has opened {path} cannot be found out, so that it cannot be reopened as it is",
-            recovering if context.recovering else "use --merge commit or --merge pull",
+            "the guest may go on; when it has shut down run 'snaptree recover'",
         )
     return found
 
