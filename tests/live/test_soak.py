@@ -158,7 +158,7 @@ class Soak:
             if memory:
                 time.sleep(0.05)
             else:
-                stage.guest.tell(f"at {held[-1]}", "go")
+                stage.guest.tell(f"from {held[-1]}.")
         print(f" ({line}, which holds {held}: {told[0]})", end="")
         # Memory and disks are of one instant: it goes on just where the disks end.
         assert held[-1] - 8 <= int(told[0].split()[1]) < held[-1] + 2000, (line, held, told)
