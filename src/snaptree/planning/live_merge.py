@@ -82,14 +82,13 @@ def _choose(draft: Draft, row: Row, way: str) -> Choice | str:
     a commit.
     """
     tree = draft.tree
-    closed = dict(obstacles(draft, row))
-    reason = _uneven(draft, row)
-    if reason:
-        closed |= {"commit": closed.get("commit") or reason, "pull": closed.get("pull") or reason}
-    # What keeps data from going down is nothing to a file that takes the highest layer's place.
-    closed.pop("reflink", None)
+    found = obstacles(draft, row)
+    closed = {way: found[way] for way in ("commit", "pull") if way in found}
+    # What keeps data from going down is nothing to a file that takes the highest layer's place, nor are sizes.
     if reason := live_swap.obstacle(draft, row, closed):
         closed["reflink"] = reason
+    if reason := _uneven(draft, row):
+        closed = {"commit": reason, "pull": reason} | closed
     closed = _forgotten(draft, row) | closed
     rooted = is_owned_root(tree, row[0])
     if rooted and "pull" not in closed and len(tree.children.get(row[0], ())) == 1:

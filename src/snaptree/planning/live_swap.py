@@ -15,7 +15,7 @@ from snaptree.planning.merged import to_be_known
 from snaptree.planning.plan import Plan
 from snaptree.planning.settle import settle
 from snaptree.planning.steps import BuildMerged, PutInPlace, Record, Step
-from snaptree.planning.ways import Choice, Row, is_owned_root, rootless
+from snaptree.planning.ways import Choice, Row, is_owned_root
 
 SHARING_SECONDS = 50e-6
 """What sharing one run of clusters takes, for an estimate."""
@@ -26,11 +26,13 @@ NOT_WORTH = 16 << 20
 
 
 def obstacle(draft: Draft, row: Row, closed: Mapping[str, str]) -> str:
-    """Why the row cannot be merged by shared blocks under the running machine; empty when it can."""
+    """Why the row cannot be merged by shared blocks under the running machine; empty when it can.
+
+    What keeps data from going up keeps it from that too. That a root would lose its name is nothing: it gets it back.
+    """
     tree, live = draft.tree, draft.survey.live
     assert live is not None
-    reason = closed.get("reflink up", "")
-    if reason and not rootless(reason):
+    if reason := closed.get("pull"):
         return reason
     if unshared := draft.survey.rows[row].unshared:
         return unshared

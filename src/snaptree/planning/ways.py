@@ -129,11 +129,6 @@ def obstacles(draft: Draft, row: Row) -> Mapping[str, str]:
     return found
 
 
-def rootless(reason: str) -> bool:
-    """Whether it is only that a copy of the highest layer would not have the root's name, which it may get later."""
-    return reason.endswith("would not have its name")
-
-
 def _common_obstacle(draft: Draft, row: Row, written: Layer) -> str:
     tree = draft.tree
     for layer in (tree.layers[each] for each in row):
