@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from snaptree.errors import ExistsError, NoSpaceError, NotFoundError, RefusedError
@@ -85,9 +85,13 @@ class Draft:
             path=known.path, format=known.format, virtual_size=known.virtual_size, identity=known.identity
         )
 
+    def files(self, row: Iterable[LayerId]) -> tuple[File, ...]:
+        """The files of these layers."""
+        return tuple((self.tree.layers[each].path, self.tree.layers[each].format) for each in row)
+
     def files_below(self, layer: LayerId) -> tuple[File, ...]:
         """The chain that the layer stands on, nearest first."""
-        return tuple((each.path, each.format) for each in list(self.tree.chain(layer))[1:])
+        return self.files(each.id for each in list(self.tree.chain(layer))[1:])
 
     def unwritten(self, layer: LayerId) -> bool:
         """Whether nothing has been written to the overlay since it was made. A guest's tip counts as written."""

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from snaptree.model.delta import diff
 from snaptree.model.layer import LayerId
 from snaptree.model.survey import Survey
-from snaptree.model.tree import Tree
 from snaptree.planning import live_swap
 from snaptree.planning.draft import Draft, is_tip, paths_of
 from snaptree.planning.live_steps import LiveJob, LiveMerge
-from snaptree.planning.merged import merged_down, to_be_known
+from snaptree.planning.merged import merged_down, merging
 from snaptree.planning.plan import Plan
-from snaptree.planning.settle import settle
 from snaptree.planning.steps import Record, Repoint, Step
 from snaptree.planning.ways import Choice, Row, is_owned_root, obstacles, open_as_asked, require_room
 
@@ -153,7 +150,7 @@ def _job(draft: Draft, choice: Choice) -> LiveJob:
     return LiveJob(
         way=choice.way,
         disk=layers[0].disk,
-        row=tuple((layer.path, layer.format) for layer in layers),
+        row=draft.files(choice.row),
         below=draft.files_below(choice.row[0]),
         child=(above[0].path, above[0].format) if above else None,
         bytes=choice.bytes,
@@ -175,30 +172,12 @@ def _steps(draft: Draft, choices: Sequence[Choice]) -> Plan:
     for choice in choices:
         if choice.down:
             steps += _repointed(draft, choice)
-        draft.tree = merged_down(draft.tree, choice.row) if choice.down else _up(draft, choice)
-    after = settle(draft.tree, draft.outsiders)
-    cleanup, freed = draft.cleanup(after)
-    steps += [Record(diff(marked, after), to_be_known(after), "the merged layers are one"), *cleanup]
+        draft.tree = merged_down(draft.tree, choice.row) if choice.down else live_swap.up(draft, choice.row)
     copied = sum(choice.bytes for choice in choices)
-    grown = sum(choice.grows for choice in choices)
-    ways = sorted({choice.way for choice in choices})
-    return Plan(
-        operation="merge",
-        summary="merge " + ", ".join(tree.layers[choice.row[0]].path for choice in choices) + " in the running machine",
-        steps=tuple(steps),
-        point_of_no_return=no_return,
-        after=after,
-        bytes_to_copy=copied,
-        peak_extra_bytes=grown,
-        frees_bytes=freed - grown,
-        seconds=0.1 + copied / (draft.survey.bytes_per_second or USUAL_SPEED),
-        guest_pause=max((PIVOT_SECONDS for job in jobs if job.active), default=0.0),
-        way="+".join(ways),
-        cancel="pauses" if "commit" in ways else "undoes",
-        paths_after=paths_of(after),
-        notes=tuple(draft.notes),
-        touches=tuple(sorted({tree.layers[each].path for choice in choices for each in choice.row})),
-        estimate=True,
+    seconds = 0.1 + copied / (draft.survey.bytes_per_second or USUAL_SPEED)
+    pause = max((PIVOT_SECONDS for job in jobs if job.active), default=0.0)
+    return merging(
+        draft, choices, steps, no_return, before=tree, recorded=marked, seconds=seconds, live=True, pause=pause
     )
 
 
@@ -209,18 +188,3 @@ def _repointed(draft: Draft, choice: Choice) -> list[Step]:
     lowest = tree.layers[choice.row[0]]
     beside = [tree.layers[each] for each in tree.children.get(choice.row[-1], ()) if each not in opened]
     return [Repoint(each.path, lowest.path, lowest.format) for each in beside if each.id not in draft.fresh]
-
-
-def _up(draft: Draft, choice: Choice) -> Tree:
-    """The tree when the highest layer has it all: it stands on what the lowest stood on, and keeps its path."""
-    tree = draft.tree
-    lowest, top = tree.layers[choice.row[0]], tree.layers[choice.row[-1]]
-    pulled = tree.with_layers(replace(top, parent=lowest.parent, identity=None))
-    left: LayerId | None = lowest.id if lowest.id in settle(pulled, draft.outsiders).layers else None
-    if not is_owned_root(tree, lowest.id) or left is not None:
-        return pulled
-    if top.format == lowest.format and posixpath.dirname(top.path) == posixpath.dirname(lowest.path):
-        draft.notes.append(f"{top.path} gets the name {lowest.path} when the machine has stopped")
-        return pulled
-    draft.notes.append(f"the root of {top.disk} is now {top.path}")
-    return replace(pulled, roots={**pulled.roots, top.disk: (top.path, top.format)})

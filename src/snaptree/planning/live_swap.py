@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from snaptree.model.delta import diff
 from snaptree.model.layer import LayerId, Point
 from snaptree.model.survey import RowFacts
 from snaptree.model.tree import MAX_CHAIN, Tree
-from snaptree.planning.draft import Draft, is_tip, paths_of
+from snaptree.planning.draft import Draft, is_tip
 from snaptree.planning.live_steps import Cut, LiveSettle, LiveSnapshot, LiveSwap, Swap
-from snaptree.planning.merged import to_be_known
+from snaptree.planning.merged import SHARING_SECONDS, merged_up, merging
 from snaptree.planning.plan import Plan
-from snaptree.planning.settle import settle
-from snaptree.planning.steps import BuildMerged, PutInPlace, Record, Step
-from snaptree.planning.ways import Choice, Row, is_owned_root
+from snaptree.planning.steps import BuildMerged, PutInPlace, Step
+from snaptree.planning.ways import Choice, Row
 
-SHARING_SECONDS = 50e-6
-"""What sharing one run of clusters takes, for an estimate."""
 SWAP_SECONDS, CUT_SECONDS = 0.02, 0.02
 """So long a guest's disk waits while QEMU goes over to another file beneath it, or to a new overlay."""
 NOT_WORTH = 16 << 20
@@ -79,31 +76,10 @@ def swap(draft: Draft, choices: Sequence[Choice], over: Mapping[Row, LayerId]) -
     steps += [PutInPlace(each.upper, live=True) for each in swaps]
     steps.append(LiveSettle(swaps))
     for choice in choices:
-        draft.tree = _up(draft, choice)
-    after = settle(draft.tree, draft.outsiders)
-    cleanup, freed = draft.cleanup(after)
-    steps += [Record(diff(tree, after), to_be_known(after), "the merged layers are one"), *cleanup]
-    copied, grown = sum(choice.bytes for choice in choices), sum(choice.grows for choice in choices)
-    # What is shared with a file that stays takes no room.
-    added = sum(choice.adds if choice.row[0] not in after.layers else choice.grows for choice in choices)
-    extents = sum(choice.extents for choice in choices)
-    return Plan(
-        operation="merge",
-        summary="merge " + ", ".join(tree.layers[choice.row[0]].path for choice in choices) + " in the running machine",
-        steps=tuple(steps),
-        point_of_no_return=no_return,
-        after=after,
-        bytes_to_copy=copied,
-        peak_extra_bytes=grown,
-        frees_bytes=freed - added,
-        seconds=0.1 + extents * SHARING_SECONDS,
-        guest_pause=SWAP_SECONDS,
-        way="reflink",
-        cancel="undoes",
-        paths_after=paths_of(after),
-        notes=tuple(draft.notes),
-        touches=tuple(sorted({tree.layers[each].path for choice in choices for each in choice.row})),
-        estimate=True,
+        draft.tree = up(draft, choice.row)
+    seconds = 0.1 + sum(choice.extents for choice in choices) * SHARING_SECONDS
+    return merging(
+        draft, choices, steps, no_return, before=tree, recorded=tree, seconds=seconds, live=True, pause=SWAP_SECONDS
     )
 
 
@@ -115,15 +91,14 @@ def back(row: Row, over: LayerId) -> Choice:
 def _swap(draft: Draft, choice: Choice, over: Mapping[Row, LayerId]) -> Swap:
     tree, live = draft.tree, draft.survey.live
     assert live is not None
-    layers = [tree.layers[each] for each in choice.row]
     child = over.get(choice.row)
     if child is None:
         (child,) = (each for each in tree.children.get(choice.row[-1], ()) if each in live.open)
     return Swap(
-        disk=layers[0].disk,
-        row=tuple((layer.path, layer.format) for layer in layers),
+        disk=tree.layers[choice.row[0]].disk,
+        row=draft.files(choice.row),
         below=draft.files_below(choice.row[0]),
-        child=(tree.layers[child].path, tree.layers[child].format),
+        child=draft.files([child])[0],
     )
 
 
@@ -131,11 +106,17 @@ def _build(choice: Choice, swap: Swap) -> BuildMerged:
     return BuildMerged(swap.upper, swap.row, swap.below, choice.moves - choice.bytes, choice.bytes)
 
 
-def _up(draft: Draft, choice: Choice) -> Tree:
-    """The tree when the merged file is in the highest layer's place. The root gets its name back later."""
-    tree = draft.tree
-    lowest, top = tree.layers[choice.row[0]], tree.layers[choice.row[-1]]
-    pulled = tree.with_layers(replace(top, parent=lowest.parent, identity=None))
-    if is_owned_root(tree, lowest.id) and lowest.id not in settle(pulled, draft.outsiders).layers:
+def up(draft: Draft, row: Row) -> Tree:
+    """The tree when the highest layer has it all, in a running machine, where nothing is renamed.
+
+    A root that goes leaves its name for later, where it can be had then.
+    """
+    lowest, top = draft.tree.layers[row[0]], draft.tree.layers[row[-1]]
+    pulled, rootless = merged_up(draft, row)
+    if not rootless:
+        return pulled
+    if top.format == lowest.format and posixpath.dirname(top.path) == posixpath.dirname(lowest.path):
         draft.notes.append(f"{top.path} gets the name {lowest.path} when the machine has stopped")
-    return pulled
+        return pulled
+    draft.notes.append(f"the root of {top.disk} is now {top.path}")
+    return replace(pulled, roots={**pulled.roots, top.disk: (top.path, top.format)})

@@ -14,9 +14,8 @@ from snaptree.planning.draft import Draft, paths_of
 from snaptree.planning.external import bound, make_external
 from snaptree.planning.health import ailments
 from snaptree.planning.live_merge import is_live, merge_live
-from snaptree.planning.merged import merged_down, to_be_known
+from snaptree.planning.merged import SHARING_SECONDS, merged_down, merged_up, merging, renamed
 from snaptree.planning.plan import Plan
-from snaptree.planning.settle import settle
 from snaptree.planning.steps import (
     BuildMerged,
     Cover,
@@ -27,15 +26,12 @@ from snaptree.planning.steps import (
     Repoint,
     Shrink,
     Step,
-    TakeName,
 )
 from snaptree.planning.unmeasured import Unmeasured
-from snaptree.planning.ways import Choice, Row, choose, is_owned_root, require_room
+from snaptree.planning.ways import Choice, Row, choose, require_room
 
 USUAL_SPEED = 300e6
 """Bytes a second, for an estimate on a machine on which nothing has been merged yet."""
-SHARING_SECONDS = 50e-6
-"""What sharing one run of clusters takes, for an estimate."""
 
 
 def plan_merges(
@@ -118,31 +114,10 @@ def _steps(draft: Draft, choices: Sequence[Choice]) -> Plan:
     steps += [PutInPlace(step.path) for step in steps if isinstance(step, BuildMerged)]
     for choice in choices:
         steps += _down(draft, choice) if choice.down else _up(draft, choice)
-    after = settle(draft.tree, draft.outsiders)
-    cleanup, freed = draft.cleanup(after)
-    steps += [Record(diff(marked, after), to_be_known(after), "the merged layers are one"), *cleanup]
-    copied = sum(choice.bytes for choice in choices)
-    grown = sum(choice.grows for choice in choices)
-    # What is shared with a file that stays takes no room.
-    added = sum(choice.adds if choice.down or choice.row[0] not in after.layers else choice.grows for choice in choices)
     speed = draft.survey.bytes_per_second or USUAL_SPEED
-    ways = sorted({choice.way for choice in choices})
-    return Plan(
-        operation="merge",
-        summary="merge " + ", ".join(tree.layers[choice.row[0]].path for choice in choices),
-        steps=tuple(steps),
-        point_of_no_return=no_return,
-        after=after,
-        bytes_to_copy=copied,
-        peak_extra_bytes=grown,
-        frees_bytes=freed - added,
-        seconds=0.1 + copied / speed + sum(choice.extents for choice in sharing) * SHARING_SECONDS,
-        way="+".join(ways),
-        cancel="pauses" if "commit" in ways else "undoes",
-        paths_after=paths_of(after),
-        notes=tuple(draft.notes),
-        touches=tuple(sorted({tree.layers[each].path for choice in choices for each in choice.row})),
-    )
+    copied, extents = sum(choice.bytes for choice in choices), sum(choice.extents for choice in sharing)
+    seconds = 0.1 + copied / speed + extents * SHARING_SECONDS
+    return merging(draft, choices, steps, no_return, before=tree, recorded=marked, seconds=seconds)
 
 
 def _marks(draft: Draft, choices: Sequence[Choice]) -> tuple[bool, list[Step]]:
@@ -156,8 +131,7 @@ def _marks(draft: Draft, choices: Sequence[Choice]) -> tuple[bool, list[Step]]:
         # The mover sees to that itself; QEMU's jobs don't.
         shorter = any(layer.virtual_size < layers[-1].virtual_size for layer in layers[:-1])
         if shorter and choice.facts.by_qemu:
-            row = tuple((layer.path, layer.format) for layer in layers)
-            covers.append(Cover(row, draft.files_below(layers[0].id)))
+            covers.append(Cover(draft.files(choice.row), draft.files_below(layers[0].id)))
     draft.tree = draft.tree.with_layers(*changed.values())
     return bool(changed), covers
 
@@ -169,7 +143,7 @@ def _job(draft: Draft, choice: Choice, number: int) -> MoveJob:
         name=f"{choice.way}-{layers[0].disk}-{number}",
         way=choice.way,
         disk=layers[0].disk,
-        row=tuple((layer.path, layer.format) for layer in layers),
+        row=draft.files(choice.row),
         below=draft.files_below(choice.row[0]),
         bytes=choice.bytes,
         zeroes=facts.commit_zeroes if choice.way == "commit" else 0,
@@ -179,12 +153,9 @@ def _job(draft: Draft, choice: Choice, number: int) -> MoveJob:
 
 
 def _build(draft: Draft, choice: Choice) -> BuildMerged:
-    layers = [draft.tree.layers[each] for each in choice.row]
-    taken = layers[0] if choice.down else layers[-1]
-    row = tuple((layer.path, layer.format) for layer in layers)
     return BuildMerged(
-        path=taken.path,
-        row=row,
+        path=draft.tree.layers[choice.row[0 if choice.down else -1]].path,
+        row=draft.files(choice.row),
         below=draft.files_below(choice.row[0]),
         shared=choice.moves - choice.bytes,
         bytes=choice.bytes,
@@ -212,21 +183,13 @@ def _up(draft: Draft, choice: Choice) -> list[Step]:
     steps: list[Step] = []
     if choice.way != "reflink":
         steps.append(Repoint(top.path, below.path if below else None, below.format if below else None))
-    merged = replace(top, parent=lowest.parent, identity=None)
-    rooted = is_owned_root(tree, lowest.id)
-    pulled = tree.with_layers(merged)
-    draft.tree = pulled
-    if not rooted or lowest.id in settle(pulled, draft.outsiders).layers:
+    draft.tree, rootless = merged_up(draft, choice.row)
+    if not rootless:
         return steps
     elsewhere = posixpath.dirname(top.path) != posixpath.dirname(lowest.path)
     if elsewhere or top.format != lowest.format or top.id in draft.outsiders or draft.facts(lowest.id).block_device:
         draft.notes.append(f"the root of {top.disk} is now {top.path}")
-        draft.tree = replace(pulled, roots={**pulled.roots, top.disk: (top.path, top.format)})
+        draft.tree = replace(draft.tree, roots={**draft.tree.roots, top.disk: (top.path, top.format)})
         return steps
-    children = [pulled.layers[each] for each in pulled.children.get(top.id, ())]
-    steps.append(TakeName(top.path, lowest.path))
-    steps += [Repoint(child.path, lowest.path, lowest.format) for child in children]
-    draft.tree = pulled.with_layers(
-        replace(merged, path=lowest.path), *(replace(child, identity=None) for child in children)
-    )
-    return steps
+    draft.tree, named = renamed(draft.tree, draft.tree.layers[top.id], lowest.path)
+    return [*steps, *named]

@@ -10,9 +10,9 @@ from snaptree.model.layer import Layer
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
 from snaptree.planning.draft import Draft, paths_of
-from snaptree.planning.merged import to_be_known
+from snaptree.planning.merged import renamed, to_be_known
 from snaptree.planning.plan import Plan
-from snaptree.planning.steps import Record, Repoint, Step, TakeName
+from snaptree.planning.steps import Record, Step
 
 
 def renamed_roots(tree: Tree) -> dict[str, Layer]:
@@ -40,11 +40,8 @@ def put_back(tree: Tree, survey: Survey) -> Plan | None:
             draft.notes.append(f"the root of {disk} is now {root.path}: {reason}")
             draft.tree = replace(draft.tree, roots={**draft.tree.roots, disk: (root.path, root.format)})
             continue
-        children = [draft.tree.layers[each] for each in draft.tree.children.get(root.id, ())]
-        steps.append(TakeName(root.path, path))
-        steps += [Repoint(child.path, path, root.format) for child in children]
-        changed = (replace(child, identity=None) for child in children)
-        draft.tree = draft.tree.with_layers(replace(root, path=path, identity=None), *changed)
+        draft.tree, named = renamed(draft.tree, root, path)
+        steps += named
     if draft.tree is tree:
         return None
     after = draft.tree
