@@ -18,7 +18,7 @@ from snaptree.images.locks import MachineLock
 from snaptree.machines.options import AddOptions, DiskOption
 from snaptree.planning.create import SnapshotRequest
 from snaptree.planning.plan import Plan
-from snaptree.running import recovery
+from snaptree.running import loops, recovery
 from snaptree.running.carry import making
 from snaptree.store import operations, trees
 
@@ -113,6 +113,7 @@ def test_what_is_recovered_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyP
             with pytest.raises(BusyError):
                 MachineLock().acquire([path])
             looked.append(path)
+        assert loops.runs(), "what was killed may have to wait for a QEMU"
         raise Killed
 
     monkeypatch.setattr(recovery, "recover", recover)

@@ -298,13 +298,14 @@ class Standalone:
         """Finish or undo what was killed, under the machine's lock."""
         if not operations.unfinished(self.database, self.name):
             return ()
+        if not loops.runs():
+            # A QEMU may have to be waited for: to load a memory once more, even where none runs.
+            raise LoopNeededError
         from snaptree.running import recovery
 
         lock.extend(recovery.files_of(self.database, self.name))
         if silent(self.database, self.config, self.tree()):
             return await recovery.recover(self.database, self.name, lock, None, control)
-        if not loops.runs():
-            raise LoopNeededError
         from snaptree.machines.asking import for_recovery
 
         qemu = await for_recovery(self.database, self.config, self.tree())
