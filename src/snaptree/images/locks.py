@@ -16,6 +16,7 @@ import struct
 import threading
 import time
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -263,28 +264,22 @@ def who_has_open(paths: Iterable[str], besides: int = 0) -> dict[str, tuple[str,
     for process in os.listdir("/proc"):
         if not process.isdigit() or int(process) in (os.getpid(), besides):
             continue
-        for path in _open_files(process, wanted):
+        for path in [wanted[inode] for inode in open_in(int(process)) & wanted.keys()]:
             found.setdefault(path, []).append(f"{_name_of(process)} ({process})")
     return {path: tuple(sorted(set(names))) for path, names in found.items()}
 
 
-def _open_files(process: str, wanted: dict[tuple[int, int], str]) -> set[str]:
-    found: set[str] = set()
+def open_in(process: int) -> frozenset[tuple[int, int]]:
+    """The files and block devices that a process has open, by device and inode, as far as we may see them."""
+    found: set[tuple[int, int]] = set()
     folder = f"/proc/{process}/fd"
-    try:
-        descriptors = os.listdir(folder)
-    except OSError:
-        return found
-    for descriptor in descriptors:
-        try:
-            status = os.stat(f"{folder}/{descriptor}")
-        except OSError:
-            continue
-        if (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)) and (
-            path := wanted.get((status.st_dev, status.st_ino))
-        ):
-            found.add(path)
-    return found
+    with suppress(OSError):
+        for descriptor in os.listdir(folder):
+            with suppress(OSError):
+                status = os.stat(f"{folder}/{descriptor}")
+                if stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode):
+                    found.add((status.st_dev, status.st_ino))
+    return frozenset(found)
 
 
 def _name_of(process: str) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from snaptree.errors import SnaptreeError
 from snaptree.machines.power import Power
-from snaptree.machines.survey import measure
+from snaptree.machines.survey import planned
 from snaptree.model.live import OFF, PAUSED
 from snaptree.model.tree import Tree
 from snaptree.planning.create import SnapshotRequest
@@ -15,7 +15,6 @@ from snaptree.planning.plan import Plan
 from snaptree.planning.remembering import Moves
 from snaptree.planning.revert import RevertRequest, SwitchRequest, memory_moves
 from snaptree.planning.sweep import follow
-from snaptree.planning.unmeasured import Unmeasured
 from snaptree.planning.verbs import Request
 
 if TYPE_CHECKING:
@@ -84,12 +83,8 @@ async def merge_loose(
 
     tree = machine.tree()
     survey = machine.survey(tree, await again(qemu, tree) if qemu is not None else Power(OFF))
-    while True:
-        try:
-            plan = follow(Plan("merge", "merge what is loose", (), 0, tree), before, survey, "auto")
-            break
-        except Unmeasured as wanted:
-            survey = measure(tree, survey, wanted)
+    nothing = Plan("merge", "merge what is loose", (), 0, tree)
+    plan = planned(tree, survey, lambda measured: follow(nothing, before, measured, "auto"))
     lock.extend(files_of(plan))
     await executor.run(machine.database, machine.name, plan, lock=lock, qemu=qemu)
     return tuple(note for each in plan.every() for note in each.notes)

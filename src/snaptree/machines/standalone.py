@@ -22,7 +22,7 @@ from snaptree.machines.memories import arrive, as_it_went, merge_loose, moving, 
 from snaptree.machines.options import DiskOption
 from snaptree.machines.outrun import pull_instead
 from snaptree.machines.power import LOOK_SECONDS, WORK_SECONDS, Power, monitor_of, silent
-from snaptree.machines.survey import measure, read_survey
+from snaptree.machines.survey import planned, read_survey
 from snaptree.model.layer import LayerId
 from snaptree.model.live import OFF
 from snaptree.model.machine import MachineConfig
@@ -37,7 +37,6 @@ from snaptree.planning.live import require_possible
 from snaptree.planning.naming import renamed_roots
 from snaptree.planning.plan import Plan
 from snaptree.planning.settle import loose_layers
-from snaptree.planning.unmeasured import Unmeasured
 from snaptree.planning.verbs import RenameRequest, Request, SetRequest
 from snaptree.running import loops
 from snaptree.running.control import Control, recovering
@@ -182,11 +181,7 @@ class Standalone:
             if os.path.realpath(folder) != folder:
                 hint = f"name the folder itself, {os.path.realpath(folder)}"
                 raise RefusedError(f"{folder} is or leads through a symbolic link", hint)
-        while True:
-            try:
-                return verbs.plan(tree, survey, request)
-            except Unmeasured as wanted:
-                survey = measure(tree, survey, wanted)
+        return planned(tree, survey, lambda measured: verbs.plan(tree, measured, request))
 
     def run(
         self,

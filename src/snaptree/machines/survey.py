@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -19,6 +19,7 @@ from snaptree.model.live import OFF
 from snaptree.model.machine import MachineConfig
 from snaptree.model.survey import FileSystemFacts, LayerFacts, Outsider, PointFacts, RowFacts, Start, Stray, Survey
 from snaptree.model.tree import Tree
+from snaptree.planning.plan import Plan
 from snaptree.planning.unmeasured import Unmeasured
 from snaptree.store import operations, trees
 from snaptree.store.database import Database
@@ -181,6 +182,15 @@ def _speed(database: Database, machine: str) -> float:
     ][-5:]
     seconds = sum((each.ended or each.started) - each.started for each in merges)
     return sum(each.bytes for each in merges) / seconds if seconds > 0 else 0.0
+
+
+def planned(tree: Tree, survey: Survey, make: Callable[[Survey], Plan]) -> Plan:
+    """The plan that is made on the survey; what it needs to know besides is read on the way."""
+    while True:
+        try:
+            return make(survey)
+        except Unmeasured as wanted:
+            survey = measure(tree, survey, wanted)
 
 
 def measure(tree: Tree, survey: Survey, wanted: Unmeasured) -> Survey:

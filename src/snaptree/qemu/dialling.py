@@ -10,6 +10,7 @@ import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from snaptree.errors import RefusedError, ToolError
 from snaptree.images import durable, rights
@@ -70,11 +71,24 @@ def _connect(to: socket.socket, address: str) -> None:
         time.sleep(0.005)
 
 
-def listener(of: socket.socket) -> int:
-    """The process that listens at the other end."""
-    credentials = of.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    process, _, _ = _CREDENTIALS.unpack(credentials)
-    return int(process)
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who is at the other end, as the kernel says."""
+
+    process: int
+    user: int
+
+    @property
+    def trusted(self) -> bool:
+        """Whether it is one of us, or root."""
+        return self.user in (os.geteuid(), 0)
+
+
+def peer_of(connection: socket.socket) -> Peer:
+    """Who is at the other end of a connection."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    process, user, _ = _CREDENTIALS.unpack(credentials)
+    return Peer(process, user)
 
 
 def bind(path: str) -> socket.socket:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
-from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 from snaptree.errors import ToolError
 from snaptree.images import durable
+from snaptree.images.locks import open_in
 from snaptree.model.live import PAUSED, RUNNING
-from snaptree.qemu.dialling import dial, listener
+from snaptree.qemu.dialling import dial, peer_of
 from snaptree.qemu.graph import BlockGraph, Inode, read_graph
 from snaptree.qemu.session import GREETING_SECONDS, QmpSession, not_negotiated
 
@@ -45,7 +45,7 @@ class RunningQemu:
             found = dial(path)
             if found is None:
                 return None
-            pid = listener(found)
+            pid = peer_of(found).process
             qmp = QmpSession(f"the QEMU at {path}")
             try:
                 found.setblocking(False)
@@ -117,14 +117,7 @@ class RunningQemu:
 
     def descriptors(self) -> frozenset[Inode]:
         """The files that its process has open, whatever their names lead to by now; none when we may not know."""
-        found: set[Inode] = set()
-        folder = f"/proc/{self.pid}/fd"
-        with suppress(OSError):
-            for name in os.listdir(folder):
-                with suppress(OSError):
-                    status = os.stat(f"{folder}/{name}")
-                    found.add((status.st_dev, status.st_ino))
-        return frozenset(found)
+        return open_in(self.pid)
 
     def command_line(self) -> tuple[str, ...]:
         """The words that started it; none when we may not know them."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from snaptree.errors import RefusedError, SnaptreeError, ToolError, UsageError, every_error_class
+from snaptree.qemu.dialling import peer_of
 from snaptree.running import sockets
 from snaptree.running.listening import VERSION
 
@@ -53,7 +54,7 @@ def call(state: str, name: str, ask: str = "show", limit: float = 0.0) -> Heard 
     if connection is None:
         return None
     with connection:
-        process = sockets.peer_of(connection).process
+        process = peer_of(connection).process
         said = bytearray()
         try:
             connection.settimeout(ANSWER_SECONDS)

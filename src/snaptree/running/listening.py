@@ -23,6 +23,7 @@ from typing import Any
 
 from snaptree.errors import RefusedError, SnaptreeError, UsageError
 from snaptree.model.names import visible
+from snaptree.qemu.dialling import peer_of
 from snaptree.running import sockets
 from snaptree.running.control import Control, answered
 
@@ -130,7 +131,7 @@ class _Server:
             time.sleep(0.01)
             return
         connection.setblocking(False)
-        if not sockets.peer_of(connection).trusted:
+        if not peer_of(connection).trusted:
             connection.close()
             return
         self._askers[connection] = _Asker(connection, time.monotonic() + PATIENCE)
@@ -157,7 +158,7 @@ class _Server:
                 if not end and not asker.said:
                     self._drop(asker)
                     return
-                who = f"process {sockets.peer_of(asker.connection).process}"
+                who = f"process {peer_of(asker.connection).process}"
                 asker.answer = memoryview(json.dumps(answer(self._control, line, who)).encode() + b"\n")
                 self._selector.modify(asker.connection, selectors.EVENT_WRITE)
             asker.answer = asker.answer[asker.connection.send(asker.answer) :]

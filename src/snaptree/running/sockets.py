@@ -11,40 +11,18 @@ import os
 import secrets
 import socket
 import stat
-import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 
 from snaptree.errors import RefusedError
 from snaptree.images import rights
+from snaptree.qemu.dialling import peer_of
 
 FOLDER = "operations"
 SUFFIX = ".sock"
 _UNFINISHED_SECONDS = 60.0
 """So old a socket is that was made and never began to listen: its process was killed between."""
-_CREDENTIALS = struct.Struct("3i")
-
-
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """Who is at the other end, as the kernel says."""
-
-    process: int
-    user: int
-
-    @property
-    def trusted(self) -> bool:
-        """Whether it is one of us, or root."""
-        return self.user in (os.geteuid(), 0)
-
-
-def peer_of(connection: socket.socket) -> Peer:
-    """Who is at the other end of a connection."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    process, user, _ = _CREDENTIALS.unpack(credentials)
-    return Peer(process, user)
 
 
 @contextmanager
