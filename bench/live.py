@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from bench.figures import Stall
 from bench.rows import BARE, SNAPTREE
-from bench.ways import LIMIT, MACHINE, Ways
+from bench.ways import MACHINE, Ways
 from tests.kit.guest import Boot, Guest, build, device
 
 IDLE_SECONDS = 3.0
@@ -63,20 +62,7 @@ class LiveWays(Ways):
             idle = guest.stall(since)
             self.system.sync()
             since = guest.flushed()
-            began = time.monotonic()
-            done = subprocess.run(
-                ["/bin/sh", "-c", self.line(way)],
-                env=self.environment if way == SNAPTREE else None,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=LIMIT,
-            )
-            self.system.sync()
-            seconds = time.monotonic() - began
-            if done.returncode != 0:
-                raise RuntimeError(f"{self.line(way)}: {(done.stderr or done.stdout).strip()}")
+            seconds = self.run(way)
             guest.writes_on()
             self.stalls.setdefault(way, []).append(Stall(idle, guest.stall(since)))
         finally:

@@ -101,12 +101,30 @@ class Ways:
         :raise RuntimeError: it failed, or what it left is wrong.
         """
         self._prepare(way)
-        line = self.line(way)
         before = self.system.used() if way in OURS else 0
         state = self._state_size()
         os.sync()
         time.sleep(0.2)
-        began = time.monotonic()
+        seconds = self.run(way)
+        if way not in (BARE, DD):
+            self.chain.require_merged()
+        if way == SNAPTREE:
+            grown = self.system.used() - before
+            self.space.append(Space(grown, self._metadata() + max(0, self._state_size() - state)))
+        if self.check and way not in (BARE, DD):
+            try:
+                self.chain.compare(kept_point=way not in (REBASE, REBASE_NONE))
+            except RuntimeError as error:
+                raise RuntimeError(f"{way} has left something wrong: {error}") from error
+        self._clean(way)
+        return seconds
+
+    def run(self, way: str) -> float:
+        """Run the line of shell; how many seconds it took until all of it was on the device.
+
+        :raise RuntimeError: it failed.
+        """
+        line, began = self.line(way), time.monotonic()
         done = subprocess.run(
             ["/bin/sh", "-c", line],
             env=self.environment if way in OURS else None,
@@ -120,17 +138,6 @@ class Ways:
         seconds = time.monotonic() - began
         if done.returncode != 0:
             raise RuntimeError(f"{line}: {(done.stderr or done.stdout).strip()}")
-        if way not in (BARE, DD):
-            self.chain.require_merged()
-        if way == SNAPTREE:
-            grown = self.system.used() - before
-            self.space.append(Space(grown, self._metadata() + max(0, self._state_size() - state)))
-        if self.check and way not in (BARE, DD):
-            try:
-                self.chain.compare(kept_point=way not in (REBASE, REBASE_NONE))
-            except RuntimeError as error:
-                raise RuntimeError(f"{way} has left something wrong: {error}") from error
-        self._clean(way)
         return seconds
 
     def _prepare(self, way: str) -> None:

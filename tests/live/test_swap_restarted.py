@@ -8,6 +8,7 @@ import pytest
 from tests.kit import guest
 from tests.kit.scene import command
 from tests.kit.stage import Stage, killed_at
+from tests.live.test_delete_killed import started_again
 from tests.live.test_delete_shared import files_open, loosen
 
 
@@ -85,15 +86,8 @@ def test_qemu_dies_and_stays_dead(sharing: Stage) -> None:
     held, when = loosen(stage, 0), 20
     while killed_at(stage, when, "gc web1"):
         stage.guest.writes_on(3)
-        flushed = stage.guest.flushed()
-        stage.kill_qemu()
-        stage("recover web1")
-        stage.sound()
-        last = stage.holds("main", killed=True)
-        assert min(last) >= flushed
+        started_again(stage)
         assert {name: stage.holds(name) for name in held} == held
-        stage("start web1")
-        stage.guest.go(at=min(last))
         stage("gc web1")
         stage(f"delete web1 {' '.join(held)}")
         held = loosen(stage, when)

@@ -129,30 +129,44 @@ class Draft:
         """
         chosen = self.chosen.pop(disk, None)
         if chosen is not None:
-            folder, base = posixpath.split(chosen)
-            if folder not in self.survey.names:
-                raise NotFoundError(f"there is no folder {folder} for {chosen}", "make the folder first")
-            known = {layer.path for layer in self.before.layers.values()}
-            if base in self.survey.names[folder] or chosen in self.made or chosen in known:
-                raise ExistsError(f"{chosen} exists already", "choose another name with --file")
-            if not base.endswith(".qcow2"):
+            self.take_path(chosen, "--file")
+            if not chosen.endswith(".qcow2"):
                 raise RefusedError(f"{chosen} does not end in .qcow2, which new layers are", "name it NAME.qcow2")
-            self.made.add(chosen)
             return chosen
         folder, base = posixpath.split(self.before.roots[disk][0])
         stem = base.rsplit(".", 1)[0] if "." in base[1:] else base
-        taken = self.survey.names.get(folder, frozenset())
-        known = {layer.path for layer in self.before.layers.values()}
+        return self.free_path(folder, stem, label, ".qcow2", "layer")
+
+    def take_path(self, chosen: str, option: str) -> None:
+        """See that a new file can have the path that the user chose with the option, and keep it for that.
+
+        :raise ExistsError: there is one.
+        :raise NotFoundError: there is no such folder.
+        """
+        folder, base = posixpath.split(chosen)
+        if folder not in self.survey.names:
+            raise NotFoundError(f"there is no folder {folder} for {chosen}", "make the folder first")
+        if base in self.survey.names[folder] or chosen in self.made or chosen in self._known():
+            raise ExistsError(f"{chosen} exists already", f"choose another name with {option}")
+        self.made.add(chosen)
+
+    def free_path(self, folder: str, stem: str, label: str, suffix: str, what: str) -> str:
+        """A path for a new file that nobody has yet, ``STEM.LABEL`` with the suffix and perhaps a number."""
+        taken, known = self.survey.names.get(folder, frozenset()), self._known()
         for number in range(1, 100_000):
-            ending = f".{label}.qcow2" if number == 1 else f".{label}-{number}.qcow2"
+            ending = f".{label}{suffix}" if number == 1 else f".{label}-{number}{suffix}"
             room = 240 - len(ending.encode(errors="surrogateescape"))
             name = stem.encode(errors="surrogateescape")[: max(room, 8)].decode(errors="ignore") + ending
             path = posixpath.join(folder, name)
-            # The path of a layer that is missing just now stays its own.
             if name not in taken and path not in self.made and path not in known:
                 self.made.add(path)
                 return path
-        raise ExistsError(f"no free name for a new layer in {folder}")
+        raise ExistsError(f"no free name for a new {what} in {folder}")
+
+    def _known(self) -> set[str]:
+        """The paths of the tree's files. That of one that is missing just now stays its own."""
+        layers = {layer.path for layer in self.before.layers.values()}
+        return layers | {memory.path for memory in self.before.memories.values()}
 
     def stack(self, parent: LayerId, label: str, purpose: str) -> Layer:
         """A new empty overlay on the layer, added to the tree.

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from snaptree.errors import ExistsError, NoSpaceError, NotFoundError, RefusedError, UnhealthyError, UsageError
+from snaptree.errors import NoSpaceError, RefusedError, UnhealthyError, UsageError
 from snaptree.model.branch import Branch
 from snaptree.model.delta import diff
 from snaptree.model.live import OFF
@@ -127,24 +127,11 @@ def new_memory(draft: Draft, label: str, chosen: str | None = None) -> Memory:
 
 
 def _new_path(draft: Draft, label: str, chosen: str | None) -> str:
-    survey, known = draft.survey, {each.path for each in draft.before.memories.values()}
     if chosen is not None:
-        folder, base = posixpath.split(chosen)
-        if folder not in survey.names:
-            raise NotFoundError(f"there is no folder {folder} for {chosen}", "make the folder first")
-        if base in survey.names[folder] or chosen in known or chosen in draft.made:
-            raise ExistsError(f"{chosen} exists already", "choose another name with --memory-file")
+        draft.take_path(chosen, "--memory-file")
         return chosen
-    root, _ = draft.before.roots[draft.before.disks[0]]
-    folder, taken = posixpath.dirname(root), survey.names.get(posixpath.dirname(root), frozenset())
-    for number in range(1, 100_000):
-        ending = f".{label}.memory" if number == 1 else f".{label}-{number}.memory"
-        room = max(240 - len(ending.encode(errors="surrogateescape")), 8)
-        stem = draft.before.machine.encode(errors="surrogateescape")[:room].decode(errors="ignore")
-        path = posixpath.join(folder, stem + ending)
-        if stem + ending not in taken and path not in known:
-            return path
-    raise ExistsError(f"no free name for a memory file in {folder}")
+    folder = posixpath.dirname(draft.before.roots[draft.before.disks[0]][0])
+    return draft.free_path(folder, draft.before.machine, label, ".memory", "memory file")
 
 
 def or_else(plan: Plan, draft: Draft, without: Tree) -> Plan:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
-from snaptree.errors import ToolError, UnhealthyError
+from snaptree.errors import SnaptreeError, ToolError, UnhealthyError
 from snaptree.images import gate
 from snaptree.images.facts import read_facts
 from snaptree.planning.live_steps import Cut, LiveSnapshot
@@ -26,6 +27,27 @@ def inode_at(path: str) -> Inode:
     """
     status = os.stat(path)
     return status.st_dev, status.st_ino
+
+
+def node_of(graph: BlockGraph, path: str) -> Node:
+    """The node that shows the image of a file that keeps its name.
+
+    :raise UnhealthyError: QEMU has not just one.
+    """
+    found = graph.opened(inode_at(path))
+    if len(found) != 1:
+        raise UnhealthyError(f"QEMU has {path} open {len(found)} times", "see what was done to the machine")
+    return found[0]
+
+
+async def let_go(qemu: RunningQemu, nodes: Iterable[str]) -> None:
+    """Have QEMU close nodes that are out of its graph: those that were opened by name stay until they are told to go.
+
+    One that something else uses stays open; its file's room comes back when QEMU ends.
+    """
+    for name in dict.fromkeys(nodes):
+        with suppress(SnaptreeError):
+            await qemu.blockdev_del(name)
 
 
 def is_top(graph: BlockGraph, path: str) -> bool:

@@ -15,13 +15,13 @@ from snaptree.images.mover.cost import foreseen
 from snaptree.planning.live_steps import File, LiveJob, LiveMerge
 from snaptree.planning.steps import Move, MoveJob, Repoint
 from snaptree.qemu import live_jobs
-from snaptree.qemu.graph import BlockGraph, Node
+from snaptree.qemu.graph import BlockGraph
 from snaptree.qemu.jobs import JobProgress, Steering, abandon
 from snaptree.qemu.live_jobs import Merging
 from snaptree.qemu.running import RunningQemu
 from snaptree.running.carry import headers, moving
 from snaptree.running.carry.by_qemu import bytes_moved
-from snaptree.running.carry.live import inode_at, is_top
+from snaptree.running.carry.live import inode_at, is_top, let_go, node_of
 from snaptree.running.context import Context
 from snaptree.running.guard import PIVOT, STAY, Guard, Orders
 
@@ -89,17 +89,6 @@ def _move_job(job: LiveJob, *, by_qemu: str = "") -> MoveJob:
 # ---- where it stands ----------------------------------------------------------------------------------------------
 
 
-def _node(graph: BlockGraph, file: File) -> Node:
-    """The node that shows the image.
-
-    :raise UnhealthyError: QEMU has not just one.
-    """
-    found = graph.opened(inode_at(file[0]))
-    if len(found) != 1:
-        raise UnhealthyError(f"QEMU has {file[0]} open {len(found)} times", "see what was done to the machine")
-    return found[0]
-
-
 def _stands_on(graph: BlockGraph, above: File, below: File | None) -> bool:
     """Whether the one image stands on the other (or on nothing) in QEMU."""
     found = graph.opened(inode_at(above[0])) if os.path.exists(above[0]) else ()
@@ -121,7 +110,7 @@ def is_merged(graph: BlockGraph, job: LiveJob) -> bool:
 
 
 def _merging(graph: BlockGraph, job: LiveJob, name: str) -> Merging:
-    top, lowest = _node(graph, job.row[-1]), _node(graph, job.row[0])
+    top, lowest = node_of(graph, job.row[-1][0]), node_of(graph, job.row[0][0])
     if job.way == "commit":
         backing = gate.relative_backing_name(job.child[0], job.row[0][0]) if job.child is not None else None
         return Merging(name, "commit", graph.root_of(top).name, top.name, lowest.name, backing, job.active)
@@ -144,7 +133,7 @@ async def _flush(qemu: RunningQemu, graph: BlockGraph, job: LiveJob) -> None:
     :raise ToolError: they are not there.
     """
     path, _ = job.target
-    await qemu.flush(_node(graph, job.target).name, path)
+    await qemu.flush(node_of(graph, path).name, path)
     if not await _holds_all(job):
         raise ToolError(f"QEMU reported success, but {path} has not all that was to be moved", "try it with QEMU off")
 
@@ -194,19 +183,14 @@ async def _go_over(qemu: RunningQemu, job: LiveJob, merging: Merging, context: C
 
 
 async def _close(qemu: RunningQemu, step: LiveMerge) -> None:
-    """Have QEMU close what is out of its graph; nodes that were opened by name stay until they are told to go.
-
-    One that something else uses stays open; its file's room comes back when QEMU ends.
-    """
+    """Have QEMU close what was merged."""
     for job in step.jobs:
         for path, _ in reversed(job.gone):
             graph = await qemu.graph()
             inode = inode_at(path) if os.path.exists(path) else None
             formats = [node.name for node in graph.opened(inode)] if inode is not None else []
             files = [node.name for node in graph.nodes.values() if inode is not None and node.inode == inode]
-            for name in dict.fromkeys([*formats, *files]):
-                with suppress(SnaptreeError):
-                    await qemu.blockdev_del(name)
+            await let_go(qemu, [*formats, *files])
 
 
 def _sync(step: LiveMerge) -> None:

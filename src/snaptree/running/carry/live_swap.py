@@ -8,16 +8,15 @@ found by their names and their files' names: after the rename a name leads to an
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from typing import Any
 
-from snaptree.errors import RefusedError, SnaptreeError, ToolError, UnhealthyError
+from snaptree.errors import RefusedError, ToolError, UnhealthyError
 from snaptree.images import durable
 from snaptree.planning.live_steps import LiveSettle, LiveSwap, Swap
 from snaptree.qemu.graph import BlockGraph, Node
 from snaptree.qemu.options import opened_anew, options_of, reopened
 from snaptree.qemu.running import RunningQemu
-from snaptree.running.carry.live import inode_at
+from snaptree.running.carry.live import inode_at, let_go, node_of
 from snaptree.running.context import Context
 
 
@@ -94,17 +93,6 @@ def _names(swaps: tuple[Swap, ...], each: Swap, context: Context) -> frozenset[s
     return frozenset(_name(swaps, each, context, hidden=hidden) for hidden in (True, False))
 
 
-def _node(graph: BlockGraph, path: str) -> Node:
-    """The node that shows the image of a file that keeps its name.
-
-    :raise UnhealthyError: QEMU has not just one.
-    """
-    found = graph.opened(inode_at(path))
-    if len(found) != 1:
-        raise UnhealthyError(f"QEMU has {path} open {len(found)} times", "see what was done to the machine")
-    return found[0]
-
-
 def _beneath(graph: BlockGraph, child: Node, path: str) -> Node:
     """The node of the file among those that the child stands on: another disk may stand on the same file.
 
@@ -136,7 +124,7 @@ def _is_at(node: Node, path: str) -> bool:
 
 
 def _child(graph: BlockGraph, swap: Swap) -> Node:
-    return _node(graph, swap.child[0])
+    return node_of(graph, swap.child[0])
 
 
 def _upper(graph: BlockGraph, swaps: tuple[Swap, ...], swap: Swap, context: Context) -> Node:
@@ -193,7 +181,4 @@ async def _close(qemu: RunningQemu, swap: Swap, context: Context) -> None:
         kept = {current.name, current.file}
         formats = [node.name for node in _others(graph, path, frozenset()) if node.name not in kept]
         files = [node.name for node in graph.nodes.values() if _is_at(node, path) and node.name not in kept]
-        for name in dict.fromkeys([*formats, *files]):
-            # One that something else uses stays open; its file's room comes back when QEMU ends.
-            with suppress(SnaptreeError):
-                await qemu.blockdev_del(name)
+        await let_go(qemu, [*formats, *files])
