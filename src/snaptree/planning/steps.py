@@ -7,7 +7,7 @@ A step says what will be done; ``running/carry`` does it. What is on disk after 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias, get_args
 
 from snaptree.model.delta import Delta
 from snaptree.model.layer import LayerId
@@ -369,6 +369,9 @@ class Forget:
         return f"forget machine {self.name}"
 
 
+LiveStep: TypeAlias = LiveSnapshot | LiveMerge | LiveSwap | LiveSettle | SaveMemory | GoOver
+"""Those that the QEMU of a running machine takes."""
+
 Step: TypeAlias = (
     MakeOverlay
     | BuildFromPoint
@@ -383,12 +386,7 @@ Step: TypeAlias = (
     | PutInPlace
     | Repoint
     | TakeName
-    | LiveSnapshot
-    | LiveMerge
-    | LiveSwap
-    | LiveSettle
-    | SaveMemory
-    | GoOver
+    | LiveStep
     | Record
     | Unlink
     | RemoveFirmware
@@ -396,29 +394,4 @@ Step: TypeAlias = (
     | Forget
 )
 
-STEPS: tuple[type[Step], ...] = (
-    MakeOverlay,
-    BuildFromPoint,
-    CopyFirmware,
-    MakeInternal,
-    ApplyInternal,
-    DeleteInternal,
-    Cover,
-    Shrink,
-    Move,
-    BuildMerged,
-    PutInPlace,
-    Repoint,
-    TakeName,
-    LiveSnapshot,
-    LiveMerge,
-    LiveSwap,
-    LiveSettle,
-    SaveMemory,
-    GoOver,
-    Record,
-    Unlink,
-    RemoveFirmware,
-    Register,
-    Forget,
-)
+STEPS: tuple[type[Step], ...] = get_args(Step)

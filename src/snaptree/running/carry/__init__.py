@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from snaptree.planning.live_steps import LiveMerge, LiveSettle, LiveSnapshot, LiveSwap
-from snaptree.planning.memory_steps import GoOver, SaveMemory
 from snaptree.planning.steps import (
     ApplyInternal,
     BuildFromPoint,
@@ -15,6 +13,7 @@ from snaptree.planning.steps import (
     Cover,
     DeleteInternal,
     Forget,
+    LiveStep,
     MakeInternal,
     MakeOverlay,
     Move,
@@ -35,6 +34,11 @@ from snaptree.running.context import Context
 
 async def do(step: Step, context: Context) -> None:
     """Take the step."""
+    if isinstance(step, LiveStep):
+        from snaptree.running.carry import by_running
+
+        await by_running.do(step, context)
+        return
     match step:
         case MakeOverlay():
             making.make_overlay(step, context)
@@ -64,30 +68,6 @@ async def do(step: Step, context: Context) -> None:
             headers.repoint(step, context)
         case TakeName():
             making.take_name(step)
-        case LiveSnapshot():
-            from snaptree.running.carry import live
-
-            await live.snapshot(step, context)
-        case LiveMerge():
-            from snaptree.running.carry import live_merge
-
-            await live_merge.merge(step, context)
-        case LiveSwap():
-            from snaptree.running.carry import live_swap
-
-            await live_swap.swap(step, context)
-        case LiveSettle():
-            from snaptree.running.carry import live_swap
-
-            await live_swap.settle(step, context)
-        case SaveMemory():
-            from snaptree.running.carry import memory
-
-            await memory.save(step, context)
-        case GoOver():
-            from snaptree.running.carry import going_over
-
-            await going_over.go_over(step, context)
         case Unlink():
             making.unlink(step, context)
         case Record():
@@ -104,6 +84,11 @@ async def undo(step: Step, context: Context) -> None:
     What has no way back there needs none: zeroes in the top show the same to everything, and a mark that a layer is
     being written to stays true.
     """
+    if isinstance(step, LiveStep):
+        from snaptree.running.carry import by_running
+
+        await by_running.undo(step, context)
+        return
     match step:
         case MakeOverlay() | BuildFromPoint():
             making.unmake(step.path, context)
@@ -115,26 +100,6 @@ async def undo(step: Step, context: Context) -> None:
             moving.unmove(step, context)
         case BuildMerged():
             sharing.unbuild(step, context)
-        case LiveSnapshot():
-            from snaptree.running.carry import live
-
-            await live.unsnapshot(step, context)
-        case LiveMerge():
-            from snaptree.running.carry import live_merge
-
-            await live_merge.unmerge(step, context)
-        case LiveSwap():
-            from snaptree.running.carry import live_swap
-
-            await live_swap.unswap(step, context)
-        case SaveMemory():
-            from snaptree.running.carry import memory
-
-            await memory.unsave(step, context)
-        case GoOver():
-            from snaptree.running.carry import going_over
-
-            await going_over.ungo(step, context)
         case _:
             pass
 
@@ -146,18 +111,8 @@ async def happened(steps: tuple[Step, ...], context: Context) -> bool:
     the step is taken once more, and finds that it is done.
     """
     step = steps[context.journal.step]
-    match step:
-        case LiveSnapshot() | SaveMemory():
-            from snaptree.running.carry import live
+    if not isinstance(step, LiveStep):
+        return False
+    from snaptree.running.carry import by_running
 
-            return await live.was_cut(step.cuts, context)
-        case LiveMerge():
-            from snaptree.running.carry import live_merge
-
-            return await live_merge.went_on(step, context)
-        case GoOver():
-            from snaptree.running.carry import going_over
-
-            return await going_over.went_over(step, context)
-        case _:
-            return False
+    return await by_running.happened(step, context)
