@@ -65,7 +65,7 @@ def test_a_paused_machine_stays_paused(stage: Stage) -> None:
 
 def test_a_place_of_ones_own_and_two_in_a_row(stage: Stage) -> None:
     guest = stage.start()
-    stage("snapshot web1 s1 --memory --memory-file mine.ram")
+    assert "None" not in stage("snapshot web1 s1 --memory --memory-file mine.ram").out
     assert stage.names()["s1"]["memory"] == str(stage.disks / "mine.ram")
     assert (stage.disks / "mine.ram").stat().st_mode & 0o777 == 0o600
     stage("snapshot web1 s2 --memory")

@@ -39,8 +39,9 @@ def cost(plan: Plan) -> str:
     public = plan.public()
     parts = []
     if public["bytes_to_copy"]:
-        way = f" by {public['way']}" if public["way"] else ""
-        parts.append(f"copies {size(public['bytes_to_copy'])}{way}, in about {max(0.1, public['seconds']):.1f} s")
+        parts.append(
+            f"copies {size(public['bytes_to_copy'])}{_by(public)}, in about {max(0.1, public['seconds']):.1f} s"
+        )
     if public["bytes_to_share"]:
         parts.append(f"shares {size(public['bytes_to_share'])} instead of copying it")
     if public["peak_extra_bytes"]:
@@ -48,6 +49,11 @@ def cost(plan: Plan) -> str:
     if public["frees_bytes"] > 0:
         parts.append(f"frees {size(public['frees_bytes'])}")
     return "; ".join(parts) or "costs next to nothing"
+
+
+def _by(public: dict[str, Any]) -> str:
+    """The way in which data is merged; nothing where what is copied is something else, as memory."""
+    return f" by {public['way']}" if public["way"] else ""
 
 
 def print_plan(plan: Plan, *, as_json: bool) -> None:
@@ -163,7 +169,7 @@ def done(plan: Plan, *, as_json: bool) -> None:
         print_json(public)
         return
     copied = public["bytes_to_copy"] or (public["way"] and not public["bytes_to_share"])
-    parts = [f"copied {size(public['bytes_to_copy'])} by {public['way']}"] if copied else []
+    parts = [f"copied {size(public['bytes_to_copy'])}{_by(public)}"] if copied else []
     parts += [f"shared {size(public['bytes_to_share'])}"] if public["bytes_to_share"] else []
     parts += [f"freed {size(public['frees_bytes'])}"] if public["frees_bytes"] > 0 else []
     say(f"{plan.summary}: done" + (f" ({', '.join(parts)})" if parts else ""))
