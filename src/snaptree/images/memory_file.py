@@ -56,6 +56,9 @@ def ailment(memory: Memory) -> str:
         return f"the memory file {memory.path} is cut: it has {now.size} of {memory.size} bytes"
     if now.size != memory.size or (memory.identity is not None and now.header != memory.identity.header):
         return f"the memory file {memory.path} is not the one that was written"
-    if memory.identity is not None and now.inode == memory.identity.inode and now.mtime_ns != memory.identity.mtime_ns:
+    kept = memory.identity
+    # A file that was put back may have been given the number of the one that was taken away; not its generation.
+    same = kept is not None and (now.inode, now.generation) == (kept.inode, kept.generation)
+    if kept is not None and same and now.mtime_ns != kept.mtime_ns:
         return f"the memory file {memory.path} was written to since"
     return ""
