@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -155,7 +156,7 @@ async def _follow(
     steering: Steering,
 ) -> dict[str, JobProgress]:
     ended: dict[str, JobProgress] = {}
-    pause = FIRST_POLL
+    polls = Polls()
     completing: set[str] = set()
     seen: dict[str, JobProgress] = {}
     since = time.monotonic()
@@ -189,10 +190,34 @@ async def _follow(
                 command = "job-cancel" if isinstance(jobs[name], Pull) else "job-complete"
                 await qmp.execute(command, id=name, seconds=FLUSH_SECONDS)
                 completing.add(name)
-            pause = FIRST_POLL
-        await asyncio.sleep(pause)
-        pause = min(pause * 1.5, LAST_POLL)
+            polls = Polls()
+        await polls.wait(now.values())
     return ended
+
+
+class Polls:
+    """How long to wait until jobs are asked for again: longer each time, but hardly past the end that they come to."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._pause = FIRST_POLL
+
+    async def wait(self, found: Iterable[JobProgress]) -> None:
+        """Wait a while.
+
+        :param found: how far the jobs are.
+        """
+        passed = time.monotonic() - self._began
+        left = max((_left(each, passed) for each in found), default=0.0)
+        await asyncio.sleep(max(FIRST_POLL, min(self._pause, left / 2)))
+        self._pause = min(self._pause * 1.5, LAST_POLL)
+
+
+def _left(job: JobProgress, passed: float) -> float:
+    """How many seconds a job may still need, if it goes on as it has."""
+    if job.current >= job.total:
+        return 0.0
+    return passed * (job.total - job.current) / job.current if job.current > 0 else math.inf
 
 
 class Steering:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from snaptree.errors import CancelledError, OutrunError, ToolError
-from snaptree.qemu.jobs import FIRST_POLL, FLUSH_SECONDS, LAST_POLL, STALL_SECONDS, Job, JobProgress, Steering, query
+from snaptree.qemu.jobs import FLUSH_SECONDS, STALL_SECONDS, Job, JobProgress, Polls, Steering, query
 from snaptree.qemu.session import QmpSession, explain
 
 Reporter = Callable[[Mapping[str, JobProgress]], None]
@@ -81,7 +81,7 @@ async def follow(
     :raise OutrunError: a job does not come to its end because the guest writes too fast.
     """
     names = {job.id: job for job in jobs}
-    pause = FIRST_POLL
+    polls = Polls()
     seen: dict[str, JobProgress] = {}
     since = nearer = time.monotonic()
     nearest: dict[str, int] = {}
@@ -111,8 +111,7 @@ async def follow(
                 f"the guest writes faster than its disk is committed: no nearer for {CONVERGE_SECONDS:.0f} s",
                 "use --merge pull, or 'snaptree gc' when it is quiet or off",
             )
-        await asyncio.sleep(pause)
-        pause = min(pause * 1.5, LAST_POLL)
+        await polls.wait(now.values())
 
 
 def _require_sound(found: Mapping[str, Job], names: Collection[str]) -> None:

@@ -6,9 +6,7 @@ finds little to do; what has been copied leaves the page cache again. Holes stay
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import functools
 import os
 import threading
 from collections import deque
@@ -17,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from snaptree.errors import CancelledError, IoError
-from snaptree.images import durable
+from snaptree.images import durable, write_back
 from snaptree.images.mover import sharing
 from snaptree.images.mover.limiting import Limiter
 from snaptree.images.tables import data_ranges
@@ -32,7 +30,6 @@ BATCH = 4 << 20
 BEHIND = 64 << 20
 """So much that was copied may be in the page cache and not on disk, in bytes."""
 THREADS = 2
-_SYNC_FILE_RANGE_WAIT_BEFORE, _SYNC_FILE_RANGE_WRITE = 1, 2
 _NOT_SO = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ETXTBSY)
 
 Extent = tuple[int, int, int, int]
@@ -114,10 +111,12 @@ class Mover:
         self.watch.check()
         self.watch.limiter.wait(length, self.watch.stopped)
         self.watch.check()
+        dirty = False
         for begin, end in self._data(source, at, at + length, to, fresh=fresh):
-            self._copy_range(self.sources[source], begin, to + begin - at, end - begin)
+            dirty |= self._copy_range(self.sources[source], begin, to + begin - at, end - begin)
         self.watch.moved(length)
-        self._write_back(piece)
+        if dirty:
+            self._write_back(piece)
 
     def _data(self, source: int, start: int, end: int, to: int, *, fresh: bool) -> Iterator[tuple[int, int]]:
         """The ranges of the source that have data; what it has not is zeroed in the target, unless it is so."""
@@ -129,16 +128,20 @@ class Mover:
                 yield begin, stop
             at = stop
 
-    def _copy_range(self, source: int, at: int, to: int, length: int) -> None:
+    def _copy_range(self, source: int, at: int, to: int, length: int) -> bool:
+        """Copy the range; whether it is in the page cache now, and not in blocks that the kernel has shared."""
+        dirty = False
         while length:
             count = self._by_kernel(source, at, to, length) if self._kernel_shares else 0
             if not count:
+                dirty = True
                 buffer = self._buffer()[: min(length, BUFFER)]
                 count = os.preadv(source, [buffer], at)
                 if not count:
                     raise IoError(f"a source of {self.path} became shorter while it was copied", "is it in use?")
                 durable.write_all(self.target, to, buffer[:count])
             at, to, length = at + count, to + count, length - count
+        return dirty
 
     def _by_kernel(self, source: int, at: int, to: int, length: int) -> int:
         try:
@@ -158,7 +161,7 @@ class Mover:
     def _write_back(self, piece: Extent) -> None:
         """Begin to write it back, and let go of what was written back meanwhile."""
         _, _, to, length = piece
-        _sync_range(self.target, to, length, _SYNC_FILE_RANGE_WRITE)
+        write_back.begin(self.target, to, length)
         with self._lock:
             self._behind.append(piece)
             self._late += length
@@ -167,7 +170,7 @@ class Mover:
                 old.append(self._behind.popleft())
                 self._late -= old[-1][3]
         for each in old:
-            _sync_range(self.target, each[2], each[3], _SYNC_FILE_RANGE_WAIT_BEFORE)
+            write_back.wait(self.target, each[2], each[3])
             self._forget(each)
 
     def _forget(self, piece: Extent) -> None:
@@ -207,18 +210,3 @@ def _batches(extents: Sequence[Extent]) -> Iterator[list[Extent]]:
                 batch, size = [], 0
     if batch:
         yield batch
-
-
-@functools.cache
-def _system() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
-
-
-def _sync_range(descriptor: int, offset: int, length: int, flags: int) -> None:
-    """Have a range written back, or wait for it.
-
-    A failure of writing back is told once for each open file: it would be gone when the sync at the end asks.
-    """
-    done = _system().sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(length), ctypes.c_uint(flags))
-    if done != 0 and (number := ctypes.get_errno()) not in (errno.EINVAL, errno.ENOSYS, errno.ESPIPE, errno.EOPNOTSUPP):
-        raise OSError(number, os.strerror(number))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from snaptree.errors import RefusedError, SnaptreeError, ToolError, UnhealthyError
-from snaptree.images import durable, gate
+from snaptree.images import durable, gate, write_back
 from snaptree.images.facts import read_facts
 from snaptree.images.measure import holds
 from snaptree.images.mover.cost import foreseen
@@ -74,6 +74,9 @@ def _reporter(step: LiveMerge, jobs: Mapping[LiveJob, Merging], context: Context
     done = sum(job.bytes for job in step.jobs if job not in jobs)
 
     def report(state: Mapping[str, JobProgress]) -> None:
+        for job in jobs:
+            # QEMU leaves what it copies in the page cache; all of it would be waited for when it is flushed.
+            write_back.begin_file(job.target[0])
         parts = (bytes_moved(_move_job(job), state.get(merging.id)) for job, merging in jobs.items())
         context.moved(done + sum(parts), total)
 
