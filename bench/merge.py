@@ -19,7 +19,7 @@ from pathlib import Path
 
 from bench.chains import Chain
 from bench.figures import Figures, Results, report
-from bench.live import LiveWays
+from bench.live import LiveWays, MemoryWays
 from bench.rows import MIB, OURS, ROWS, VIRSH, Row
 from bench.systems import Unavailable, mounted, run
 from bench.ways import Ways
@@ -39,19 +39,20 @@ def measure(row: Row, folder: Path, options: argparse.Namespace) -> Figures:
     """Measure one row, on a file system of its own."""
     figures = Figures()
     # Two copies of the chain (the lowest layer is a quarter larger than the delta), what a merge adds, and some air.
-    size = int(6.3 * row.delta) * row.disks + 512 * MIB
+    size = int(6.3 * row.delta) * row.disks + 2 * row.memory + 512 * MIB
     with contextlib.ExitStack() as stack:
         system = stack.enter_context(mounted(folder, row.system, size, direct=options.loop == "direct"))
         libvirt: Libvirtd | None = None
         try:
-            libvirt = stack.enter_context(libvirtd())
+            libvirt = stack.enter_context(libvirtd(keep=system.place))
         except LibvirtUnavailable as error:
             figures.left_out[VIRSH] = str(error)
         chain = Chain(row, system.place)
         chain.make()
         sharing = "blocks can be shared" if system.shares() else "blocks can't be shared"
         say(f"{row.name}: {chain.moved // MIB} MiB to move on each of {row.disks} disks; {sharing}")
-        ways = (LiveWays if row.running else Ways)(system, chain, libvirt, options.check)
+        kind = MemoryWays if row.memory else LiveWays if row.running else Ways
+        ways = kind(system, chain, libvirt, options.check)
         stack.callback(ways.undefine)
         for number in range(options.runs):
             for way in row.ways():

@@ -32,16 +32,16 @@ _LOOP_CONFIG = struct.Struct("=I4x52xI176x64x")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-MOUNTS = 3
-"""So often it is tried: another process may have been just letting go of the loop device."""
-
-
 class Disk:
     """A disk with a new file system, not mounted yet; skips the test where that cannot be.
 
     :param folder: where the file lies that is the disk, and the mount point.
     :param kind: ``ext4``, ``xfs`` or ``btrfs``.
     """
+
+    patience = 120.0
+    """So many seconds a mount is tried: where another process has a mount namespace of its own, made since the file
+    system was mounted here, it is mounted there as well, and XFS mounts each UUID once."""
 
     def __init__(self, folder: Path, kind: str, size: int) -> None:
         if os.geteuid() != 0:
@@ -68,14 +68,16 @@ class Disk:
         A file gets a loop device of its own each time: ``mount -o loop`` takes one that has it still, and with it what
         the system remembers of the file as it was.
         """
-        for _ in range(MOUNTS):
+        until = time.monotonic() + self.patience
+        while True:
             with self._device() as device:
                 if _libc.mount(os.fsencode(device), os.fsencode(self.place), self.kind.encode(), 0, None) == 0:
                     return self.place
                 reason = ctypes.get_errno()
             if reason != errno.EINVAL:
-                break
-        pytest.skip(f"disks cannot be mounted here: {os.strerror(reason)}")
+                pytest.skip(f"disks cannot be mounted here: {os.strerror(reason)}")
+            assert time.monotonic() < until, f"{self.source} cannot be mounted: see the kernel's log"
+            time.sleep(0.05)
 
     @contextlib.contextmanager
     def _device(self) -> Iterator[Path]:

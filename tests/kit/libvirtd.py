@@ -50,6 +50,13 @@ stdio_handler = "file"
 """``qemu.conf`` for QEMUs that run as libvirt's own user, with the images' owners changed as by default."""
 
 
+_LET_GO = """
+while read -r device where rest; do
+  case $device in /dev/loop*) case $where/ in {keep}/*) ;; *) umount "$where" || true ;; esac ;; esac
+done < /proc/mounts
+"""
+
+
 class LibvirtUnavailable(Exception):
     """libvirtd cannot be started here; the text says why."""
 
@@ -71,10 +78,12 @@ class Libvirtd:
 
 
 @contextlib.contextmanager
-def libvirtd(qemu_conf: str = AS_ROOT) -> Iterator[Libvirtd]:
+def libvirtd(qemu_conf: str = AS_ROOT, keep: Path | None = None) -> Iterator[Libvirtd]:
     """A libvirtd for the block.
 
     :param qemu_conf: the text of its ``qemu.conf``.
+    :param keep: of the file systems on loop devices it sees those that are mounted there. Others it would keep from
+        being mounted again elsewhere, once they have been unmounted.
     :raise LibvirtUnavailable: it is not installed, this is not root, or it does not answer.
     """
     if os.geteuid() != 0:
@@ -95,7 +104,8 @@ def libvirtd(qemu_conf: str = AS_ROOT) -> Iterator[Libvirtd]:
         place.chmod(0o755)
         binds = "; ".join(f"mount --bind {place}/{own} {there}" for own, there in _OWN.items())
         # The shell stays, as the first process of the namespace: it is the one that reaps what the others leave.
-        script = f"set -e; {binds}; virtlogd --timeout 0 & libvirtd --timeout 0 & wait"
+        let_go = _LET_GO.format(keep=keep or "/dev/null")
+        script = f"set -e{let_go}{binds}; virtlogd --timeout 0 & libvirtd --timeout 0 & wait"
         words = [
             "setpriv",
             "--pdeathsig",

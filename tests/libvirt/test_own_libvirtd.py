@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from tests.kit import images
+from tests.kit.disks import SMALLEST, Disk
 from tests.kit.libvirtd import LibvirtUnavailable, libvirtd
 
 pytestmark = pytest.mark.root
@@ -35,6 +36,25 @@ def test_a_domain_of_its_own_and_nothing_left(tmp_path: Path) -> None:
     assert set(os.listdir("/run")) == before
     with libvirtd() as other:
         assert other.virsh("list", "--all", "--name").split() == []
+
+
+def test_it_keeps_no_file_system_of_others(tmp_path: Path) -> None:
+    """What is mounted in a namespace that somebody still has cannot be mounted anew: XFS looks at the UUID."""
+    disk = Disk(tmp_path, "xfs", SMALLEST["xfs"])
+    try:
+        disk.mount()
+        with libvirtd() as own:
+            assert own.virsh("list", "--all", "--name").split() == []
+            disk.unmount()
+            disk.patience = 1.0
+            disk.mount()
+        with libvirtd(keep=disk.place) as own:
+            (process, *_) = running(own.log.parent)
+            assert f" {disk.place} " in Path(f"/proc/{process}/mountinfo").read_text()
+    except LibvirtUnavailable as error:
+        pytest.skip(str(error))
+    finally:
+        disk.remove()
 
 
 def running(place: Path) -> list[str]:
