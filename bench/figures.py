@@ -15,7 +15,9 @@ from bench.rows import (
     EIGHT,
     FINE,
     FOUR,
+    LITTLE_MEMORY,
     MIB,
+    MUCH_MEMORY,
     ONE,
     OURS,
     REBASE_NONE,
@@ -40,7 +42,10 @@ class Space:
 
 @dataclass
 class Stall:
-    """The longest that the guest waited for its disk, in seconds: with nothing going on, and during the deletion."""
+    """The longest that the guest waited for its disk, in seconds: with nothing going on, and during the deletion.
+
+    While a snapshot with memory is taken, which stops its clock: the longest that nothing was heard from it.
+    """
 
     idle: float
     during: float
@@ -163,7 +168,7 @@ class Target:
 
 def targets(results: Results) -> list[Target]:
     """Every target, with what was measured."""
-    return [*_sharing(results), *_copying(results), *_running(results)]
+    return [*_sharing(results), *_copying(results), *_running(results), *_memory(results)]
 
 
 def _sharing(results: Results) -> Iterator[Target]:
@@ -231,6 +236,15 @@ def _running(results: Results) -> Iterator[Target]:
         yield Target(f"{system}, {what}: ms that the guest waits longer than otherwise", added, 50, False)
         compared = _ratio(wait.during, rival.during) if wait and rival else None
         yield Target(f"{system}, {what}: the guest's longest wait, snaptree / {VIRSH}", compared, 1, False)
+
+
+def _memory(results: Results) -> Iterator[Target]:
+    little, much = (results.get("xfs", what) for what in (LITTLE_MEMORY, MUCH_MEMORY))
+    ours, theirs, less = much.stall(SNAPTREE), much.stall(VIRSH), little.stall(SNAPTREE)
+    grows = _ratio(ours.during, less.during) if ours and less else None
+    yield Target(f"xfs, {MUCH_MEMORY} / {LITTLE_MEMORY}: the guest's pause", grows, 2, False)
+    compared = _ratio(theirs.during, ours.during) if ours and theirs else None
+    yield Target(f"xfs, {MUCH_MEMORY}: the guest's pause, {VIRSH} / snaptree", compared, 10, True)
 
 
 def _ratio(above: float | None, below: float | None) -> float | None:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
 import shutil
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.figures import Stall
-from bench.rows import BARE, SNAPTREE
-from bench.ways import MACHINE, Ways
+from bench.rows import BARE, MIB, SNAPTREE
+from bench.ways import MACHINE, TOOL, Ways
 from tests.kit.guest import Boot, Guest, build, device
 
 IDLE_SECONDS = 3.0
 """So long the guest's waits are watched with nothing going on."""
-_DOMAIN = """<domain type='qemu'><name>{name}</name><memory unit='MiB'>96</memory><vcpu>1</vcpu>
+LISTEN_SECONDS = 0.0005
+"""So often it is looked whether something was heard from the guest."""
+OWN_MIB = 96
+"""What the guest needs for itself."""
+_DOMAIN = """<domain type='qemu'><name>{name}</name><memory unit='MiB'>{memory}</memory><vcpu>1</vcpu>
 <os><type arch='x86_64' machine='q35'>hvm</type><kernel>{kernel}</kernel><initrd>{initrd}</initrd>
 <cmdline>{cmdline}</cmdline></os><features><acpi/></features><on_reboot>destroy</on_reboot><devices>
 <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{path}'/>
@@ -24,6 +31,10 @@ _DOMAIN = """<domain type='qemu'><name>{name}</name><memory unit='MiB'>96</memor
 <serial type='unix'><source mode='bind' path='{folder}/console'/>
 <log file='{folder}/console.log' append='off'/></serial>
 <memballoon model='none'/></devices></domain>"""
+
+
+FILL_SECONDS = 300.0
+"""So long it may take to fill its memory."""
 
 
 @dataclass
@@ -38,8 +49,9 @@ class LiveWays(Ways):
         return self.chain.place / "guest"
 
     def _boot(self) -> Boot:
-        initramfs = self.chain.place / "initramfs"
-        return Boot(initramfs if initramfs.exists() else build(self.chain.place), Path("/nonexistent"))
+        initramfs, fill = self.chain.place / "initramfs", self.chain.row.memory // MIB
+        made = initramfs if initramfs.exists() else build(self.chain.place)
+        return Boot(made, Path("/nonexistent"), memory_mib=OWN_MIB + fill + fill // 8, fill_mib=fill)
 
     def timed(self, way: str) -> float:
         """Try a way once, while the guest writes; how many seconds it took until all of it was on the device.
@@ -48,15 +60,7 @@ class LiveWays(Ways):
         """
         if way == BARE:
             return super().timed(way)
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir()
-        self._prepare(way)
-        start, stop = self._by_snaptree() if way == SNAPTREE else self._by_virsh()
-        start()
-        guest = Guest(self._folder)
-        try:
-            guest.wait_for("its first word", lambda lines: any(line.startswith("R ") for line in lines))
-            guest.go()
+        with self._guest(way) as guest:
             since = guest.flushed()
             time.sleep(IDLE_SECONDS)
             idle = guest.stall(since)
@@ -65,11 +69,25 @@ class LiveWays(Ways):
             seconds = self.run(way)
             guest.writes_on()
             self.stalls.setdefault(way, []).append(Stall(idle, guest.stall(since)))
-        finally:
-            stop()
         self.chain.require_merged()
         self._clean(way)
         return seconds
+
+    @contextlib.contextmanager
+    def _guest(self, way: str) -> Iterator[Guest]:
+        """The guest, which writes, on a fresh chain."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir()
+        self._prepare(way)
+        start, stop = self._by_snaptree() if way == SNAPTREE else self._by_virsh()
+        start()
+        guest = Guest(self._folder)
+        try:
+            guest.wait_for("its first word", lambda lines: any(line.startswith("R ") for line in lines), FILL_SECONDS)
+            guest.go()
+            yield guest
+        finally:
+            stop()
 
     def _by_snaptree(self) -> tuple[Callable[[], object], Callable[[], object]]:
         boot = self._boot()
@@ -91,9 +109,71 @@ class LiveWays(Ways):
         told = {key: words[words.index(f"-{key}") + 1] for key in ("kernel", "append")}
         return _DOMAIN.format(
             name=MACHINE,
+            memory=boot.memory_mib,
             kernel=told["kernel"],
             initrd=boot.initramfs,
             cmdline=told["append"],
             path=self.chain.work / "vda" / "base.qcow2",
             folder=self._folder,
         )
+
+
+class MemoryWays(LiveWays):
+    """Takes a snapshot with memory instead of deleting one."""
+
+    @property
+    def _saved(self) -> Path:
+        return self.chain.place / "memory"
+
+    def line(self, way: str) -> str:
+        """The line of shell that is timed."""
+        if way == SNAPTREE:
+            words = [str(TOOL), "snapshot", MACHINE, "now", "--memory", f"--memory-file={self._saved}"]
+        else:
+            assert self.libvirt is not None
+            words = ["virsh", "-q", "-c", self.libvirt.uri, "snapshot-create-as", MACHINE, "now"]
+            words += [f"--memspec=file={self._saved},snapshot=external", f"--diskspec=vda,file={self._saved}.qcow2"]
+        return shlex.join(words)
+
+    def timed(self, way: str) -> float:
+        """Try a way once, while the guest writes; how many seconds it took until all of it was on the device.
+
+        :raise RuntimeError: it failed.
+        """
+        with self._guest(way) as guest:
+            with heard(self._folder / "console.log") as idle:
+                time.sleep(IDLE_SECONDS)
+            self.system.sync()
+            with heard(self._folder / "console.log") as during:
+                seconds = self.run(way)
+                guest.writes_on()
+            self.stalls.setdefault(way, []).append(Stall(max(idle), max(during)))
+        size = self._saved.stat().st_size
+        if size < self.chain.row.memory:
+            raise RuntimeError(f"{way} has saved {size} bytes of memory, and the guest had filled more")
+        self._clean(way)
+        for path in self.chain.place.glob("memory*"):
+            path.unlink()
+        return seconds
+
+
+@contextlib.contextmanager
+def heard(log: Path) -> Iterator[list[float]]:
+    """How many seconds lay between a guest's words each time, by our clock: its own stands still while it does."""
+    found: list[float] = []
+    ended = threading.Event()
+
+    def listen() -> None:
+        size, last = os.stat(log).st_size, time.monotonic()
+        while not ended.wait(LISTEN_SECONDS):
+            if (now := os.stat(log).st_size) != size:
+                found.append(time.monotonic() - last)
+                size, last = now, time.monotonic()
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        listener.join()

@@ -22,7 +22,8 @@ class Row:
 
     ``delta`` is how many bytes the layers that go hold, on each disk, in extents of ``extent`` bytes: scattered over
     the disk and over the files, or one after the other. ``merged`` layers become one. ``running`` has a guest write to
-    the disk meanwhile.
+    the disk meanwhile. With ``memory`` no layer goes, but a snapshot is taken with so many bytes of memory that the
+    guest has filled.
     """
 
     what: str
@@ -34,6 +35,7 @@ class Row:
     disks: int = 1
     every_way: bool = False
     running: bool = False
+    memory: int = 0
 
     @property
     def name(self) -> str:
@@ -46,12 +48,13 @@ class Row:
             return self
         delta = max(SMALLEST, self.delta // divisor)
         extent = max(65536, delta * self.extent // self.delta) if self.what == SAME_EXTENTS else self.extent
-        return replace(self, delta=delta, extent=extent)
+        memory = max(SMALLEST, self.memory // divisor) if self.memory else 0
+        return replace(self, delta=delta, extent=extent, memory=memory)
 
     def ways(self) -> tuple[str, ...]:
         """What is compared, in the order in which it is tried."""
         if self.running:
-            return (BARE, SNAPTREE, VIRSH)
+            return (SNAPTREE, VIRSH) if self.memory else (BARE, SNAPTREE, VIRSH)
         return (BARE, DD, *(OURS if self.every_way else (SNAPTREE,)), COMMIT, VIRSH, REBASE, REBASE_NONE)
 
 
@@ -59,6 +62,7 @@ ONE, SMALL, FOUR, EIGHT = "1 GiB", "256 MiB", "4 GiB", "8 GiB"
 SAME_EXTENTS = "8 GiB in 1024 extents"
 FINE, CONTIGUOUS = "1 GiB in extents of 64 KiB", "1 GiB in one piece"
 RUNNING, RUNNING_EIGHT = "1 GiB, running", "8 GiB, running"
+LITTLE_MEMORY, MUCH_MEMORY = "snapshot with 256 MiB of memory", "snapshot with 2 GiB of memory"
 TWO_DISKS, THIRTY = "two disks, 1 GiB each", "30 layers into one, 1 GiB"
 
 ROWS = (
@@ -81,4 +85,6 @@ ROWS = (
     Row(RUNNING, "xfs", 1024 * MIB, running=True),
     Row(RUNNING_EIGHT, "xfs", 8192 * MIB, running=True),
     Row(RUNNING, "ext4", 1024 * MIB, running=True),
+    Row(LITTLE_MEMORY, "xfs", SMALLEST, running=True, memory=256 * MIB),
+    Row(MUCH_MEMORY, "xfs", SMALLEST, running=True, memory=2048 * MIB),
 )

@@ -121,14 +121,18 @@ class Boot:
     """What stands before QEMU in the command, such as ``env -u LD_PRELOAD``: what kills snaptree is not to kill it."""
     append: bool = False
     """Whether the console's log goes on where the one before has ended, when the guest goes over to another QEMU."""
+    memory_mib: int = 96
+    fill_mib: int = 0
+    """So much of its memory it fills before it begins."""
 
     def words(self, folder: Path, *, saved: bool = True) -> list[str]:
         """QEMU's command line without disks, monitor and display; the console is in the folder."""
         console = f"socket,id=console,path={folder}/console,server=on,wait=off,logfile={folder}/console.log"
         console += ",logappend=on" if self.append else ""
         words = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-machine", "q35", "-accel", "tcg"]
-        words += ["-m", "96", "-display", "none", "-no-reboot", "-kernel", str(kernel())]
-        words += ["-initrd", str(self.initramfs), "-append", "console=ttyS0 quiet panic=1 no_timer_check"]
+        words += ["-m", str(self.memory_mib), "-display", "none", "-no-reboot", "-kernel", str(kernel())]
+        append = "console=ttyS0 quiet panic=1 no_timer_check" + (f" fill={self.fill_mib}" if self.fill_mib else "")
+        words += ["-initrd", str(self.initramfs), "-append", append]
         words += ["-chardev", console, "-serial", "chardev:console"]
         return [*words, "-incoming", f"file:{self.memory}"] if saved else words
 
