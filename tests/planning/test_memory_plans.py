@@ -53,7 +53,6 @@ def test_without_the_memory_the_name_is_not_there_and_nothing_is_lost() -> None:
 @pytest.mark.parametrize(
     ("request_", "changes", "error"),
     [
-        (SnapshotRequest("s9", memory=True, internal=True), {}, UsageError),
         (SnapshotRequest("s9", memory_file="/disks/x"), {}, UsageError),
         (SnapshotRequest("s9", memory=True), {"obstacle": "a device is in the way"}, RefusedError),
         (SnapshotRequest("s9", memory=True, exclude=("vda",)), {}, RefusedError),

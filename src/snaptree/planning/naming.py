@@ -9,6 +9,7 @@ from snaptree.model.delta import diff
 from snaptree.model.layer import Layer
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
+from snaptree.planning.clearing import cleared
 from snaptree.planning.draft import Draft, paths_of
 from snaptree.planning.merged import renamed, to_be_known
 from snaptree.planning.plan import Plan
@@ -45,7 +46,7 @@ def put_back(tree: Tree, survey: Survey) -> Plan | None:
     if draft.tree is tree:
         return None
     after = draft.tree
-    cleanup, _ = draft.cleanup(after)
+    cleanup, _ = cleared(draft, after)
     return Plan(
         operation="name",
         summary="give " + ", ".join(sorted(path for path, _ in after.roots.values())) + " back its name",

@@ -152,6 +152,20 @@ class RunningQemu:
             raise ToolError(f"{self.qmp.name} did not flush {path}: {str(said).strip()}")
         durable.sync_file(path)
 
+    async def reopen(self, node: str, path: str, *, writing: bool) -> None:
+        """Have an image reopened for writing, or for reading only, with every other option as it is.
+
+        ``blockdev-reopen`` resets the options that it is not told, of which the monitor does not tell, and takes no
+        node whose name was generated. The human monitor's command keeps them.
+
+        :raise ToolError: QEMU cannot, or does not know the node.
+        """
+        way = "-w" if writing else "-r"
+        said = await self.qmp.execute("human-monitor-command", command_line=f'qemu-io "{node}" "reopen {way}"')
+        if said:
+            how = "writing" if writing else "reading only"
+            raise ToolError(f"{self.qmp.name} did not open {path} for {how}: {str(said).strip()}")
+
     async def blockdev_del(self, name: str) -> None:
         """Close a node that was opened by name."""
         await self.qmp.execute("blockdev-del", node_name=name)

@@ -16,7 +16,7 @@ from snaptree.planning.live_steps import LiveSettle, LiveSwap, Swap
 from snaptree.qemu.graph import BlockGraph, Node
 from snaptree.qemu.options import opened_anew, options_of, reopened
 from snaptree.qemu.running import RunningQemu
-from snaptree.running.carry.live import inode_at, let_go, node_of
+from snaptree.running.carry.nodes import inode_at, let_go, node_of
 from snaptree.running.context import Context
 
 
