@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import pytest
 from tests.kit import images
@@ -48,11 +49,11 @@ def whole(still: Still, *gone: str, **more: str) -> None:
 
 def right(still: Still) -> None:
     """What the files, QEMU and the tree have agrees, and nothing is left to be done."""
-    assert still.show()["pending"] == []
+    assert not [each for each in still.show()["pending"] if "has stopped" not in each]
     assert still.tags() == still.known_tags()
     if still.show()["state"] != "off":
         assert still.jobs() == {}
-        tips = {each["path"].rpartition("/")[2] for each in still.show()["disks"]}
+        tips = {each["path"].rpartition("/")[2] for each in still.show()["disks"] if each["path"].endswith("qcow2")}
         assert {name for name, how in still.opened().items() if how == "writing"} == tips
     still.sound()
 
@@ -233,8 +234,12 @@ def test_pulled_up_as_asked_the_lower_file_stays_for_its_internal_one(layered: S
     layered("delete web1 s1 --merge pull")
     whole(layered, "i2", "i3", "s1")
     assert "vda.qcow2" not in layered.opened() and layered.chain("i1") == ["vda.qcow2"]
+    assert layered.show()["pending"] == []
     layered("delete web1 i1")
     whole(layered, "i1", "i2", "i3", "s1")
+    assert any("vda.qcow2 back when the machine has stopped" in each for each in layered.show()["pending"])
+    layered("stop web1 --force")
+    assert layered.chain() == ["vda.s2.qcow2", "vda.qcow2"] and layered.show()["pending"] == []
 
 
 # ---- going elsewhere ----------------------------------------------------------------------------------------------
@@ -262,7 +267,7 @@ def test_going_back_within_the_tip_and_below(layered: Still) -> None:
     layered("revert web1 i3")
     assert layered.show()["state"] == "paused" and layered.disk() == "vda.s2.qcow2"
     parked = layered.names()["main.1"]["tips"]["vda"]
-    assert parked["internal"] == "main" and parked["path"].endswith("vda.s2.qcow2")
+    assert parked["internal"] == "main.1" and parked["path"].endswith("vda.s2.qcow2")
     layered.write(".......x")
     main = {"main.1": KEPT["main"], "main": "bjji...x"}
     whole(layered, **main)
@@ -283,7 +288,7 @@ def test_going_back_within_the_tip_and_below(layered: Still) -> None:
 # ---- killed -------------------------------------------------------------------------------------------------------
 
 
-def at_word(number: int, *, after: bool) -> Callable[[Callable[[], None]], None]:
+def at_word(number: int, *, after: bool = False) -> Callable[[Callable[[], None]], None]:
     """Be killed just before, or just after, the n-th command is said to QEMU."""
 
     def arrange(kill: Callable[[], None]) -> None:
@@ -321,25 +326,42 @@ def at_entry(number: int) -> Callable[[Callable[[], None]], None]:
     return arrange
 
 
-def points(every: int) -> Iterator[Callable[[Callable[[], None]], None]]:
-    """Where to be killed, one place after the other."""
-    yield from (at_entry(number) for number in range(1, 12))
-    yield from (at_word(number, after=after) for number in range(1, 80, every) for after in (False, True))
+Arrange: TypeAlias = Callable[[Callable[[], None]], None]
+
+
+class Places:
+    """Where to be killed, one place after the other, until it is not reached: ``died`` says whether the last was.
+
+    :param every: so many commands to QEMU lie between two of them.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every, self.died = every, True
+
+    def __iter__(self) -> Iterator[Arrange]:
+        kinds = ((at_entry, (self.every + 4) // 5), (at_word, self.every), (partial(at_word, after=True), self.every))
+        for kind, step in kinds:
+            for number in itertools.count(1, step):
+                self.died = True
+                yield kind(number)
+                if not self.died:
+                    break
 
 
 LONG = pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])
 
 
-@pytest.mark.parametrize("every", [5, LONG])
+@pytest.mark.parametrize("every", [13, LONG])
 @pytest.mark.parametrize("also", ["", "qemu"])
 def test_killed_while_internal_and_external_points_are_taken(also: str, every: int) -> None:
     """They are there on all disks or on none; what is written afterwards is kept."""
     with standing(2, raw=True) as still:
         taken, lost, main = dict[str, str](), 0, ["b.......", "b......."]
-        for number, arrange in enumerate(points(every)):
+        places = Places(every)
+        for number, arrange in enumerate(places):
             name, letter = f"s{number}", "cdefghij"[number % 8]
             shown = main[0]
-            died = dies(lambda name=name: still(f"snapshot web1 {name} --internal"), arrange)  # type: ignore[misc]
+            died = places.died = dies(partial(still, f"snapshot web1 {name} --internal"), arrange)
             main = [f"{each[:1]}{letter}{each[2:]}" for each in main]
             for disk in still.targets:
                 still.write(f".{letter}", disk)
@@ -361,16 +383,17 @@ def test_killed_while_internal_and_external_points_are_taken(also: str, every: i
                 gone = sorted(taken)[:5]
                 still(f"delete web1 {' '.join(gone)}")
                 taken = {each: held for each, held in taken.items() if each not in gone}
-        assert lost > 5 and taken
+        assert lost > 3 and taken
 
 
-@pytest.mark.parametrize("every", [5, LONG])
+@pytest.mark.parametrize("every", [13, LONG])
 @pytest.mark.parametrize("also", ["", "qemu"])
 @pytest.mark.parametrize("place", ["tip", "below"])
 def test_killed_while_one_is_deleted(place: str, also: str, every: int) -> None:
     with standing() as still:
         gone, kept = 0, 0
-        for number, arrange in enumerate(points(every)):
+        places = Places(every)
+        for number, arrange in enumerate(places):
             if not number % 12:
                 still("delete web1 s1") if number and place == "below" else None
                 for each in range(number, number + 12):
@@ -382,7 +405,7 @@ def test_killed_while_one_is_deleted(place: str, also: str, every: int) -> None:
                     wanted["s1"] = still.shows()
                 still.write("..x")
                 wanted["main"] = still.shows()
-            died = dies(lambda number=number: still(f"delete web1 i{number}"), arrange)  # type: ignore[misc]
+            died = places.died = dies(partial(still, f"delete web1 i{number}"), arrange)
             letter = "klmnopqr"[number % 8]
             still.write(f"...{letter}")
             wanted["main"] = f"{wanted['main'][:3]}{letter}{wanted['main'][4:]}"
@@ -398,4 +421,4 @@ def test_killed_while_one_is_deleted(place: str, also: str, every: int) -> None:
             right(still)
             if also:
                 still("start web1")
-        assert gone > 2 and kept > 5
+        assert gone > 2 and kept

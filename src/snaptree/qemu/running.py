@@ -166,6 +166,16 @@ class RunningQemu:
             how = "writing" if writing else "reading only"
             raise ToolError(f"{self.qmp.name} did not open {path} for {how}: {str(said).strip()}")
 
+    async def restack(self, node: str, backing: str) -> None:
+        """Have an image stand on another node, with every option as it is, be its name one that QEMU has made up.
+
+        :raise ToolError: QEMU cannot.
+        """
+        line = f'qemu-io "{node}" "reopen -o backing={backing}"'
+        said = await self.qmp.execute("human-monitor-command", command_line=line)
+        if said:
+            raise ToolError(f"{self.qmp.name} did not let {node} stand on {backing}: {str(said).strip()}")
+
     async def blockdev_del(self, name: str) -> None:
         """Close a node that was opened by name."""
         await self.qmp.execute("blockdev-del", node_name=name)

@@ -122,6 +122,9 @@ async def delete(step: DeleteInternal, context: Context) -> None:
             with suppress(SnaptreeError):
                 await open_to_read([step.path], context)
             raise
+    elif context.recovering:
+        # Of a job that has done it, and that nobody has lived to dismiss.
+        await live_jobs.living(qemu.qmp, [_job(context)])
     await open_to_read([step.path], context)
     node = node_of(await qemu.graph(), step.path)
     await qemu.flush(node.name, step.path)
@@ -143,9 +146,14 @@ async def _delete(qemu: RunningQemu, path: str, tag: str, context: Context) -> N
         await qemu.qmp.execute("blockdev-snapshot-delete-internal-sync", device=root, name=tag, seconds=DELETE_SECONDS)
     else:
         await _open(qemu, path, context)
-        await _delete_by_job(qemu, node.name, tag, f"snaptree-{context.token}-d")
+        await _delete_by_job(qemu, node.name, tag, _job(context))
     if tag in node_of(await qemu.graph(), path).internals:
         raise ToolError(f"QEMU reported success, but {path} still has the internal snapshot {tag!r}")
+
+
+def _job(context: Context) -> str:
+    """The name of the job in QEMU, by which it is found again."""
+    return f"snaptree-{context.token}-d"
 
 
 async def _delete_by_job(qemu: RunningQemu, node: str, tag: str, name: str) -> None:
