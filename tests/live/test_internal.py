@@ -48,8 +48,9 @@ def test_all_disks_are_of_one_instant(stage: Stage, *, raw: bool) -> None:
         assert since <= held[f"s{number}"][-1] <= held[f"s{number}"][0] <= after + 100
         guest.writes_on(20)
         assert guest.stall(since) < STALL_SECONDS
-    assert [stage.names()[name]["kind"] for name in ("s0", "s5")] == (["mixed"] * 2 if raw else ["internal"] * 2)
-    assert len(stage.show()["layers"]) == (8 if raw else 2)
+    # Afterwards the raw disk goes on in a file that can hold them.
+    assert [stage.names()[name]["kind"] for name in ("s0", "s5")] == ["mixed" if raw else "internal", "internal"]
+    assert len(stage.show()["layers"]) == (3 if raw else 2)
     stage("delete web1 s1 s2 s4")
     guest.writes_on()
     for name in ("s0", "s3", "s5"):
@@ -152,11 +153,13 @@ def test_mixed_points_with_memory(lasting: Stage) -> None:
     guest.writes_on(100)
     first = stage.holds("s1")
     stage("revert web1 s1 --discard --delete --paused")
-    assert set(stage.names()) == {"main"} and len(stage.show()["layers"]) == 2
     stage.agree_with(first, stage.monitor)
     with stage.qmp() as qmp:
         qmp("cont")
     guest.went_over()
+    # A QEMU that has loaded and not run yet merges nothing.
+    stage("gc web1")
+    assert set(stage.names()) == {"main"} and len(stage.show()["layers"]) == 2
     guest.writes_on()
     stage.finish()
 
@@ -205,6 +208,8 @@ def test_killed_while_one_is_taken_and_deleted(stage: Stage, also: str, every: i
     for when in range(1 + every // 2, 200, every):
         name, ended = f"s{when}", 0
         for line in (f"snapshot web1 {name} --internal", f"delete web1 {name}"):
+            if line.startswith("delete") and name not in stage.names():
+                stage(f"snapshot web1 {name} --internal")
             since = guest.flushed()
             ended += not killed_at(stage, when, line)
             guest.writes_on(10)
