@@ -22,6 +22,7 @@ from tests.kit import images
 from tests.kit.programs import killed
 from tests.kit.qmp import Qmp
 from tests.kit.scene import SLOT, Scene, word_of
+from tests.kit.space import mounted
 from tests.kit.stage import kill_all, processes_of
 
 from snaptree.images.facts import read_facts
@@ -96,7 +97,7 @@ class Still(Scene):
         """The name of the file that the device writes to."""
         with self.qmp() as qmp:
             found = {each["qdev"].split("/")[-2]: each["inserted"]["file"] for each in qmp("query-block")}
-        return _name_in(str(found[disk]))
+        return name_in(str(found[disk]))
 
     def jobs(self) -> dict[str, str]:
         """QEMU's jobs, and how each stands."""
@@ -117,7 +118,7 @@ class Still(Scene):
         with self.qmp() as qmp:
             nodes = qmp("query-named-block-nodes", flat=True)
         return {
-            _name_in(each["file"]): "reading" if each["ro"] else "writing" for each in nodes if each["drv"] == "qcow2"
+            name_in(each["file"]): "reading" if each["ro"] else "writing" for each in nodes if each["drv"] == "qcow2"
         }
 
     def tags(self) -> dict[str, set[str]]:
@@ -140,7 +141,7 @@ class Still(Scene):
         killed(lambda: self(line), arrange)
 
 
-def _name_in(text: str) -> str:
+def name_in(text: str) -> str:
     """The name of the file that QEMU tells of: once a header and its graph differ it says how it was opened."""
     if text.startswith("json:"):
         text = json.loads(text.removeprefix("json:"))["file"]["filename"]
@@ -148,11 +149,17 @@ def _name_in(text: str) -> str:
 
 
 @contextlib.contextmanager
-def standing(disks: int = 1, *, raw: bool = False, **options: Any) -> Iterator[Still]:
-    """The machine for the block, in a folder with a short name, as sockets need it."""
+def standing(disks: int = 1, *, raw: bool = False, on: str = "", **options: Any) -> Iterator[Still]:
+    """The machine for the block, in a folder with a short name, as sockets need it.
+
+    :param on: the kind of a file system of its own (``xfs``) that it is on.
+    """
     folder = Path(tempfile.mkdtemp(prefix="still"))
     try:
-        yield Still(folder, disks, raw=raw, **options)
+        with mounted(folder, on, 400 << 20) if on else contextlib.nullcontext(folder) as place:
+            try:
+                yield Still(place, disks, raw=raw, **options)
+            finally:
+                kill_all(place)
     finally:
-        kill_all(folder)
         shutil.rmtree(folder, ignore_errors=True)

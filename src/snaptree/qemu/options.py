@@ -17,6 +17,7 @@ from snaptree.qemu.graph import BlockGraph, Node
 
 OWN = re.compile(r"s[tvw]\d+-[0-9a-f-]+")
 """The names of nodes that snaptree has opened: at the start, for a snapshot, or for a merge."""
+_OVERLAY = re.compile(r"st\d+-")
 _WORDS = frozenset({"aio", "detect-zeroes", "discard", "locking"})
 """Options whose ``on`` and ``off`` are words in JSON, too, being two of several."""
 _OWN, _THEIRS = "file", "f"
@@ -86,7 +87,8 @@ def options_of(graph: BlockGraph, node: Node, words: Sequence[str]) -> dict[str,
         return None
     for options, each in ((found, node), (found["file"], file)):
         options["cache"] = dict(each.cache)
-        options["detect-zeroes"] = each.detect_zeroes
+        if like is None or like[0] != _DRIVE or options is not found:
+            options["detect-zeroes"] = each.detect_zeroes
     found["read-only"] = node.read_only
     return found
 
@@ -139,7 +141,7 @@ def _drive_of(graph: BlockGraph, node: Node, file: Node, words: Sequence[str]) -
             if _opens(drive, graph.file_of(each).path or ""):
                 return (_DRIVE if each is node else _BENEATH), number
     # What snaptree has put an overlay on was somebody's tip, and not opened because a header names it.
-    return (_HEADER, 0) if len(above) > 1 and not OWN.fullmatch(above[1].name) else None
+    return (_HEADER, 0) if len(above) > 1 and not _OVERLAY.match(above[1].name) else None
 
 
 def _opens(drive: Mapping[str, Any], path: str) -> bool:
@@ -161,6 +163,8 @@ def _like_drive(like: str, number: int, drives: Sequence[Mapping[str, Any]]) -> 
             file["aio"] = drive["aio"]
         if like == _DRIVE:
             found |= {key: drive[key] for key in _OF_IMAGE if key in drive}
+            # QEMU (10.0.2) forgets it when it reopens the image to read, as for a snapshot.
+            found["detect-zeroes"] = drive.get("detect-zeroes", "off")
             if isinstance(inner := drive.get("file"), dict):
                 file |= {key: value for key, value in inner.items() if key not in ("filename", "driver", "node-name")}
             if set(drive) - _OF_DEVICE - _OF_IMAGE - {"aio"}:

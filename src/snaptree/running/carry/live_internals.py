@@ -82,10 +82,10 @@ async def _open(qemu: RunningQemu, path: str, context: Context) -> None:
     if node is not None and node.read_only:
         context.journal.note(_about(path), OPENED)
         try:
-            await qemu.reopen(node.name, path, writing=True)
+            await qemu.reopen(node, writing=True)
         except ToolError as error:
-            error.hint = error.hint or "may QEMU write to it, and does nobody else have it open?"
-            raise
+            hint = "may QEMU write to it, and does nobody else have it open?"
+            raise ToolError(f"{path} cannot be opened for writing: {error.message}", hint) from error
 
 
 async def open_to_read(paths: Iterable[str], context: Context) -> None:
@@ -95,7 +95,7 @@ async def open_to_read(paths: Iterable[str], context: Context) -> None:
         if node is None or node.read_only or context.journal.recall(_about(path)) != OPENED:
             continue
         assert context.qemu is not None
-        await context.qemu.reopen(node.name, path, writing=False)
+        await context.qemu.reopen(node, writing=False)
 
 
 def _about(path: str) -> str:

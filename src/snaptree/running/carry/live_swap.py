@@ -96,7 +96,7 @@ async def _restack(qemu: RunningQemu, graph: BlockGraph, over: Sequence[_Over]) 
         await qemu.qmp.execute("blockdev-reopen", options=named)
     for node, below in over:
         if is_unnamed(node):
-            await qemu.restack(node.name, below)
+            await qemu.reopen(node, backing=below)
 
 
 async def _hold(qemu: RunningQemu, graph: BlockGraph, node: Node | None, name: str) -> None:
@@ -154,11 +154,12 @@ def _child(graph: BlockGraph, swap: Swap) -> Node:
 
 
 def _upper(graph: BlockGraph, swaps: tuple[Swap, ...], swap: Swap, context: Context) -> Node:
-    """What the options are taken from: the upper layer as it was opened, or what has taken its place already."""
-    opened = _others(graph, swap.upper, _names(swaps, swap, context))
+    """What the options are taken from: what has taken the upper layer's place already, which says how that was opened,
+    or the upper layer itself."""
+    ours, at = _names(swaps, swap, context), graph.below(_child(graph, swap))
+    opened = _others(graph, swap.upper, ours) if at is None or at.name not in ours else []
     if opened:
         return opened[0]
-    at = graph.below(_child(graph, swap))
     if at is None:
         raise UnhealthyError(f"QEMU has nothing beneath {swap.child[0]}", "see what was done to the machine")
     return at
