@@ -127,12 +127,17 @@ def test_options_that_are_not_understood_are_left_as_they_are() -> None:
         assert len(still.show()["layers"]) == 3
 
 
-LONG = pytest.param(2, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])
+LONG = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
-@pytest.mark.parametrize("every", [23, LONG])
-@pytest.mark.parametrize("also", ["", "qemu"])
-@pytest.mark.parametrize("place", ["middle", "tip"])
+@pytest.mark.parametrize(
+    ("place", "also", "every"),
+    [
+        ("middle", "", 37),
+        ("tip", "qemu", 53),
+        *(pytest.param(place, also, 2, marks=LONG) for place in ("middle", "tip") for also in ("", "qemu")),
+    ],
+)
 def test_killed_while_it_goes_over(driven: Still, place: str, also: str, every: int) -> None:
     wanted, lost = KEPT, 0
     places = Places(every)

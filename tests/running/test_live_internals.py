@@ -348,10 +348,10 @@ class Places:
                     break
 
 
-LONG = pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])
+LONG = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
-@pytest.mark.parametrize("every", [13, LONG])
+@pytest.mark.parametrize("every", [13, pytest.param(1, marks=LONG)])
 @pytest.mark.parametrize("also", ["", "qemu"])
 def test_killed_while_internal_and_external_points_are_taken(also: str, every: int) -> None:
     """They are there on all disks or on none; what is written afterwards is kept."""
@@ -386,9 +386,14 @@ def test_killed_while_internal_and_external_points_are_taken(also: str, every: i
         assert lost > 3 and taken
 
 
-@pytest.mark.parametrize("every", [13, LONG])
-@pytest.mark.parametrize("also", ["", "qemu"])
-@pytest.mark.parametrize("place", ["tip", "below"])
+@pytest.mark.parametrize(
+    ("place", "also", "every"),
+    [
+        ("tip", "qemu", 13),
+        ("below", "", 17),
+        *(pytest.param(place, also, 1, marks=LONG) for place in ("tip", "below") for also in ("", "qemu")),
+    ],
+)
 def test_killed_while_one_is_deleted(place: str, also: str, every: int) -> None:
     with standing() as still:
         gone, kept = 0, 0
