@@ -28,11 +28,12 @@ LENGTH = 8
 class Machine:
     """``web1`` with the disk ``vda``."""
 
-    def __init__(self, *, shares: bool = False) -> None:
+    def __init__(self, *, shares: bool = False, raw: bool = False) -> None:
         disk = Disk(shares=shares, own=True)
-        image = disk.make("/disks/web1.qcow2", "qcow2", None, LENGTH)
+        path, form = ("/disks/web1.raw", "raw") if raw else ("/disks/web1.qcow2", "qcow2")
+        image = disk.make(path, form, None, LENGTH)
         image.cells = {0: 1, 1: 1}
-        root = Layer(1, "vda", "/disks/web1.qcow2", "qcow2", None, True, LENGTH * CELL)
+        root = Layer(1, "vda", path, form, None, True, LENGTH * CELL)
         main = Branch("main", None, {"vda": Point(1)}, 0.0)
         tree = Tree("web1", "main", branches={"main": main}, roots={"vda": (root.path, root.format)}).with_layers(root)
         self.runner = Runner(disk, tree, random.Random(0), lambda: None)
@@ -110,10 +111,13 @@ def examples() -> Iterator[tuple[str, Plan]]:
     yield "snapshot", Machine().plan(SnapshotRequest("s1"))
     yield "snapshot, internal", Machine().plan(SnapshotRequest("s1", True))
     yield "snapshot of a running machine", _live(Machine()).plan(SnapshotRequest("s1"))
+    yield "snapshot of a running machine, internal", _live(Machine()).plan(SnapshotRequest("s1", True))
     yield "snapshot with memory", _live(Machine()).plan(SnapshotRequest("s1", memory=True))
+    yield "snapshot with memory, internal", _live(Machine()).plan(SnapshotRequest("s1", True, memory=True))
     yield "delete the middle of a line while it runs", _live(_line()).plan(DeleteRequest(("s2",)))
     yield "delete the last of a line while it runs", _live(_line()).plan(DeleteRequest(("s3",)))
     yield "delete all of a line while it runs", _live(_line()).plan(DeleteRequest(("s1", "s2", "s3")))
+    yield "delete an internal snapshot below while it runs", _live(_line(2)).plan(DeleteRequest(("s2",)))
     yield "delete the first of a line, by commit", _line().plan(DeleteRequest(("s1",), "commit"))
     yield "delete the first of a line, by pull", _line().plan(DeleteRequest(("s1",), "pull"))
     yield "delete the middle of a line, by commit", _line().plan(DeleteRequest(("s2",), "commit"))
@@ -132,6 +136,8 @@ def examples() -> Iterator[tuple[str, Plan]]:
     yield "revert to memory while it runs", _live(_line()).remember("s2").plan(RevertRequest("s2"))
     dropped = _live(_line()).remember("s3").plan(RevertRequest("s3", True, delete=True))
     yield "revert --discard --delete to memory while it runs", dropped
+    inner = _live(_line(1, 2, 3)).remember("s2").plan(RevertRequest("s2"))
+    yield "revert to memory with an internal point while it runs", inner
     yield "revert to an internal snapshot of the tip", _line(1, 2, 3).plan(RevertRequest("s2"))
     yield "revert to an internal snapshot below", _line(2).plan(RevertRequest("s2"))
     yield "branch", _line().plan(BranchRequest("new", "s1"))

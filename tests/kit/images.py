@@ -71,13 +71,20 @@ def read(path: str | Path, image_format: str = "qcow2", tag: str | None = None) 
             if subprocess.run(words, capture_output=True, check=False).returncode == 0:
                 path, tag = image, None
         # Where an interrupted program has left reference counts between, it can be read but not gone back to.
-        point = ["-l", f"snapshot.name={tag.replace(',', ',,')}"] if tag is not None else []
-        run("qemu-img", "convert", "-f", image_format, *point, "-O", "raw", path, raw)
+        run("qemu-img", "convert", "-f", image_format, *_point(tag), "-O", "raw", path, raw)
         return Path(raw).read_bytes()
 
 
-def read_unlocked(chain: Sequence[tuple[str, str]]) -> bytes:
-    """All that a chain of ``(path, format)``, top first, shows while a QEMU works on it without changing that."""
+def _point(tag: str | None) -> list[str]:
+    """The words that have an internal snapshot read."""
+    return ["-l", f"snapshot.name={tag.replace(',', ',,')}"] if tag is not None else []
+
+
+def read_unlocked(chain: Sequence[tuple[str, str]], tag: str | None = None) -> bytes:
+    """All that a chain of ``(path, format)``, top first, shows while a QEMU works on it without changing that.
+
+    :param tag: an internal snapshot of the top, taken when the disk was as long as it is now.
+    """
     graph: dict[str, Any] | None = None
     for path, image_format in reversed(chain):
         file = {"driver": "file", "filename": path, "locking": "off"}
@@ -85,7 +92,7 @@ def read_unlocked(chain: Sequence[tuple[str, str]]) -> bytes:
         graph = {"driver": image_format, "file": file, **below}
     with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
         raw = os.path.join(folder, "raw")
-        run("qemu-img", "convert", "-O", "raw", "json:" + json.dumps(graph), raw)
+        run("qemu-img", "convert", *_point(tag), "-O", "raw", "json:" + json.dumps(graph), raw)
         return Path(raw).read_bytes()
 
 

@@ -13,6 +13,7 @@ from snaptree.model.delta import apply
 from snaptree.model.layer import Identity, Layer, LayerId, Point
 from snaptree.model.survey import FileSystemFacts, InternalFacts, LayerFacts, PointFacts, RowFacts, Survey
 from snaptree.model.tree import Tree
+from snaptree.planning.live_steps import LiveJob, LiveMerge, LiveOpen, LiveSettle, LiveSnapshot, LiveSwap
 from snaptree.planning.plan import Plan
 from snaptree.planning.steps import (
     ApplyInternal,
@@ -183,12 +184,26 @@ class Runner:
         self.tree = tree
         self.chance = chance
         self.look = look
+        self.open: set[str] = set()
+        """What a QEMU that runs has open: nobody else writes there."""
+        self.writable: set[str] = set()
+        """Of that, what it can write to."""
+
+    def start(self) -> None:
+        """QEMU has the active tips open, and what they stand on for reading."""
+        tips = [point.layer for point in self.tree.active_branch.tips.values()]
+        self.open = {each.path for tip in tips for each in self.tree.chain(tip)}
+        self.writable = {self.tree.layers[tip].path for tip in tips}
+
+    def stop(self) -> None:
+        """No QEMU runs."""
+        self.open, self.writable = set(), set()
 
     def run(self, plan: Plan, *, kill_at: int | None = None) -> bool:
         """Take the steps; with ``kill_at`` the process dies there and is recovered. Whether it came to its end."""
         for number, step in enumerate(plan.steps):
             if kill_at == number:
-                if isinstance(step, Move):
+                if isinstance(step, Move | LiveMerge):
                     self._part(step)
                 if number < plan.point_of_no_return:
                     for begun in reversed(plan.steps[: number + 1]):
@@ -202,11 +217,44 @@ class Runner:
                 self.look()
         return True
 
-    def _part(self, step: Move) -> None:
+    def _part(self, step: Move | LiveMerge) -> None:
         """A move that was interrupted: some cells have been moved, no header has changed."""
         for job in step.jobs:
-            self._move(job, lambda: self.chance.random() < 0.5)
+            if isinstance(job, LiveJob):
+                self._move_live(job, lambda: self.chance.random() < 0.5)
+            else:
+                self._move(job, lambda: self.chance.random() < 0.5)
         self.look()
+
+    def _move_live(self, job: LiveJob, wanted: Callable[[], bool]) -> None:
+        """As the jobs of a QEMU that runs do it, which mind neither sizes nor internal snapshots."""
+        files = [*job.row, *job.below[:1], *([job.child] if job.child is not None else [])]
+        assert {path for path, _ in files} <= self.open, "QEMU has not all of it"
+        images = [self.disk.names[path] for path, _ in job.row]
+        assert len({each.length for each in images}) == 1, "it forgets what a shorter layer hides"
+        if job.way == "commit":
+            assert not any(each.internals for each in images[1:]), "internal snapshots would go"
+            target, moved = images[0], _alone(images[1:], images[0].length)
+        else:
+            target, moved = images[-1], _alone(images[:-1], images[0].length)
+            moved = {at: value for at, value in moved.items() if at not in target.cells}
+            assert not target.internals, "internal snapshots would turn to zeroes"
+        target.cells.update({at: value for at, value in moved.items() if wanted()})
+        self._touched(job.target[0])
+
+    def _finalize(self, job: LiveJob) -> None:
+        """The header that names what was merged no longer does, and the guest goes over if it has to."""
+        if job.way == "pull":
+            self.disk.names[job.row[-1][0]].backing = job.below[0][0] if job.below else None
+        elif job.child is not None:
+            self.disk.names[job.child[0]].backing = job.row[0][0]
+            self._touched(job.child[0])
+        else:
+            self.writable.add(job.row[0][0])
+        self.open -= {path for path, _ in job.gone}
+
+    def _offline(self, *paths: str) -> None:
+        assert not self.open & set(paths), f"QEMU has {sorted(self.open & set(paths))} open"
 
     def _touched(self, path: str) -> None:
         """Written by snaptree itself: what a frozen layer looks like is kept anew."""
@@ -265,19 +313,23 @@ class Runner:
                 made = disk.make(step.path, "qcow2", step.below[0][0] if step.below else None, length)
                 made.cells = dict(cells)
             case MakeInternal():
+                self._offline(step.path)
                 image = disk.names[step.path]
                 assert step.tag not in image.internals
                 image.internals[step.tag] = (image.length, dict(image.cells))
                 self._touched(step.path)
             case ApplyInternal():
+                self._offline(step.path)
                 image = disk.names[step.path]
                 image.length, cells = image.internals[step.tag]
                 image.cells = dict(cells)
                 self._touched(step.path)
             case DeleteInternal():
+                assert step.path not in self.open or step.path in self.writable, f"QEMU only reads {step.path}"
                 disk.names[step.path].internals.pop(step.tag, None)
                 self._touched(step.path)
             case Cover():
+                self._offline(step.row[-1][0])
                 images = [disk.names[path] for path, _ in step.row]
                 for at in range(images[-1].length):
                     for image in reversed(images):
@@ -288,6 +340,7 @@ class Runner:
                             break
                 self._touched(step.row[-1][0])
             case Shrink():
+                self._offline(step.path)
                 image = disk.names[step.path]
                 size = step.size // CELL
                 image.cells = {at: value for at, value in image.cells.items() if at < size}
@@ -296,6 +349,7 @@ class Runner:
                 self._touched(step.path)
             case Move():
                 for job in step.jobs:
+                    self._offline(job.row[0 if job.way == "commit" else -1][0])
                     self._move(job, lambda: True)
             case BuildMerged():
                 images = [disk.names[path] for path, _ in step.row]
@@ -306,10 +360,13 @@ class Runner:
                 self._merge(made, images, step.into, lambda: True)
                 disk.built[step.path] = made
             case PutInPlace():
+                if not step.live:
+                    self._offline(step.path)
                 if step.path in disk.built:
                     disk.names[step.path] = disk.built.pop(step.path)
                     self._touched(step.path)
             case Repoint():
+                self._offline(step.path)
                 disk.names[step.path].backing = step.backing
                 self._touched(step.path)
             case TakeName():
@@ -320,8 +377,30 @@ class Runner:
                 for number in step.baseline:
                     self._keep(self.tree.layers[number])
             case Unlink():
-                if step.path in disk.names and disk.names[step.path].inode == step.inode:
+                if step.path in disk.names and step.inode in (0, disk.names[step.path].inode):
                     del disk.names[step.path]
+            case LiveSnapshot():
+                assert {each.tip for each in step.cuts} | {each.path for each in step.marks} <= self.writable
+                for mark in step.marks:
+                    image = disk.names[mark.path]
+                    assert mark.tag not in image.internals
+                    image.internals[mark.tag] = (image.length, dict(image.cells))
+                for cut in step.cuts:
+                    assert disk.names[cut.overlay].backing == cut.tip
+                    self.open.add(cut.overlay)
+                    self.writable = self.writable - {cut.tip} | {cut.overlay}
+            case LiveOpen():
+                assert set(step.paths) <= self.open - self.writable
+                self.writable |= set(step.paths)
+            case LiveMerge():
+                for live in step.jobs:
+                    self._move_live(live, lambda: True)
+                for live in step.jobs:
+                    self._finalize(live)
+            case LiveSwap():
+                assert {path for each in step.swaps for path, _ in (*each.row, each.child)} <= self.open
+            case LiveSettle():
+                self.open -= {path for each in step.swaps for path, _ in each.row[:-1]}
             case _:
                 raise AssertionError(f"{step.kind} is not simulated")
 
@@ -332,6 +411,14 @@ class Runner:
                 self.disk.names.pop(step.path, None)
             case BuildMerged():
                 self.disk.built.pop(step.path, None)
+            case LiveOpen():
+                self.writable -= set(step.paths)
+            case LiveSnapshot():
+                for mark in step.marks:
+                    self.disk.names[mark.path].internals.pop(mark.tag, None)
+                for cut in step.cuts:
+                    self.open.discard(cut.overlay)
+                    self.writable = self.writable - {cut.overlay} | {cut.tip}
             case MakeInternal():
                 if self.disk.names[step.path].internals.pop(step.tag, None) is not None:
                     self._touched(step.path)

@@ -82,7 +82,7 @@ class Stage(Scene):
             while at is not None:
                 chain.append((at, layers[at]["format"]))
                 at = layers[at]["parent"]
-            content = images.read_unlocked(chain)
+            content = images.read_unlocked(chain, point["internal"])
             found.append(read_records(content, DISKS.index(disk)).prefix)
         if len(found) == 2 and not killed:
             # Record n goes to vda first.

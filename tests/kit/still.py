@@ -12,6 +12,7 @@ import select
 import shlex
 import shutil
 import signal
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,8 +22,10 @@ from tests.kit import images
 from tests.kit.programs import killed
 from tests.kit.qmp import Qmp
 from tests.kit.scene import SLOT, Scene, word_of
+from tests.kit.space import mounted
 from tests.kit.stage import kill_all, processes_of
 
+from snaptree.images.facts import read_facts
 from snaptree.machines.power import own_monitor
 from snaptree.store.database import Database
 
@@ -32,18 +35,34 @@ COMMAND = "qemu-system-x86_64 -nodefaults -no-user-config -machine q35 -accel tc
 class Still(Scene):
     """The machine ``web1`` with so many disks, ``vda``, ``vdb`` …, that runs, paused.
 
+    :param raw: the last of them is raw.
     :param options: of the images, as QEMU's (``extended_l2`` …).
     """
 
-    def __init__(self, folder: Path, disks: int = 1, **options: Any) -> None:
+    def __init__(self, folder: Path, disks: int = 1, *, raw: bool = False, **options: Any) -> None:
         super().__init__(folder)
         self.monitor = Path(own_monitor(Database(str(self.state)), "web1"))
         self.targets = [f"vd{'abc'[number]}" for number in range(disks)]
+        words = []
         for disk in self.targets:
+            if raw and disk == self.targets[-1]:
+                self.image(f"{disk}.raw", "raw", word="b")
+                words.append(f"--disk {disk}={disk}.raw,format=raw")
+                continue
             self.image(f"{disk}.qcow2", word="b", **options)
-        words = [f"--disk {disk}={disk}.qcow2" for disk in self.targets]
+            words.append(f"--disk {disk}={disk}.qcow2")
         self(f"add web1 {' '.join(words)} --start {shlex.quote(COMMAND)}")
         self("start web1")
+
+    def by_hand(self, words: str) -> None:
+        """Start QEMU as a user does, without snaptree, on the tips as they are: ``{vda}`` stands for one."""
+        paths = {disk: self.path("main", disk) for disk in self.targets}
+        self.monitor = self.folder / "qmp"
+        more = [*words.format(**paths).split(), "-qmp", f"unix:{self.monitor},server=on,wait=off"]
+        subprocess.Popen([*COMMAND.split(), *more], cwd=self.disks)
+        with self.qmp():
+            pass
+        self(f"set web1 --qmp {self.monitor}")
 
     def qmp(self) -> Qmp:
         """The machine's monitor, while snaptree does not have it."""
@@ -63,11 +82,12 @@ class Still(Scene):
         """What the name shows on the disk, as far as it has been flushed."""
         named = self.names(machine)[name]
         layers = {each["path"]: each for each in self.show(machine)["layers"]}
-        at, chain = (named.get("points") or named["tips"])[disk]["path"], []
+        point = (named.get("points") or named["tips"])[disk]
+        at, chain = point["path"], []
         while at is not None:
             chain.append((at, layers[at]["format"]))
             at = layers[at]["parent"]
-        return word_of(images.read_unlocked(chain))
+        return word_of(images.read_unlocked(chain, point["internal"]))
 
     def written(self, machine: str) -> set[str]:
         shown = self.show(machine)
@@ -77,10 +97,7 @@ class Still(Scene):
         """The name of the file that the device writes to."""
         with self.qmp() as qmp:
             found = {each["qdev"].split("/")[-2]: each["inserted"]["file"] for each in qmp("query-block")}
-        name = str(found[disk])
-        if name.startswith("json:"):
-            name = json.loads(name.removeprefix("json:"))["file"]["filename"]
-        return os.path.basename(name)
+        return name_in(str(found[disk]))
 
     def jobs(self) -> dict[str, str]:
         """QEMU's jobs, and how each stands."""
@@ -96,17 +113,53 @@ class Still(Scene):
         os.close(descriptor)
         self.forgiven.add("leaks")
 
+    def opened(self) -> dict[str, str]:
+        """The qcow2 images that QEMU has open, by their names, and whether for ``writing`` or for ``reading``."""
+        with self.qmp() as qmp:
+            nodes = qmp("query-named-block-nodes", flat=True)
+        return {
+            name_in(each["file"]): "reading" if each["ro"] else "writing" for each in nodes if each["drv"] == "qcow2"
+        }
+
+    def tags(self) -> dict[str, set[str]]:
+        """The internal snapshots that the machine's files have, by their names."""
+        paths = [each["path"] for each in self.show()["layers"] if each["format"] == "qcow2"]
+        found = {path: {each.name for each in read_facts(path, "qcow2").internals} for path in paths}
+        return {os.path.basename(path): tags for path, tags in found.items() if tags}
+
+    def known_tags(self) -> dict[str, set[str]]:
+        """Those that names need."""
+        found: dict[str, set[str]] = {}
+        for named in self.names().values():
+            for point in (named.get("points") or named["tips"]).values():
+                if point["internal"] is not None:
+                    found.setdefault(os.path.basename(point["path"]), set()).add(point["internal"])
+        return found
+
     def killed(self, line: str, arrange: Callable[[Callable[[], None]], None]) -> None:
         """Run the command in a process of its own that is killed where ``arrange`` has put the call that does it."""
         killed(lambda: self(line), arrange)
 
 
+def name_in(text: str) -> str:
+    """The name of the file that QEMU tells of: once a header and its graph differ it says how it was opened."""
+    if text.startswith("json:"):
+        text = json.loads(text.removeprefix("json:"))["file"]["filename"]
+    return os.path.basename(text)
+
+
 @contextlib.contextmanager
-def standing(disks: int = 1, **options: Any) -> Iterator[Still]:
-    """The machine for the block, in a folder with a short name, as sockets need it."""
+def standing(disks: int = 1, *, raw: bool = False, on: str = "", **options: Any) -> Iterator[Still]:
+    """The machine for the block, in a folder with a short name, as sockets need it.
+
+    :param on: the kind of a file system of its own (``xfs``) that it is on.
+    """
     folder = Path(tempfile.mkdtemp(prefix="still"))
     try:
-        yield Still(folder, disks, **options)
+        with mounted(folder, on, 400 << 20) if on else contextlib.nullcontext(folder) as place:
+            try:
+                yield Still(place, disks, raw=raw, **options)
+            finally:
+                kill_all(place)
     finally:
-        kill_all(folder)
         shutil.rmtree(folder, ignore_errors=True)

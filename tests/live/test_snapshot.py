@@ -76,7 +76,7 @@ def test_what_is_not_done_while_it_runs_is_refused(stage: Stage) -> None:
     guest = stage.start()
     stage("snapshot web1 s1")
     before = stage.files()
-    for line in ("snapshot web1 s2 --internal", "branch web1 b", "remove web1"):
+    for line in ("branch web1 b", "remove web1"):
         said = stage(line, status=6)
         assert "is running" in said.err
     stage("snapshot web1 s1", status=4)

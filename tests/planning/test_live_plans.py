@@ -14,11 +14,11 @@ from snaptree.model.live import Live
 from snaptree.planning.create import BranchRequest, SnapshotRequest
 from snaptree.planning.delete import DeleteRequest
 from snaptree.planning.live import require_possible
-from snaptree.planning.live_steps import LiveMerge, LiveSnapshot
+from snaptree.planning.live_steps import LiveMerge, LiveOpen, LiveSnapshot, Mark
 from snaptree.planning.naming import put_back, renamed_roots
 from snaptree.planning.plan import Plan
 from snaptree.planning.revert import SwitchRequest
-from snaptree.planning.steps import BuildMerged, Move, Repoint, TakeName
+from snaptree.planning.steps import BuildFromPoint, BuildMerged, DeleteInternal, Move, Repoint, TakeName
 from snaptree.planning.unmeasured import Unmeasured
 from snaptree.planning.verbs import DeleteBranchRequest, RemoveRequest, Request, plan
 
@@ -168,9 +168,8 @@ def test_a_row_of_different_sizes_waits() -> None:
 
 
 def test_what_is_refused_names_the_machine() -> None:
-    for request in (SnapshotRequest("s1", internal=True), RemoveRequest()):
-        with pytest.raises(RefusedError, match="web1"):
-            require_possible("web1", request)
+    with pytest.raises(RefusedError, match="web1"):
+        require_possible("web1", RemoveRequest())
     with pytest.raises(RefusedError, match="fork"):
         line().plan(BranchRequest("b"))
 
@@ -190,3 +189,68 @@ def test_what_a_merge_would_have_qemu_forget_is_not_merged_so() -> None:
     assert "live-merge" in kinds(machine.plan(DeleteRequest(("s3",), "pull")))
     machine.tracked = frozenset({middle})
     assert kinds(machine.plan(DeleteRequest(("s3",), "reflink"))) == ["record"]
+
+
+# ---- internal points ----------------------------------------------------------------------------------------------
+
+
+def inner(*internal: int, count: int = 3) -> Machine:
+    """A line in which some are internal, of a machine that runs."""
+    numbers = range(1, count + 1)
+    return running(Machine().run(*(SnapshotRequest(f"s{number}", number in internal) for number in numbers)))
+
+
+def test_an_internal_point_is_taken_by_qemu_in_the_tip() -> None:
+    machine = line()
+    found = machine.plan(SnapshotRequest("i1", True))
+    (step,) = [step for step in found.steps if isinstance(step, LiveSnapshot)]
+    tip = machine.runner.tree.layers[machine.runner.tree.active_branch.tips["vda"].layer]
+    assert kinds(found) == ["live-snapshot", "record"] and found.point_of_no_return == 1
+    assert step.cuts == () and step.marks == (Mark("vda", tip.path, "i1"),)
+    assert found.after.active_branch.tips == machine.runner.tree.active_branch.tips
+    assert found.public()["guest_pause"] > 0 and violations(found.after) == ()
+
+
+def test_one_is_deleted_by_qemu_where_it_has_the_layer_open() -> None:
+    """It is seen that QEMU can write to a layer that it only reads before the name goes."""
+    found = inner(3).plan(DeleteRequest(("s3",)))
+    assert kinds(found) == ["record", "delete-internal"] and found.point_of_no_return == 0
+    found = inner(2).plan(DeleteRequest(("s2",)))
+    assert kinds(found) == ["live-open", "record", "delete-internal"] and found.point_of_no_return == 1
+    opened, deleted = found.steps[0], found.steps[2]
+    assert isinstance(opened, LiveOpen) and isinstance(deleted, DeleteInternal) and opened.paths == (deleted.path,)
+    # What it has not open is nobody's.
+    forked = Machine().run(SnapshotRequest("s1"), BranchRequest("other", "s1"), SwitchRequest("other"))
+    forked.run(SnapshotRequest("o1", True), SwitchRequest("main"))
+    assert kinds(running(forked).plan(DeleteRequest(("o1",)))) == ["record", "delete-internal"]
+
+
+def test_what_is_merged_beside_internal_points() -> None:
+    # s1 in the root, s2 and s3 external ones above it.
+    machine = inner(1)
+    assert [step.jobs[0].way for each in machine.plan(DeleteRequest(("s2",))).every() for step in each.steps
+            if isinstance(step, LiveMerge)] == ["commit"]  # fmt: skip
+    found = machine.plan(DeleteRequest(("s2",), "pull"))
+    assert [step.kind for each in found.every() for step in each.steps if isinstance(step, LiveMerge)] == ["live-merge"]
+    assert "/disks/web1.qcow2" in {layer.path for layer in found.end.layers.values()} and violations(found.end) == ()
+    # One in the tip, which stays on what it stands on.
+    for way in ("auto", "commit", "pull", "reflink"):
+        found = inner(3).plan(DeleteRequest(("s2",), way))
+        assert kinds(found) == ["record"]
+
+
+def test_a_new_layer_is_made_of_a_point_that_qemu_has_open() -> None:
+    found = inner(3).plan(BranchRequest("new", "s3"))
+    assert [step.tag for step in found.steps if isinstance(step, BuildFromPoint)] == ["s3"]
+    assert violations(found.after) == ()
+
+
+def test_a_pull_across_sizes_is_not_to_be_had_by_asking() -> None:
+    """A raw root stays raw unless a pull is asked for: that it would show other data is another matter."""
+    machine = Machine(raw=True).run(SnapshotRequest("s1"))
+    tip = machine.runner.tree.active_branch.tips["vda"].layer
+    assert "live-merge" in kinds(running(machine).plan(DeleteRequest(("s1",), "pull")))
+    machine.runner.disk.names[machine.runner.tree.layers[tip].path].length += 2
+    found = running(machine).plan(DeleteRequest(("s1",), "pull"))
+    assert kinds(found) == ["record"]
+    assert any("different sizes" in note for each in found.every() for note in each.notes)

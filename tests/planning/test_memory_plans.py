@@ -53,7 +53,6 @@ def test_without_the_memory_the_name_is_not_there_and_nothing_is_lost() -> None:
 @pytest.mark.parametrize(
     ("request_", "changes", "error"),
     [
-        (SnapshotRequest("s9", memory=True, internal=True), {}, UsageError),
         (SnapshotRequest("s9", memory_file="/disks/x"), {}, UsageError),
         (SnapshotRequest("s9", memory=True), {"obstacle": "a device is in the way"}, RefusedError),
         (SnapshotRequest("s9", memory=True, exclude=("vda",)), {}, RefusedError),
@@ -139,3 +138,54 @@ def test_a_memory_file_goes_with_the_last_that_refers_to_it() -> None:
 def test_memory_is_not_lost_by_the_way() -> None:
     with pytest.raises(RefusedError, match="would be lost"):
         remembering("other").plan(SwitchRequest("other", power="off"))
+
+
+# ---- internal points ----------------------------------------------------------------------------------------------
+
+
+def test_memory_and_an_internal_point_are_of_one_step() -> None:
+    machine = running()
+    found = machine.plan(SnapshotRequest("s9", True, memory=True))
+    (save,) = [step for step in found.steps if isinstance(step, SaveMemory)]
+    assert save.cuts == () and [mark.tag for mark in save.marks] == ["s9"]
+    assert found.after.active_branch.tips == machine.runner.tree.active_branch.tips and violations(found.after) == ()
+    (record,) = [step for step in found.steps if isinstance(step, Record)]
+    # Without the memory all is as before.
+    assert record.otherwise is not None and apply(machine.runner.tree, record.otherwise) == machine.runner.tree
+
+
+def inside(*, runs: bool) -> Machine:
+    """s1 with memory, an internal point of the tip."""
+    machine = Machine().run(SnapshotRequest("s1", True), SnapshotRequest("s2", True))
+    machine.runs = runs
+    return machine.remember("s1")
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_memory_is_loaded_on_a_new_tip_that_is_made_of_the_point(*, runs: bool) -> None:
+    """The QEMU of now has the layer open, and the new one starts before the tree has changed."""
+    machine = inside(runs=runs)
+    found = machine.plan(RevertRequest("s1"))
+    assert [step.kind for step in found.steps][:2] == ["build-from-point", "go-over"]
+    before, after = machine.runner.tree, found.after
+    assert after.branches["main.1"].tips == before.branches["main"].tips
+    assert after.snapshots["s1"].points == before.snapshots["s1"].points and violations(after) == ()
+    step = going(found)
+    assert step is not None and step.load is not None
+    assert step.load.disks["vda"][0][0] == after.branches["main"].tips["vda"].layer
+    # Nothing of the old line is left but what a name needs.
+    found = machine.plan(RevertRequest("s1", True, children=True, delete=True))
+    assert violations(found.after) == () and len(found.after.layers) == 1
+    assert set(found.after.branches) == {"main"} and not found.after.snapshots
+
+
+def test_a_guests_tip_is_never_taken_for_unchanged_since_an_internal_point() -> None:
+    """It may write after it was looked at; with the machine off one knows."""
+    machine = Machine().run(SnapshotRequest("s1", True))
+    tip = machine.runner.tree.active_branch.tips["vda"]
+    image = machine.runner.disk.names[machine.runner.tree.layers[tip.layer].path]
+    image.length, image.cells = image.internals["s1"]
+    machine = machine.remember("s1")
+    assert set(machine.plan(RevertRequest("s1", memory=False)).after.branches) == {"main"}
+    machine.runs = True
+    assert set(machine.plan(RevertRequest("s1")).after.branches) == {"main", "main.1"}

@@ -16,6 +16,7 @@ from snaptree.errors import RefusedError, UsageError
 from snaptree.model.branch import Branch
 from snaptree.model.invariants import violations
 from snaptree.model.layer import Layer, Point
+from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
 from snaptree.planning.adopt import DetachRequest
 from snaptree.planning.create import BranchRequest, SnapshotRequest
@@ -156,12 +157,20 @@ class Journey:
             some += [DetachRequest(disk, delete_files=True)]
         return chance.choice(some)
 
+    def surveyed(self, request: Request) -> Survey:
+        """What a plan for the request rests on."""
+        return survey(self.disk, self.runner.tree, next(self.numbers))
+
+    def may_be_refused(self, request: Request) -> bool:
+        """Whether the request may be one that cannot be carried out."""
+        return isinstance(request, SquashRequest | DeleteRequest)
+
     def operate(self) -> None:
         """One operation, from time to time killed on the way and recovered."""
         request = self.request()
         self.story.append(repr(request))
         tree = self.runner.tree
-        found = survey(self.disk, tree, next(self.numbers))
+        found = self.surveyed(request)
         while True:
             try:
                 planned = plan(tree, found, request)
@@ -171,7 +180,7 @@ class Journey:
                 points = {**found.points, **{each: measured_point(self.disk, tree, each) for each in wanted.points}}
                 found = replace(found, rows=rows, points=points)
             except (RefusedError, UsageError):
-                assert isinstance(request, SquashRequest | DeleteRequest)
+                assert self.may_be_refused(request)
                 return
         self.done[type(request).__name__] += 1
         for number, each in enumerate(planned.every()):

@@ -131,7 +131,7 @@ def test_qemu_is_killed_just_after_it_has_changed_the_header(
 
 @pytest.mark.parametrize("options", [{}, {"extended_l2": "on"}], ids=["by the mover", "by QEMU"])
 @pytest.mark.parametrize("way", ["commit", "pull"])
-def test_qemu_is_killed_between_two_disks(way: str, options: dict[str, str]) -> None:
+def test_qemu_is_killed_between_two_disks(way: str, options: dict[str, Any]) -> None:
     """One disk's merge is done, so that the other one's has to be, by whoever can."""
     with standing(2, **options) as two:
         _take(two)

@@ -12,7 +12,7 @@ from snaptree.model.live import OFF, RUNNING, UNKNOWN, Live
 from snaptree.model.machine import MachineConfig
 from snaptree.model.tree import Tree
 from snaptree.qemu.graph import PROTOCOLS, BlockGraph, Inode, Node
-from snaptree.qemu.options import options_of
+from snaptree.qemu.options import is_unnamed, options_of
 from snaptree.qemu.running import RunningQemu
 from snaptree.store.database import Database
 
@@ -81,8 +81,17 @@ async def _live(qemu: RunningQemu, graph: BlockGraph, tree: Tree, commands: froz
     nodes, words = match(graph, tree, qemu.path), qemu.command_line()
     known = frozenset(layer for layer, node in nodes.items() if options_of(graph, node, words) is not None)
     tracked = frozenset(layer for layer, node in nodes.items() if node.bitmaps)
+    unnamed = frozenset(layer for layer, node in nodes.items() if is_unnamed(node))
     return Live(
-        await qemu.state(), qemu.pid, frozenset(nodes), commands, known, tracked, graph.files(), graph.plugged()
+        state=await qemu.state(),
+        pid=qemu.pid,
+        open=frozenset(nodes),
+        commands=commands,
+        reopenable=known,
+        unnamed=unnamed,
+        tracked=tracked,
+        files=graph.files(),
+        disks=graph.plugged(),
     )
 
 

@@ -15,7 +15,8 @@ class Live:
     """The QEMU that has the active tips open.
 
     ``state`` is ``running`` or ``paused``. ``open`` are the layers that it has open, tips and all beneath them;
-    of ``reopenable`` it is known how it has opened them, of ``tracked`` it keeps dirty bitmaps. ``commands`` is what
+    of ``reopenable`` it is known how it has opened them, of ``unnamed`` it has made up the nodes' names, of ``tracked``
+    it keeps dirty bitmaps. ``commands`` is what
     its monitor can be asked for. ``files`` are all files that it has open, by device and inode, ``disks`` those of them
     that its devices have as their disks. ``memory`` is set where that was asked for, as it takes a while.
     """
@@ -25,6 +26,7 @@ class Live:
     open: frozenset[LayerId] = frozenset()
     commands: frozenset[str] = frozenset()
     reopenable: frozenset[LayerId] = frozenset()
+    unnamed: frozenset[LayerId] = frozenset()
     tracked: frozenset[LayerId] = frozenset()
     files: frozenset[tuple[int, int]] = frozenset()
     disks: frozenset[tuple[int, int]] = frozenset()

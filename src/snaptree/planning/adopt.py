@@ -16,7 +16,8 @@ from snaptree.model.names import check_name, check_target
 from snaptree.model.snapshot import Snapshot
 from snaptree.model.survey import LayerFacts, Survey
 from snaptree.model.tree import MAX_CHAIN, Tree
-from snaptree.planning.draft import Draft, is_tip, paths_of, removal
+from snaptree.planning.clearing import removal
+from snaptree.planning.draft import Draft, is_tip, paths_of
 from snaptree.planning.plan import Plan
 from snaptree.planning.settle import settle
 from snaptree.planning.steps import Forget, Record, Register, RemoveFirmware, Step, Unlink

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from snaptree.errors import ExistsError, NotFoundError, RefusedError, UsageError
@@ -16,12 +16,15 @@ from snaptree.model.survey import LayerFacts, Survey
 from snaptree.model.tree import Tree
 from snaptree.planning import remembering
 from snaptree.planning.draft import Draft
-from snaptree.planning.live_steps import Cut, LiveSnapshot
+from snaptree.planning.live_steps import Cut, LiveSnapshot, Mark
 from snaptree.planning.plan import Plan
 from snaptree.planning.steps import MakeInternal
 
 CUT_SECONDS = 0.01
 """So long a guest's disks wait while it goes on in new overlays; measured with QEMU 10.0.2 and two disks."""
+
+MARK_SECONDS, MARK_SPEED = 0.01, 100e9
+"""So long they wait while an internal snapshot is taken, and how many bytes of the image it counts in a second."""
 
 QUIESCE_SECONDS = 0.1
 """So long a guest's file systems stand still when little is left to be written; measured with an emulated guest."""
@@ -101,7 +104,8 @@ def snapshot(tree: Tree, survey: Survey, request: SnapshotRequest) -> Plan:
 
     An external point freezes the tip under a new empty overlay, which becomes the tip. When nothing has been written
     since the previous snapshot, the two share a point and no overlay is stacked. With ``internal``, disks that can hold
-    internal snapshots get one within their tip; the others get an external point.
+    internal snapshots get one within their tip; the others get an external point. Of a machine that runs they are
+    all of one instant.
     """
     require_free_name(tree, request.name, "snapshot")
     require_disks(tree, request.exclude)
@@ -114,6 +118,7 @@ def snapshot(tree: Tree, survey: Survey, request: SnapshotRequest) -> Plan:
     draft = Draft(tree, survey, request.files)
     branch = tree.active_branch
     points: dict[str, Point] = {}
+    marks: list[Mark] = []
     tips = dict(branch.tips)
     for disk in tree.disks:
         if disk in request.exclude:
@@ -125,7 +130,9 @@ def snapshot(tree: Tree, survey: Survey, request: SnapshotRequest) -> Plan:
             draft.require_readable(tip, f"take an internal snapshot in {layer.path}")
             require_plain(draft.facts(tip), f"take an internal snapshot in {layer.path}")
             tag = draft.new_tag(tip, request.name)
-            draft.prepare.append(MakeInternal(layer.path, tag))
+            if survey.live is None:
+                draft.prepare.append(MakeInternal(layer.path, tag))
+            marks.append(Mark(disk, layer.path, tag))
             draft.touches.add(layer.path)
             points[disk] = Point(tip, tag)
             continue
@@ -148,11 +155,13 @@ def snapshot(tree: Tree, survey: Survey, request: SnapshotRequest) -> Plan:
     saved: Memory | None = None
     if survey.live is not None:
         cuts = _cuts(draft, points, tips)
-        draft.pause = QUIESCE_SECONDS if request.quiesce else CUT_SECONDS
         if request.memory:
-            saved = remembering.save(draft, cuts, request.name, request.memory_file)
+            saved = remembering.save(draft, cuts, tuple(marks), request.name, request.memory_file)
         else:
-            draft.prepare.append(LiveSnapshot(cuts, request.quiesce, survey.agent if request.quiesce else None))
+            agent = survey.agent if request.quiesce else None
+            draft.prepare.append(LiveSnapshot(cuts, request.quiesce, agent, tuple(marks)))
+            draft.pause = QUIESCE_SECONDS if request.quiesce else CUT_SECONDS
+        draft.pause += _marking(draft, marks)
     taken = Snapshot(
         name=request.name,
         parent=branch.parent,
@@ -196,7 +205,17 @@ def _consistency(survey: Survey, request: SnapshotRequest) -> str:
 def _cuts(draft: Draft, points: Mapping[str, Point], tips: Mapping[str, Point]) -> tuple[Cut, ...]:
     """How the running guest goes on in its new tips, on all disks at one instant."""
     layers = draft.tree.layers
-    return tuple(Cut(disk, layers[points[disk].layer].path, layers[tips[disk].layer].path) for disk in sorted(points))
+    return tuple(
+        Cut(disk, layers[points[disk].layer].path, layers[tips[disk].layer].path)
+        for disk in sorted(points)
+        if points[disk].internal is None
+    )
+
+
+def _marking(draft: Draft, marks: Sequence[Mark]) -> float:
+    """So long a guest's disks wait while internal snapshots are taken, which count every cluster once more."""
+    layers = {layer.path: layer.id for layer in draft.tree.layers.values()}
+    return sum(MARK_SECONDS + draft.facts(layers[each.path]).allocated / MARK_SPEED for each in marks)
 
 
 def branch(tree: Tree, survey: Survey, request: BranchRequest) -> Plan:

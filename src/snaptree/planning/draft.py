@@ -9,12 +9,14 @@ from dataclasses import replace
 from snaptree.errors import ExistsError, NoSpaceError, NotFoundError, RefusedError
 from snaptree.model.delta import diff
 from snaptree.model.layer import Layer, LayerId, Point
-from snaptree.model.memory import Memory
 from snaptree.model.sizes import readable
 from snaptree.model.snapshot import FirmwareFile
 from snaptree.model.survey import LayerFacts, PointFacts, Survey
 from snaptree.model.tree import MAX_CHAIN, Tree
+from snaptree.planning.clearing import cleared
 from snaptree.planning.health import Ailment, ailments, require_whole
+from snaptree.planning.live_steps import LiveOpen
+from snaptree.planning.memory_steps import GoOver
 from snaptree.planning.plan import Plan
 from snaptree.planning.settle import settle
 from snaptree.planning.steps import (
@@ -24,7 +26,6 @@ from snaptree.planning.steps import (
     File,
     MakeOverlay,
     Record,
-    RemoveFirmware,
     Step,
     Unlink,
 )
@@ -93,9 +94,17 @@ class Draft:
         """The chain that the layer stands on, nearest first."""
         return self.files(each.id for each in list(self.tree.chain(layer))[1:])
 
+    def is_open(self, layer: LayerId) -> bool:
+        """Whether the machine's QEMU has the layer open."""
+        return self.survey.live is not None and layer in self.survey.live.open
+
+    def is_busy(self, layer: LayerId) -> bool:
+        """Whether a guest writes to the layer: nobody can say then that it has not."""
+        return self.is_open(layer) and is_tip(self.before, layer)
+
     def unwritten(self, layer: LayerId) -> bool:
         """Whether nothing has been written to the overlay since it was made. A guest's tip counts as written."""
-        if self.survey.live is not None and is_tip(self.before, layer) and layer in self.survey.live.open:
+        if self.is_busy(layer):
             return False
         facts, known = self.survey.layers.get(layer), self.tree.layers[layer]
         if facts is None or facts.written or known.parent is None or known.half_merged:
@@ -214,14 +223,12 @@ class Draft:
         return self._add(below.disk, path, parent, below.virtual_size)
 
     def build(self, point: Point, label: str, purpose: str) -> Layer:
-        """A new layer made out of an internal snapshot, on the same backing file, added to the tree."""
+        """A new layer made out of an internal snapshot, on the same backing file, added to the tree.
+
+        A guest may write to the source meanwhile: what an internal snapshot refers to stays as it is, where it is.
+        """
         assert point.internal is not None
         source = self.tree.layers[point.layer]
-        if self.survey.live is not None and source.id in self.survey.live.open:
-            raise RefusedError(
-                f"machine {self.before.machine} is running, and has {source.path} open with its internal snapshots",
-                f"stop it first: 'snaptree stop {self.before.machine}'",
-            )
         self.require_whole(source.id, purpose)
         self.require_readable(source.id, purpose)
         facts = self.facts(source.id)
@@ -234,6 +241,13 @@ class Draft:
             raise Unmeasured(points=(point,))
         # Of a layer that is only just being made nothing has been read yet.
         found = found or PointFacts(min(facts.allocated, size), OVERLAY_BYTES, by_qemu="it is only just being made")
+        if found.by_qemu and size != source.virtual_size and self.is_open(source.id):
+            # For that it takes a copy of the whole file, which has to stand still.
+            raise RefusedError(
+                f"machine {self.before.machine} is running, and the internal snapshot {point.internal!r} in "
+                f"{source.path} is of another size than the disk is now, and has to be copied by QEMU: {found.by_qemu}",
+                f"stop it first: 'snaptree stop {self.before.machine}'",
+            )
         path = self.new_path(source.disk, label)
         beside = posixpath.dirname(path) == posixpath.dirname(source.path)
         shares = beside and not (found.by_qemu or found.unshared)
@@ -340,12 +354,13 @@ class Draft:
         """The plan: prepare, change the tree in one transaction, finish, clean up what nothing needs."""
         self._require_room(summary)
         after = settle(self.tree, self.outsiders)
-        cleanup, freed = self.cleanup(after)
+        cleanup, freed = cleared(self, after)
         baseline = tuple(
             layer.id
             for layer in after.layers.values()
             if layer.owned and layer.identity is None and not is_tip(after, layer.id)
         )
+        self._open_to_write(cleanup, after)
         delta = diff(self.before, after)
         change: list[Step] = [Record(delta, baseline, what)] if delta or baseline else []
         steps = (*self.prepare, *change, *self.finish, *cleanup)
@@ -366,6 +381,18 @@ class Draft:
             estimate=self.survey.live is not None,
         )
 
+    def _open_to_write(self, cleanup: Iterable[Step], after: Tree) -> None:
+        """See that QEMU can write to what it only reads where it is to delete internal snapshots, before names go.
+
+        After another QEMU has taken over it has none of these layers.
+        """
+        if any(isinstance(step, GoOver) for step in self.prepare):
+            return
+        read = {each.path for each in after.layers.values() if self.is_open(each.id) and not self.is_busy(each.id)}
+        opened = dict.fromkeys(step.path for step in cleanup if isinstance(step, DeleteInternal) and step.path in read)
+        if opened:
+            self.prepare.append(LiveOpen(tuple(opened)))
+
     def _require_room(self, summary: str) -> None:
         """Refuse new layers with data that would not fit; empty ones hardly need room."""
         for device, need in self.needs.items():
@@ -374,68 +401,11 @@ class Draft:
                 figures = f"it needs up to {readable(need)} of room, and the file system has {readable(free)}"
                 raise NoSpaceError(f"cannot {summary}: {figures}", "free some room first")
 
-    def cleanup(self, after: Tree) -> tuple[list[Step], int]:
-        """The steps that remove what the tree before had and the tree after does not, and how many bytes that frees."""
-        steps: list[Step] = []
-        freed = 0
-        gone = [layer for layer in self.before.layers.values() if layer.id not in after.layers and layer.owned]
-        named = {layer.path for layer in after.layers.values()}
-        for layer in self.before.deepest_first(gone):
-            facts = self.facts(layer.id)
-            if layer.id in self.fresh:
-                steps.append(Unlink(layer.path, 0, 0))
-            if layer.id in self.spared or facts.identity is None or facts.problem == "missing":
-                continue
-            room = facts.allocated if facts.links == 1 else 0
-            freed += room
-            if layer.path in named:
-                continue  # The rename that put the merged layer in its place has removed it.
-            steps.append(Unlink(layer.path, facts.identity.generation, facts.identity.inode, room))
-        for layer in self.before.layers.values():
-            now = after.layers.get(layer.id)
-            if now is None or now.path == layer.path:
-                continue
-            identity = self.facts(layer.id).identity
-            if identity is not None:
-                # It has taken another name; the old one is a second name of the same file.
-                steps.append(Unlink(layer.path, identity.generation, identity.inode))
-        for layer_id, tags in self.before.internals.items():
-            if layer_id not in after.layers or not after.layers[layer_id].owned:
-                continue
-            kept = set(after.internals.get(layer_id, ()))
-            path = after.layers[layer_id].path
-            going = [tag for tag in tags if tag not in kept]
-            if going and self.facts(layer_id).encrypted:
-                raise RefusedError(
-                    f"cannot delete the internal snapshot {going[0]!r} in {path}: it is encrypted",
-                    "encrypted layers are not supported yet",
-                )
-            steps.extend(DeleteInternal(path, tag) for tag in going)
-        for piece in sorted(firmware_of(self.before) - firmware_of(after), key=lambda each: each.path):
-            steps.append(RemoveFirmware(piece.role, piece.path))
-        for memory in self.before.memories.values():
-            if memory.id not in after.memories:
-                steps.append(removal(memory))
-                freed += memory.size
-        return steps, freed
-
-
-def removal(memory: Memory) -> Unlink:
-    """The step that removes a memory's file."""
-    looks = memory.identity
-    known = (looks.generation, looks.inode) if looks is not None else (0, 0)
-    return Unlink(memory.path, *known, memory.size)
-
 
 def is_tip(tree: Tree, layer: LayerId) -> bool:
     """Whether a branch has the whole layer as its tip."""
     names = tree.names_on.get(Point(layer), ())
     return any(name in tree.branches and Point(layer) in tree.branches[name].tips.values() for name in names)
-
-
-def firmware_of(tree: Tree) -> set[FirmwareFile]:
-    """All copies of firmware state that the tree refers to."""
-    return {piece for each in tree.named for piece in each.firmware}
 
 
 def paths_of(tree: Tree) -> dict[str, str]:

@@ -17,16 +17,12 @@ def require_possible(name: str, request: object) -> None:
     :raise RefusedError: says so.
     """
     match request:
-        case SnapshotRequest(internal=False) | SnapshotRequest(memory=True):
-            return
-        case DeleteRequest() | DeleteBranchRequest():
+        case SnapshotRequest() | DeleteRequest() | DeleteBranchRequest():
             return
         case AttachRequest() | DetachRequest() | RevertRequest() | SwitchRequest():
             return
         case SquashRequest() | GcRequest() | BranchRequest():
             return
-        case SnapshotRequest():
-            what = "internal snapshots are not taken while it runs"
-        case _:
-            what = "this is not done while it runs"
-    raise RefusedError(f"machine {name} is running, and {what} yet", f"stop it first: 'snaptree stop {name}'")
+    raise RefusedError(
+        f"machine {name} is running, and this is not done while it runs yet", f"stop it first: 'snaptree stop {name}'"
+    )

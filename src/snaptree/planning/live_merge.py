@@ -84,9 +84,10 @@ def _choose(draft: Draft, row: Row, way: str) -> Choice | str:
     # What keeps data from going down is nothing to a file that takes the highest layer's place, nor are sizes.
     if reason := live_swap.obstacle(draft, row, closed):
         closed["reflink"] = reason
+    # Last, since nobody can open by asking for it what these close.
     if reason := _uneven(draft, row):
-        closed = {"commit": reason, "pull": reason} | closed
-    closed = _forgotten(draft, row) | closed
+        closed |= {"commit": reason, "pull": reason}
+    closed |= _forgotten(draft, row)
     rooted = is_owned_root(tree, row[0])
     if rooted and "pull" not in closed and len(tree.children.get(row[0], ())) == 1:
         closed["pull"] = (

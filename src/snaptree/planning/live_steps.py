@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
@@ -21,29 +22,70 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
-class LiveSnapshot:
-    """Let a running machine's disks go on in their new overlays, all at one instant.
+class Mark:
+    """One disk of a live snapshot whose point stays in its tip, as the internal snapshot ``tag``."""
 
-    Whether it has happened QEMU says; when QEMU has died the overlays are taken as the tips, which is right either way.
-    With ``quiesce`` the guest's agent freezes its file systems around the instant, and they are thawed however snaptree
-    dies; ``agent`` is its socket, if not the one that QEMU tells.
+    disk: str
+    path: str
+    tag: str
+
+
+def frozen(cuts: Sequence[Cut], marks: Sequence[Mark]) -> str:
+    """What a live snapshot does to the disks, in words."""
+    cut = ["freeze " + ", ".join(each.tip for each in cuts)] if cuts else []
+    marked = [f"take the internal snapshot {each.tag!r} in {each.path}" for each in marks]
+    return " and ".join([*cut, *marked])
+
+
+@dataclass(frozen=True, slots=True)
+class LiveSnapshot:
+    """Let a running machine's disks go on in their new overlays, or after an internal snapshot, all at one instant.
+
+    Whether it has happened QEMU says; when QEMU has died the overlays are taken as the tips, which is right either way,
+    unless an internal snapshot is missing: then it has not happened on any disk. With ``quiesce`` the guest's agent
+    freezes its file systems around the instant, and they are thawed however snaptree dies; ``agent`` is its socket, if
+    not the one that QEMU tells.
     """
 
     kind: ClassVar[str] = "live-snapshot"
     crash: ClassVar[str] = (
         "the guest writes to the tips or to the overlays, on all disks alike; an overlay that QEMU has in its graph is "
-        "kept, and so are all when QEMU is gone; frozen file systems are thawed by a process that stands by, or by "
-        "recovery"
+        "kept, and so are all when QEMU is gone; where an internal snapshot is missing the others go; frozen file "
+        "systems are thawed by a process that stands by, or by recovery"
     )
 
     cuts: tuple[Cut, ...]
     quiesce: bool = False
     agent: str | None = None
+    marks: tuple[Mark, ...] = ()
+
+    @property
+    def about(self) -> str:
+        """The file by which the journal's notes on it are kept."""
+        return self.cuts[0].tip if self.cuts else self.marks[0].path
 
     @property
     def summary(self) -> str:
         how = " with the guest's file systems quiesced" if self.quiesce else ""
-        return "freeze " + ", ".join(each.tip for each in self.cuts) + f" at one instant{how}; the guest runs on"
+        return f"{frozen(self.cuts, self.marks)} at one instant{how}; the guest runs on"
+
+
+@dataclass(frozen=True, slots=True)
+class LiveOpen:
+    """Have a running machine's QEMU open for writing layers that it only reads, whose internal snapshots it is to
+    delete: whether it can shows only when it does."""
+
+    kind: ClassVar[str] = "live-open"
+    crash: ClassVar[str] = (
+        "QEMU has the layers open for reading or for writing, and writes nothing; recovery has it open them for "
+        "reading again"
+    )
+
+    paths: tuple[str, ...]
+
+    @property
+    def summary(self) -> str:
+        return "have QEMU open " + ", ".join(self.paths) + " for writing"
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,8 @@ def obstacle(draft: Draft, row: Row, closed: Mapping[str, str]) -> str:
     above = [each for each in tree.children.get(row[-1], ()) if each in live.open]
     if tip and len(list(tree.chain(row[-1]))) >= MAX_CHAIN:
         return f"the chain under {tree.layers[row[-1]].path} is as deep as it may be"
-    for each in (row[-1], *above):
+    # What stands on it is put on another node with every option as it is, where it has no name to be reopened by.
+    for each in (row[-1], *(each for each in above if each not in live.unnamed)):
         if each not in live.reopenable:
             return f"how its QEMU has opened {tree.layers[each].path} is not known, so that it cannot be reopened"
     return ""

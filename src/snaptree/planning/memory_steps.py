@@ -10,12 +10,12 @@ from snaptree.model.layer import LayerId
 from snaptree.model.live import PAUSED
 from snaptree.model.memory import Memory
 from snaptree.model.sizes import readable
-from snaptree.planning.live_steps import Cut
+from snaptree.planning.live_steps import Cut, Mark, frozen
 
 
 @dataclass(frozen=True, slots=True)
 class SaveMemory:
-    """Freeze a running machine's disks under their new overlays and save its memory, all of one instant.
+    """Freeze a running machine's disks, as a live snapshot does, and save its memory, all of one instant.
 
     ``path`` is the memory file, with the owner of ``like``; ``forms`` are the forms to try, the best first; ``used`` is
     how many bytes that will be at the most.
@@ -25,7 +25,8 @@ class SaveMemory:
     crash: ClassVar[str] = (
         "the guest runs on, on the tips or on the overlays, on all disks alike; the memory is a hidden file until it "
         "is whole; QEMU goes on writing it and recovery waits for that, unless snaptree died before the guest ran "
-        "again, or QEMU did: then the memory goes, and overlays that are in use stay and are merged later"
+        "again, or QEMU did: then the memory and internal snapshots go, and overlays that are in use stay and are "
+        "merged later"
     )
 
     cuts: tuple[Cut, ...]
@@ -33,11 +34,12 @@ class SaveMemory:
     like: str
     forms: tuple[str, ...]
     used: int
+    marks: tuple[Mark, ...] = ()
 
     @property
     def summary(self) -> str:
-        tips = ", ".join(each.tip for each in self.cuts)
-        return f"freeze {tips} and save memory ({readable(self.used)}) in {self.path}, of one instant"
+        disks = frozen(self.cuts, self.marks)
+        return f"{disks} and save memory ({readable(self.used)}) in {self.path}, of one instant"
 
 
 Chain: TypeAlias = tuple[tuple[LayerId, str, str], ...]

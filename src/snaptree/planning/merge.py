@@ -52,7 +52,8 @@ def plan_merges(
     waiting = list(rows)
     plans: list[Plan] = []
     draft = Draft(tree, survey, sick=sick)
-    holders = {row[0] for row in rows if external and bound(draft, row)}
+    # What a running machine has open is not merged across sizes, wherever the points are.
+    holders = {row[0] for row in rows if external and not is_live(survey, row) and bound(draft, row)}
     if holders:
         plan, survey = make_external(tree, survey, holders, sick)
         plans.append(plan)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from snaptree.model.delta import diff
 from snaptree.model.layer import Layer, LayerId, Point
 from snaptree.model.tree import Tree
+from snaptree.planning.clearing import cleared
 from snaptree.planning.draft import Draft, is_tip, paths_of
 from snaptree.planning.plan import Plan
 from snaptree.planning.settle import settle
@@ -79,7 +80,7 @@ def merging(
     :param pause: for how many seconds the guest's disk waits.
     """
     after = settle(draft.tree, draft.outsiders)
-    cleanup, freed = draft.cleanup(after)
+    cleanup, freed = cleared(draft, after)
     record = Record(diff(recorded, after), to_be_known(after), "the merged layers are one")
     # What is shared with a file that stays takes no room.
     added = sum(choice.adds if choice.down or choice.row[0] not in after.layers else choice.grows for choice in choices)

@@ -9,6 +9,7 @@ from snaptree.model.delta import diff
 from snaptree.model.layer import Layer
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
+from snaptree.planning.clearing import cleared
 from snaptree.planning.draft import Draft, paths_of
 from snaptree.planning.merged import renamed, to_be_known
 from snaptree.planning.plan import Plan
@@ -16,12 +17,15 @@ from snaptree.planning.steps import Record, Step
 
 
 def renamed_roots(tree: Tree) -> dict[str, Layer]:
-    """The roots of disks that have another name than their disk came with, by disk."""
+    """The roots of disks that have another name than their disk came with, by disk.
+
+    Where a layer of the tree has that, the root is one of several: it was made of an internal snapshot, say.
+    """
     found: dict[str, Layer] = {}
     for disk, (path, _) in tree.roots.items():
         tip = tree.active_branch.tips.get(disk)
         root = tree.owned_root(tip.layer) if tip is not None else None
-        if root is not None and root.path != path:
+        if root is not None and root.path != path and not tree.layer_at(path):
             found[disk] = root
     return found
 
@@ -45,7 +49,7 @@ def put_back(tree: Tree, survey: Survey) -> Plan | None:
     if draft.tree is tree:
         return None
     after = draft.tree
-    cleanup, _ = draft.cleanup(after)
+    cleanup, _ = cleared(draft, after)
     return Plan(
         operation="name",
         summary="give " + ", ".join(sorted(path for path, _ in after.roots.values())) + " back its name",
@@ -63,7 +67,7 @@ def _obstacle(draft: Draft, root: Layer, path: str) -> str:
     folder, name = posixpath.split(path)
     if folder != posixpath.dirname(root.path) or root.format != draft.tree.roots[root.disk][1]:
         return f"{path} is in another folder, or of another format"
-    if name in draft.survey.names.get(folder, frozenset()) or draft.tree.layer_at(path):
+    if name in draft.survey.names.get(folder, frozenset()):
         return f"there is another file at {path} by now"
     if root.id in draft.outsiders:
         return "something that is not in the tree stands on it"

@@ -17,11 +17,11 @@ from snaptree.model.snapshot import Snapshot
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
 from snaptree.planning.draft import Draft
-from snaptree.planning.live_steps import Cut
+from snaptree.planning.live_steps import Cut, Mark
 from snaptree.planning.memory_steps import GoOver, Load, Save, SaveMemory
 from snaptree.planning.plan import Plan
 from snaptree.planning.settle import settle
-from snaptree.planning.steps import ApplyInternal, Record, Step
+from snaptree.planning.steps import Record, Step
 
 if TYPE_CHECKING:
     from snaptree.planning.create import SnapshotRequest
@@ -44,8 +44,6 @@ def require_saveable(tree: Tree, survey: Survey, request: SnapshotRequest) -> No
     name = tree.machine
     if not request.memory:
         raise UsageError("--memory-file says where the memory goes, and none is saved", "add --memory")
-    if request.internal:
-        raise UsageError("--memory and --internal exclude each other", "give one of them")
     if request.exclude:
         raise RefusedError(
             f"the guest goes on writing to {request.exclude[0]}, which would be newer than its memory of it",
@@ -86,15 +84,21 @@ def require_open(found: Saveable) -> None:
         raise RefusedError(f"the memory cannot be saved: {found.obstacle}", hint)
 
 
-def save(draft: Draft, cuts: tuple[Cut, ...], label: str, chosen: str | None) -> Memory:
+def save(draft: Draft, cuts: tuple[Cut, ...], marks: tuple[Mark, ...], label: str, chosen: str | None) -> Memory:
     """Save the machine's memory in the same instant in which its disks are frozen.
 
     :param chosen: where the user wants the file.
     """
     memory, found = new_memory(draft, label, chosen), saveable(draft.survey)
-    draft.prepare.append(SaveMemory(cuts, memory.path, cuts[0].tip, found.forms, found.used))
+    draft.prepare.append(SaveMemory(cuts, memory.path, _like(draft), found.forms, found.used, marks))
     draft.pause = PAUSE_SECONDS if found.forms[0] == BACKGROUND else found.used / SPEED
     return memory
+
+
+def _like(draft: Draft) -> str:
+    """The file whose owner a memory file gets: a tip that the guest writes to."""
+    active = draft.before.active_branch.tips
+    return draft.before.layers[active[min(active)].layer].path
 
 
 def new_memory(draft: Draft, label: str, chosen: str | None = None) -> Memory:
@@ -197,8 +201,6 @@ def require_loadable(draft: Draft, name: str, memory: Memory, extra: Collection[
         other = min(extra)
         raise RefusedError(f"the memory of {name!r} knows nothing of disk {other}", f"detach it first, or {without}")
     require_no_firmware(draft.survey, f"load the memory of {name!r}")
-    if any(isinstance(step, ApplyInternal) for step in draft.finish):
-        raise RefusedError(f"{name!r} has an internal point, beside which no memory is loaded yet", without)
 
 
 def go_over(draft: Draft, found: Moves, saved: Memory | None) -> None:
@@ -210,9 +212,7 @@ def go_over(draft: Draft, found: Moves, saved: Memory | None) -> None:
     save = load = None
     if saved is not None:
         forms = tuple(each for each in saveable(survey).forms if each != BACKGROUND)
-        active = draft.before.active_branch.tips
-        like = draft.before.layers[active[min(active)].layer].path
-        save = Save(saved.path, like, forms, saved.size)
+        save = Save(saved.path, _like(draft), forms, saved.size)
         draft.pause = saved.size / SPEED
     if found.loads is not None:
         assert survey.start is not None

@@ -86,15 +86,16 @@ def _whole(base: Tree, layer: LayerId, outsiders: frozenset[LayerId]) -> bool:
     )
 
 
-def _go_to(draft: Draft, base: Tree, point: Point, label: str, purpose: str, *, reuse: bool) -> Point:
+def _go_to(draft: Draft, base: Tree, point: Point, label: str, purpose: str, *, reuse: bool, beside: bool) -> Point:
     """The tip that shows what the point shows: the layer itself, its state applied in place, or a new file.
 
     :param base: the settled tree without what this operation drops; it says what still stands where.
     :param reuse: the snapshot goes, so that its layer may be the tip again.
+    :param beside: a new QEMU opens it while the one of now has its own layers open, and no two can write to one.
     """
     layer = draft.before.layers[point.layer]
     if point.internal is None:
-        if reuse and layer.owned and not layer.half_merged:
+        if reuse and not beside and layer.owned and not layer.half_merged:
             held = point.layer in base.layers and (
                 base.needed(point.layer) or not _whole(base, point.layer, draft.outsiders)
             )
@@ -103,7 +104,7 @@ def _go_to(draft: Draft, base: Tree, point: Point, label: str, purpose: str, *, 
                 draft.touches.add(layer.path)
                 return point
         return Point(draft.stack(point.layer, label, purpose).id)
-    if point.layer not in base.layers or _whole(base, point.layer, draft.outsiders):
+    if not beside and (point.layer not in base.layers or _whole(base, point.layer, draft.outsiders)):
         draft.require_whole(point.layer, purpose)
         draft.require_readable(point.layer, purpose)
         require_plain(draft.facts(point.layer), f"{purpose} within {layer.path}")
@@ -131,6 +132,8 @@ def _is_written(draft: Draft, snapshot: Snapshot) -> bool:
 
 def _idle(draft: Draft, tip: LayerId) -> bool:
     """Whether dropping the layer's active state would lose nothing: it shows what a point that stays shows."""
+    if draft.is_busy(tip):
+        return False
     kept = set(draft.facts(tip).unchanged_since) & set(draft.before.internals.get(tip, ()))
     return draft.unwritten(tip) or bool(kept)
 
@@ -183,9 +186,8 @@ def revert(tree: Tree, survey: Survey, request: RevertRequest) -> Plan:
         if disk in stays and not (request.delete and point.layer not in base.layers):
             tips[disk] = stays[disk]
         else:
-            # A layer that the old QEMU has open cannot be written to by a new one beside it.
-            reuse = request.delete and remembered is None
-            tips[disk] = _go_to(draft, base, point, active.name, purpose, reuse=reuse)
+            beside = remembered is not None
+            tips[disk] = _go_to(draft, base, point, active.name, purpose, reuse=request.delete, beside=beside)
     draft.restore_firmware(snapshot.firmware)
     draft.tree = renamed_line(draft.tree, active.name, tips)
     if remembered is not None:
@@ -274,7 +276,8 @@ def switch(tree: Tree, survey: Survey, request: SwitchRequest) -> Plan:
             draft.require_whole(point.layer, purpose)
             tips[disk] = point
         else:
-            tips[disk] = _go_to(draft, base, point, target.name, purpose, reuse=False)
+            beside = remembered is not None
+            tips[disk] = _go_to(draft, base, point, target.name, purpose, reuse=False, beside=beside)
     for disk in sorted(set(active.tips) - set(target.tips)):
         tips[disk], left = draft.fork(disk, target.name, active.name)
         draft.tree = renamed_tip(draft.tree, active.name, disk, left)

@@ -13,7 +13,7 @@ from snaptree.model.delta import Delta
 from snaptree.model.layer import LayerId
 from snaptree.model.machine import MachineConfig
 from snaptree.model.sizes import readable
-from snaptree.planning.live_steps import LiveMerge, LiveSettle, LiveSnapshot, LiveSwap
+from snaptree.planning.live_steps import LiveMerge, LiveOpen, LiveSettle, LiveSnapshot, LiveSwap
 from snaptree.planning.memory_steps import GoOver, SaveMemory
 
 File: TypeAlias = tuple[str, str]
@@ -121,7 +121,8 @@ class ApplyInternal:
 
 @dataclass(frozen=True, slots=True)
 class DeleteInternal:
-    """Delete one internal snapshot of a layer; what the layer shows stays the same."""
+    """Delete one internal snapshot of a layer; what the layer shows stays the same. What a running machine's QEMU has
+    open it does itself."""
 
     kind: ClassVar[str] = "delete-internal"
     crash: ClassVar[str] = "the image with or without the internal snapshot, leaked clusters at worst"
@@ -369,7 +370,7 @@ class Forget:
         return f"forget machine {self.name}"
 
 
-LiveStep: TypeAlias = LiveSnapshot | LiveMerge | LiveSwap | LiveSettle | SaveMemory | GoOver
+LiveStep: TypeAlias = LiveSnapshot | LiveOpen | LiveMerge | LiveSwap | LiveSettle | SaveMemory | GoOver
 """Those that the QEMU of a running machine takes."""
 
 Step: TypeAlias = (

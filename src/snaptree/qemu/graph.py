@@ -25,7 +25,8 @@ class Node:
     """One node. ``file`` and ``backing`` are the nodes beneath it, ``above`` those that stand on it.
 
     ``path`` and ``inode`` are of the file that a protocol node has open. ``cache`` has ``direct`` and ``no-flush``,
-    ``bitmaps`` the names of the dirty bitmaps that QEMU keeps of it; those of jobs have none.
+    ``bitmaps`` the names of the dirty bitmaps that QEMU keeps of it; those of jobs have none. ``internals`` are the
+    names of an image's internal snapshots.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Node:
     cache: Mapping[str, bool] = field(default_factory=dict)
     detect_zeroes: str = "off"
     bitmaps: tuple[str, ...] = ()
+    internals: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,7 @@ def _read(
             cache={key: bool(each["cache"][key]) for key in ("direct", "no-flush")},
             detect_zeroes=str(each["detect_zeroes"]),
             bitmaps=tuple(str(one["name"]) for one in each.get("dirty-bitmaps", ()) if one.get("name")),
+            internals=tuple(str(one["name"]) for one in each.get("image", {}).get("snapshots", ())),
         )
     return BlockGraph(nodes, frozenset(each["inserted"]["node-name"] for each in devices if "inserted" in each))
 

@@ -12,7 +12,7 @@ from snaptree.images import durable
 from snaptree.images.locks import open_in
 from snaptree.model.live import PAUSED, RUNNING
 from snaptree.qemu.dialling import dial, peer_of
-from snaptree.qemu.graph import BlockGraph, Inode, read_graph
+from snaptree.qemu.graph import BlockGraph, Inode, Node, read_graph
 from snaptree.qemu.session import GREETING_SECONDS, QmpSession, not_negotiated
 
 ATTEMPTS = 3
@@ -151,6 +151,25 @@ class RunningQemu:
         if said:
             raise ToolError(f"{self.qmp.name} did not flush {path}: {str(said).strip()}")
         durable.sync_file(path)
+
+    async def reopen(self, node: Node, *, writing: bool | None = None, backing: str | None = None) -> None:
+        """Have an image reopened for writing or for reading only, or standing on another node, with every other option
+        as it is.
+
+        ``blockdev-reopen`` resets the options that it is not told, of which the monitor does not tell, and takes no
+        node whose name QEMU has made up. The human monitor's command keeps them, but for ``detect-zeroes`` where it
+        came with ``-drive``.
+
+        :raise ToolError: QEMU cannot.
+        """
+        changed = {"detect-zeroes": node.detect_zeroes, **({"backing": backing} if backing is not None else {})}
+        options = ",".join(f"{key}={value}" for key, value in changed.items())
+        way = {None: "", True: "-w ", False: "-r "}[writing]
+        said = await self.qmp.execute(
+            "human-monitor-command", command_line=f'qemu-io "{node.name}" "reopen {way}-o {options}"'
+        )
+        if said:
+            raise ToolError(f"{self.qmp.name} did not reopen {node.name}: {str(said).strip()}")
 
     async def blockdev_del(self, name: str) -> None:
         """Close a node that was opened by name."""

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 from snaptree.errors import BusyError
 from snaptree.images.locks import ImageLock, who_has_open
-from snaptree.planning.live_steps import LiveMerge
+from snaptree.planning.live_steps import LiveMerge, LiveOpen, LiveSnapshot
+from snaptree.planning.memory_steps import SaveMemory
 from snaptree.planning.plan import Plan
 from snaptree.planning.steps import (
     ApplyInternal,
@@ -28,6 +29,9 @@ from snaptree.planning.steps import (
     Unlink,
 )
 
+WRITTEN_BY_QEMU = (LiveSnapshot, SaveMemory, LiveOpen, LiveMerge, DeleteInternal)
+"""The steps in which the machine's QEMU itself writes to what it has open."""
+
 
 def written_by(step: Step) -> tuple[str, ...]:
     """The images that a step writes to or takes away; nobody else may have them open meanwhile."""
@@ -40,6 +44,10 @@ def written_by(step: Step) -> tuple[str, ...]:
             return tuple(
                 path for job in step.jobs for path, _ in (job.target, *([job.child] if job.child is not None else []))
             )
+        case LiveSnapshot() | SaveMemory():
+            return tuple(mark.path for mark in step.marks)
+        case LiveOpen():
+            return step.paths
         case TakeName():
             return (step.source, step.target)
         case Move():
@@ -118,8 +126,8 @@ class Holding:
         for step in steps:
             for path in written_by(step):
                 # What nothing needs any more may still be open there: it is let go before it is removed.
-                goes_over = isinstance(step, PutInPlace) and step.live
-                if not (isinstance(step, Unlink | LiveMerge) or goes_over) and _inode(path) in self._spared:
+                by_qemu = isinstance(step, WRITTEN_BY_QEMU) or (isinstance(step, PutInPlace) and step.live)
+                if not (isinstance(step, Unlink) or by_qemu) and _inode(path) in self._spared:
                     raise self._busy(path)
             written.update(dict.fromkeys(written_by(step)))
             read.update(dict.fromkeys(read_by(step)))
@@ -151,6 +159,14 @@ class Holding:
         who = who_has_open((path,)).get(path, ())
         by = f" by {', '.join(who)}" if who else " by another process"
         return BusyError(f"{path} is open{by}", "stop the machine or the program that uses it, then try again")
+
+    def take_over(self, path: str) -> None:
+        """Lock a file that the machine's QEMU had open when the operation began, and has closed since.
+
+        :raise BusyError: somebody else has it open.
+        """
+        self._spared -= {inode for inode in [_inode(path)] if inode is not None}
+        self._lock(path, "exclusive")
 
     def take_new(self, path: str) -> None:
         """Lock a new file, before it has the name by which others find it."""

@@ -14,7 +14,7 @@ from snaptree.model.layer import Identity, Layer, Point
 from snaptree.model.machine import MachineConfig
 from snaptree.model.memory import Memory
 from snaptree.model.snapshot import FirmwareFile, Snapshot
-from snaptree.planning.live_steps import Cut, LiveJob, Swap
+from snaptree.planning.live_steps import Cut, LiveJob, Mark, Swap
 from snaptree.planning.memory_steps import Load, Save
 from snaptree.planning.steps import STEPS, MoveJob, Step
 
@@ -30,6 +30,7 @@ _CLASSES: dict[str, type[Any]] = {
         LiveJob,
         Load,
         MachineConfig,
+        Mark,
         Memory,
         MoveJob,
         Point,

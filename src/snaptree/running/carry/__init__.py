@@ -52,6 +52,10 @@ async def do(step: Step, context: Context) -> None:
             internals.make(step, context)
         case ApplyInternal():
             internals.apply(step, context)
+        case DeleteInternal() if context.qemu is not None:
+            from snaptree.running.carry import by_running
+
+            await by_running.delete_internal(step, context)
         case DeleteInternal():
             internals.delete(step, context)
         case Cover():

@@ -5,10 +5,10 @@ All that waits for QEMU is loaded from here, and only where it is needed.
 
 from __future__ import annotations
 
-from snaptree.planning.live_steps import LiveMerge, LiveSettle, LiveSnapshot, LiveSwap
+from snaptree.planning.live_steps import LiveMerge, LiveOpen, LiveSettle, LiveSnapshot, LiveSwap
 from snaptree.planning.memory_steps import GoOver, SaveMemory
-from snaptree.planning.steps import LiveStep
-from snaptree.running.carry import going_over, live, live_merge, live_swap, memory
+from snaptree.planning.steps import DeleteInternal, LiveStep
+from snaptree.running.carry import going_over, live, live_internals, live_merge, live_swap, memory
 from snaptree.running.context import Context
 
 
@@ -17,6 +17,8 @@ async def do(step: LiveStep, context: Context) -> None:
     match step:
         case LiveSnapshot():
             await live.snapshot(step, context)
+        case LiveOpen():
+            await live_internals.open_to_write(step, context)
         case LiveMerge():
             await live_merge.merge(step, context)
         case LiveSwap():
@@ -29,11 +31,18 @@ async def do(step: LiveStep, context: Context) -> None:
             await going_over.go_over(step, context)
 
 
+async def delete_internal(step: DeleteInternal, context: Context) -> None:
+    """Delete an internal snapshot where a machine runs, be its layer open there or not."""
+    await live_internals.delete(step, context)
+
+
 async def undo(step: LiveStep, context: Context) -> None:
     """Take the step back; one that comes after the point of no return has no way back."""
     match step:
         case LiveSnapshot():
             await live.unsnapshot(step, context)
+        case LiveOpen():
+            await live_internals.open_to_read(step.paths, context)
         case LiveMerge():
             await live_merge.unmerge(step, context)
         case LiveSwap():
@@ -50,7 +59,7 @@ async def happened(step: LiveStep, context: Context) -> bool:
     """Whether it has happened at an instant that we may not have lived to see."""
     match step:
         case LiveSnapshot() | SaveMemory():
-            return await live.was_cut(step.cuts, context)
+            return await live.was_frozen(step, context)
         case LiveMerge():
             return await live_merge.went_on(step, context)
         case GoOver():

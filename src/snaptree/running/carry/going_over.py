@@ -94,6 +94,8 @@ async def _loaded(load: Load, context: Context) -> RunningQemu:
             lent = await memory.lend(new, descriptor, known)
             await memory.load(new.qmp, lent.uri, load.memory.form)
             await lent.take_back()
+            for chain in load.disks.values():
+                context.journal.note(_looks_of(chain[0][1]), _looks(chain[0][1]))
         finally:
             os.close(descriptor)
     except BaseException as error:
@@ -224,7 +226,7 @@ async def _survivor(step: GoOver, context: Context) -> RunningQemu | None:
     if not os.path.lexists(load.monitor):
         return context.qemu
     new = await RunningQemu.attach(load.monitor)
-    if new is None and not any(read_facts(chain[0][1], chain[0][2]).written for chain in load.disks.values()):
+    if new is None and not any(_was_written(chain[0][1], chain[0][2], context) for chain in load.disks.values()):
         with suppress(SnaptreeError, OSError):
             new = await _loaded(load, context)
     if new is None:
@@ -233,6 +235,20 @@ async def _survivor(step: GoOver, context: Context) -> RunningQemu | None:
     elif step.after == RUNNING and await new.run_state() != "running":
         await new.qmp.execute("cont")
     return new
+
+
+def _was_written(path: str, image_format: str, context: Context) -> bool:
+    """Whether a new tip, empty or made of an internal point, may have been written to since the memory was loaded."""
+    return read_facts(path, image_format).written and context.journal.recall(_looks_of(path)) != _looks(path)
+
+
+def _looks_of(path: str) -> str:
+    return f"looks {path}"
+
+
+def _looks(path: str) -> str:
+    status = os.stat(path)
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 async def went_over(step: GoOver, context: Context) -> bool:

@@ -1,86 +1,58 @@
-"""Steps that the QEMU of a running machine takes."""
+"""The step in which a running machine's disks are frozen at one instant."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
-from snaptree.errors import SnaptreeError, ToolError, UnhealthyError
+from snaptree.errors import ToolError, UnhealthyError
 from snaptree.images import gate
 from snaptree.images.facts import read_facts
 from snaptree.planning.live_steps import Cut, LiveSnapshot
-from snaptree.qemu.graph import BlockGraph, Inode, Node
+from snaptree.planning.memory_steps import SaveMemory
+from snaptree.qemu.graph import BlockGraph, Node
 from snaptree.qemu.running import RunningQemu
+from snaptree.running.carry import internals, live_internals
+from snaptree.running.carry.nodes import inode_at, is_top
 from snaptree.running.context import Context
 from snaptree.running.quiescing import quiesced, thaw
 
+Frozen: TypeAlias = LiveSnapshot | SaveMemory
+"""The steps that freeze a running machine's disks at one instant."""
 FREEZING = "freezing"
 """What a step notes before the guest's file systems are frozen."""
 
 
-def inode_at(path: str) -> Inode:
-    """Device and inode of a file.
-
-    :raise OSError: it is not there.
-    """
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
-
-
-def node_of(graph: BlockGraph, path: str) -> Node:
-    """The node that shows the image of a file that keeps its name.
-
-    :raise UnhealthyError: QEMU has not just one.
-    """
-    found = graph.opened(inode_at(path))
-    if len(found) != 1:
-        raise UnhealthyError(f"QEMU has {path} open {len(found)} times", "see what was done to the machine")
-    return found[0]
-
-
-async def let_go(qemu: RunningQemu, nodes: Iterable[str]) -> None:
-    """Have QEMU close nodes that are out of its graph: those that were opened by name stay until they are told to go.
-
-    One that something else uses stays open; its file's room comes back when QEMU ends.
-    """
-    for name in dict.fromkeys(nodes):
-        with suppress(SnaptreeError):
-            await qemu.blockdev_del(name)
-
-
-def is_top(graph: BlockGraph, path: str) -> bool:
-    """Whether a device has the file's image as its disk."""
-    return os.path.exists(path) and graph.top(inode_at(path)) is not None
-
-
 async def snapshot(step: LiveSnapshot, context: Context) -> None:
-    """Let the guest go on in the overlays: one transaction over all disks."""
+    """Let the guest go on in the overlays, or after the internal snapshots: one transaction over all disks."""
     qemu = context.qemu
     if qemu is None:
         # QEMU has died. The overlays show what the tips show, or what the guest wrote to them.
         require_dead(step.cuts, context)
         return
-    graph = await qemu.graph()
-    if all(is_top(graph, cut.overlay) for cut in step.cuts):
+    if _is_frozen(await qemu.graph(), step):
         await _thaw_left(step, context)
         return
-    actions = await open_overlays(qemu, step.cuts, context)
+    actions = await prepared(qemu, step, context)
     if step.quiesce:
-        context.journal.note(step.cuts[0].tip, FREEZING)
+        context.journal.note(step.about, FREEZING)
         async with quiesced(qemu, step.agent):
             await qemu.qmp.execute("transaction", actions=actions)
     else:
         await qemu.qmp.execute("transaction", actions=actions)
-    await require_cut(qemu, step.cuts)
+    await require_frozen(qemu, step)
 
 
-async def open_overlays(qemu: RunningQemu, cuts: Sequence[Cut], context: Context) -> list[dict[str, Any]]:
-    """Have QEMU open the overlays; the actions of the transaction that lets the guest go on in them."""
+async def prepared(qemu: RunningQemu, step: Frozen, context: Context) -> list[dict[str, Any]]:
+    """Have QEMU open the overlays; the actions of the transaction that freezes the disks.
+
+    A disk's requests wait from its own action until the transaction has ended, so that what is written to another disk
+    meanwhile rests on nothing that came after.
+    """
     graph = await qemu.graph()
-    actions: list[dict[str, Any]] = []
-    for number, cut in enumerate(cuts):
+    actions = [live_internals.action(graph, mark) for mark in step.marks]
+    for number, cut in enumerate(step.cuts):
         tip = _tip(graph, cut)
         name = f"st{number}-{context.token}"[:31]
         await qemu.add(_overlay(graph, tip, cut.overlay, name))
@@ -88,13 +60,22 @@ async def open_overlays(qemu: RunningQemu, cuts: Sequence[Cut], context: Context
     return actions
 
 
-async def require_cut(qemu: RunningQemu, cuts: Sequence[Cut]) -> None:
-    """See that the guest writes to the overlays.
+def _is_frozen(graph: BlockGraph, step: Frozen) -> bool:
+    """Whether it has happened on every disk."""
+    marked = all(live_internals.is_marked(graph, mark) for mark in step.marks)
+    return marked and all(is_top(graph, cut.overlay) for cut in step.cuts)
 
-    :raise ToolError: it does not.
+
+async def require_frozen(qemu: RunningQemu, step: Frozen) -> None:
+    """See that the guest writes to the overlays, and that the internal snapshots are there.
+
+    :raise ToolError: it is not so.
     """
     graph = await qemu.graph()
-    for cut in cuts:
+    for mark in step.marks:
+        if not live_internals.is_marked(graph, mark):
+            raise ToolError(f"QEMU reported success, but {mark.path} has no internal snapshot {mark.tag!r}")
+    for cut in step.cuts:
         top = graph.top(inode_at(cut.overlay))
         below = graph.below(top) if top is not None else None
         if below is None or graph.file_of(below).inode != inode_at(cut.tip):
@@ -103,7 +84,7 @@ async def require_cut(qemu: RunningQemu, cuts: Sequence[Cut]) -> None:
 
 async def _thaw_left(step: LiveSnapshot, context: Context) -> None:
     """Thaw what a snaptree that was killed may have left frozen, had its guard been killed too."""
-    if context.recovering and context.qemu is not None and context.journal.noted(step.cuts[0].tip) == FREEZING:
+    if context.recovering and context.qemu is not None and context.journal.noted(step.about) == FREEZING:
         await thaw(context.qemu, step.agent)
 
 
@@ -135,30 +116,39 @@ def require_dead(cuts: Sequence[Cut], context: Context) -> None:
     context.holding.require_closed(path for cut in cuts for path in (cut.tip, cut.overlay))
 
 
-async def was_cut(cuts: Sequence[Cut], context: Context) -> bool:
-    """Whether the guest writes to the overlays, or may have when QEMU died."""
-    if not all(os.path.exists(cut.overlay) for cut in cuts):
+async def was_frozen(step: Frozen, context: Context) -> bool:
+    """Whether the guest writes to the overlays, or may have when QEMU died; with internal snapshots alone, whether all
+    are there.
+
+    QEMU takes these before the guest goes over to any overlay: where one is missing it has not.
+    """
+    if not all(os.path.exists(cut.overlay) for cut in step.cuts):
         return False
+    # One that was written to was a tip, even where somebody has started QEMU on the old ones since.
+    written = any(read_facts(cut.overlay, "qcow2").written for cut in step.cuts)
     if context.qemu is None:
         # Taken once more, the step sees to it that QEMU has died.
-        return context.recovering
+        marked = all(mark.tag in internals.tags_of(mark.path) for mark in step.marks)
+        return context.recovering and (written or marked)
     graph = await context.qemu.graph()
-    # One that was written to was a tip; since then somebody has started QEMU on the old ones.
-    return any(is_top(graph, cut.overlay) or read_facts(cut.overlay, "qcow2").written for cut in cuts)
+    if step.cuts:
+        return written or any(is_top(graph, cut.overlay) for cut in step.cuts)
+    return all(live_internals.is_marked(graph, mark) for mark in step.marks)
 
 
 async def unsnapshot(step: LiveSnapshot, context: Context) -> None:
     """Let the guest be as before: on its tips, and not frozen."""
     if context.qemu is not None:
         await _thaw_left(step, context)
-        await close_overlays(step.cuts, context)
+    await unfreeze(step, context)
 
 
-async def close_overlays(cuts: Sequence[Cut], context: Context) -> None:
-    """Close overlays that the guest does not write to: they are removed next."""
+async def unfreeze(step: Frozen, context: Context) -> None:
+    """Take internal snapshots back, and close overlays that the guest does not write to: they are removed next."""
+    await live_internals.unmark(step.marks, context)
     if context.qemu is None:
         return
     graph = await context.qemu.graph()
-    for cut in cuts:
+    for cut in step.cuts:
         for node in graph.opened(inode_at(cut.overlay)) if os.path.exists(cut.overlay) else ():
             await context.qemu.blockdev_del(node.name)

@@ -21,7 +21,7 @@ from snaptree.qemu.live_jobs import Merging
 from snaptree.qemu.running import RunningQemu
 from snaptree.running.carry import headers, moving
 from snaptree.running.carry.by_qemu import bytes_moved
-from snaptree.running.carry.live import inode_at, is_top, let_go, node_of
+from snaptree.running.carry.nodes import inode_at, is_top, let_go, node_of
 from snaptree.running.context import Context
 from snaptree.running.guard import PIVOT, STAY, Guard, Orders
 

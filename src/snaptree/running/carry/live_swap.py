@@ -8,16 +8,20 @@ found by their names and their files' names: after the rename a name leads to an
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 from snaptree.errors import RefusedError, ToolError, UnhealthyError
 from snaptree.images import durable
 from snaptree.planning.live_steps import LiveSettle, LiveSwap, Swap
 from snaptree.qemu.graph import BlockGraph, Node
-from snaptree.qemu.options import opened_anew, options_of, reopened
+from snaptree.qemu.options import is_unnamed, opened_anew, options_of, reopened
 from snaptree.qemu.running import RunningQemu
-from snaptree.running.carry.live import inode_at, let_go, node_of
+from snaptree.running.carry.nodes import inode_at, let_go, node_of
 from snaptree.running.context import Context
+
+_Over: TypeAlias = tuple[Node, str]
+"""An image, and the name of the node that it is to stand on."""
 
 
 async def swap(step: LiveSwap, context: Context) -> None:
@@ -34,6 +38,7 @@ async def settle(step: LiveSettle, context: Context) -> None:
         return
     await _go_over(qemu, step.swaps, context, hidden=False)
     for each in step.swaps:
+        await let_go(qemu, [_holder(step.swaps, each, context)])
         await _close(qemu, each, context)
 
 
@@ -43,7 +48,7 @@ async def unswap(step: LiveSwap, context: Context) -> None:
     if qemu is None:
         return
     graph = await qemu.graph()
-    back: list[dict[str, Any]] = []
+    back: list[_Over] = []
     for each in step.swaps:
         child, built = _child(graph, each), graph.nodes.get(_name(step.swaps, each, context, hidden=True))
         below = graph.below(child)
@@ -51,18 +56,17 @@ async def unswap(step: LiveSwap, context: Context) -> None:
             upper = _others(graph, each.upper, _names(step.swaps, each, context))
             if not upper:
                 raise UnhealthyError(f"QEMU has {each.upper} open no more", "see what was done to the machine")
-            back.append(reopened(child, _options(qemu, graph, child), upper[0].name))
-    if back:
-        await qemu.qmp.execute("blockdev-reopen", options=back)
+            back.append((child, upper[0].name))
+    await _restack(qemu, graph, back)
     for each in step.swaps:
-        name = _name(step.swaps, each, context, hidden=True)
-        if name in (await qemu.graph()).nodes:
-            await qemu.blockdev_del(name)
+        for name in (_name(step.swaps, each, context, hidden=True), _holder(step.swaps, each, context)):
+            if name in (await qemu.graph()).nodes:
+                await qemu.blockdev_del(name)
 
 
 async def _go_over(qemu: RunningQemu, swaps: tuple[Swap, ...], context: Context, *, hidden: bool) -> None:
     graph = await qemu.graph()
-    over: list[dict[str, Any]] = []
+    over: list[_Over] = []
     for each in swaps:
         name = _name(swaps, each, context, hidden=hidden)
         child = _child(graph, each)
@@ -73,15 +77,37 @@ async def _go_over(qemu: RunningQemu, swaps: tuple[Swap, ...], context: Context,
             path = durable.temporary_path(each.upper, context.token) if hidden else each.upper
             below = _beneath(graph, child, each.below[0][0]).name if each.below else None
             await qemu.add(opened_anew(_options(qemu, graph, _upper(graph, swaps, each, context)), path, name, below))
-        over.append(reopened(child, _options(qemu, graph, child), name))
-    if over:
-        await qemu.qmp.execute("blockdev-reopen", options=over)
+        if hidden:
+            await _hold(qemu, graph, at, _holder(swaps, each, context))
+        over.append((child, name))
+    await _restack(qemu, graph, over)
     graph = await qemu.graph()
     for each in swaps:
         at = graph.below(_child(graph, each))
         over_there = at is not None and at.name == _name(swaps, each, context, hidden=hidden)
         if not over_there and (hidden or not _is_settled(qemu, graph, each, context)):
             raise ToolError(f"QEMU reported success, but {each.child[0]} does not stand on what was built")
+
+
+async def _restack(qemu: RunningQemu, graph: BlockGraph, over: Sequence[_Over]) -> None:
+    """Have images stand on other nodes: at once, but for those whose names QEMU has made up, one after the other."""
+    named = [reopened(node, _options(qemu, graph, node), below) for node, below in over if not is_unnamed(node)]
+    if named:
+        await qemu.qmp.execute("blockdev-reopen", options=named)
+    for node, below in over:
+        if is_unnamed(node):
+            await qemu.reopen(node, backing=below)
+
+
+async def _hold(qemu: RunningQemu, graph: BlockGraph, node: Node | None, name: str) -> None:
+    """Keep open what QEMU opened by itself, and closes when nothing stands on it: it may have to be gone back to."""
+    if node is not None and is_unnamed(node) and name not in graph.nodes:
+        await qemu.qmp.execute("blockdev-add", driver="raw", node_name=name, file=node.name, read_only=True)
+
+
+def _holder(swaps: tuple[Swap, ...], each: Swap, context: Context) -> str:
+    """The name of the node that keeps the upper layer open."""
+    return f"sh{swaps.index(each)}-{context.token}"[:26]
 
 
 def _name(swaps: tuple[Swap, ...], each: Swap, context: Context, *, hidden: bool) -> str:
@@ -128,11 +154,12 @@ def _child(graph: BlockGraph, swap: Swap) -> Node:
 
 
 def _upper(graph: BlockGraph, swaps: tuple[Swap, ...], swap: Swap, context: Context) -> Node:
-    """What the options are taken from: the upper layer as it was opened, or what has taken its place already."""
-    opened = _others(graph, swap.upper, _names(swaps, swap, context))
+    """What the options are taken from: what has taken the upper layer's place already, which says how that was opened,
+    or the upper layer itself."""
+    ours, at = _names(swaps, swap, context), graph.below(_child(graph, swap))
+    opened = _others(graph, swap.upper, ours) if at is None or at.name not in ours else []
     if opened:
         return opened[0]
-    at = graph.below(_child(graph, swap))
     if at is None:
         raise UnhealthyError(f"QEMU has nothing beneath {swap.child[0]}", "see what was done to the machine")
     return at

@@ -19,7 +19,7 @@ from snaptree.planning.memory_steps import SaveMemory
 from snaptree.qemu import memory
 from snaptree.qemu.memory import Followed, Settings
 from snaptree.qemu.running import RunningQemu
-from snaptree.running.carry import live
+from snaptree.running.carry import live, live_internals
 from snaptree.running.carry.making import unmake
 from snaptree.running.context import Context
 from snaptree.running.guard import PIVOT, Guard, Orders
@@ -52,9 +52,10 @@ async def save(step: SaveMemory, context: Context) -> None:
         else:
             await _begin(step, context, context.qemu)
     except (SnaptreeError, OSError) as error:
-        if not await live.was_cut(step.cuts, context):
+        if not await live.was_frozen(step, context):
             raise
         unmake(step.path, context)
+        await live_internals.unmark(step.marks, context)
         shown = durable.explain(error, step.path, "write") if isinstance(error, OSError) else error
         shown.hint = shown.hint or "the snapshot was not taken"
         context.failed = shown
@@ -66,7 +67,7 @@ async def _begin(step: SaveMemory, context: Context, qemu: RunningQemu) -> None:
     remember(step.path, before, qemu, context)
     descriptor = new_file(step.path, step.like, context)
     try:
-        actions = await live.open_overlays(qemu, step.cuts, context)
+        actions = await live.prepared(qemu, step, context)
         form = await choose(qemu, before, step.forms, context)
         lent = await memory.lend(qemu, descriptor, memory.forms_known(before))
         told = followed(step.used, context)
@@ -81,7 +82,7 @@ async def _begin(step: SaveMemory, context: Context, qemu: RunningQemu) -> None:
                         await saving.begin(form)
                 context.journal.note(step.path, PIVOT)
             note_form(step.path, form, context)
-            await live.require_cut(qemu, step.cuts)
+            await live.require_frozen(qemu, step)
             await memory.until_done(qemu.qmp, told)
         except BaseException:
             await memory.abandon(qemu.qmp)
@@ -234,7 +235,7 @@ async def unsave(step: SaveMemory, context: Context) -> None:
     """Take everything back: the guest goes on in the tips that it has."""
     if context.qemu is not None and context.recovering:
         await set_right(step.path, context, context.qemu)
-    await live.close_overlays(step.cuts, context)
+    await live.unfreeze(step, context)
     unmake(step.path, context)
 
 

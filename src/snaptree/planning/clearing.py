@@ -1,0 +1,72 @@
+"""What goes between two trees: the steps that remove what the one before had and the one after does not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from snaptree.errors import RefusedError
+from snaptree.model.memory import Memory
+from snaptree.model.snapshot import FirmwareFile
+from snaptree.model.tree import Tree
+from snaptree.planning.steps import DeleteInternal, RemoveFirmware, Step, Unlink
+
+if TYPE_CHECKING:
+    from snaptree.planning.draft import Draft
+
+
+def cleared(draft: Draft, after: Tree) -> tuple[list[Step], int]:
+    """The steps that remove what the tree before had and the tree after does not, and how many bytes that frees."""
+    steps: list[Step] = []
+    freed = 0
+    gone = [layer for layer in draft.before.layers.values() if layer.id not in after.layers and layer.owned]
+    named = {layer.path for layer in after.layers.values()}
+    for layer in draft.before.deepest_first(gone):
+        facts = draft.facts(layer.id)
+        if layer.id in draft.fresh:
+            steps.append(Unlink(layer.path, 0, 0))
+        if layer.id in draft.spared or facts.identity is None or facts.problem == "missing":
+            continue
+        room = facts.allocated if facts.links == 1 else 0
+        freed += room
+        if layer.path in named:
+            continue  # The rename that put the merged layer in its place has removed it.
+        steps.append(Unlink(layer.path, facts.identity.generation, facts.identity.inode, room))
+    for layer in draft.before.layers.values():
+        now = after.layers.get(layer.id)
+        if now is None or now.path == layer.path:
+            continue
+        identity = draft.facts(layer.id).identity
+        if identity is not None:
+            # It has taken another name; the old one is a second name of the same file.
+            steps.append(Unlink(layer.path, identity.generation, identity.inode))
+    for layer_id, tags in draft.before.internals.items():
+        if layer_id not in after.layers or not after.layers[layer_id].owned:
+            continue
+        kept = set(after.internals.get(layer_id, ()))
+        path = after.layers[layer_id].path
+        going = [tag for tag in tags if tag not in kept]
+        if going and draft.facts(layer_id).encrypted:
+            raise RefusedError(
+                f"cannot delete the internal snapshot {going[0]!r} in {path}: it is encrypted",
+                "encrypted layers are not supported yet",
+            )
+        steps.extend(DeleteInternal(path, tag) for tag in going)
+    for piece in sorted(firmware_of(draft.before) - firmware_of(after), key=lambda each: each.path):
+        steps.append(RemoveFirmware(piece.role, piece.path))
+    for memory in draft.before.memories.values():
+        if memory.id not in after.memories:
+            steps.append(removal(memory))
+            freed += memory.size
+    return steps, freed
+
+
+def removal(memory: Memory) -> Unlink:
+    """The step that removes a memory's file."""
+    looks = memory.identity
+    known = (looks.generation, looks.inode) if looks is not None else (0, 0)
+    return Unlink(memory.path, *known, memory.size)
+
+
+def firmware_of(tree: Tree) -> set[FirmwareFile]:
+    """All copies of firmware state that the tree refers to."""
+    return {piece for each in tree.named for piece in each.firmware}

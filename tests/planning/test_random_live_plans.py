@@ -1,0 +1,86 @@
+"""Random operations on a simulated machine that runs, is stopped and started: internal and external points, all shapes.
+
+``SNAPTREE_LIVE_PLANS`` says how many operations, ``SNAPTREE_SEED`` with which seed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import replace
+
+from tests.kit.simulated import survey
+from tests.planning.test_random_plans import Journey
+
+from snaptree.model.live import Live
+from snaptree.model.survey import Survey
+from snaptree.planning.adopt import DetachRequest
+from snaptree.planning.create import BranchRequest, SnapshotRequest
+from snaptree.planning.naming import put_back
+from snaptree.planning.plan import Plan
+from snaptree.planning.revert import RevertRequest, SwitchRequest
+from snaptree.planning.verbs import Request
+
+LIVE = ("live-snapshot", "live-open", "live-merge", "live-swap", "live-settle")
+
+
+class LiveJourney(Journey):
+    """A machine that mostly runs. What QEMU has open it alone writes to: the simulated files see to that."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.reopens = self.chance.random() < 0.7
+        self.kinds: Counter[str] = Counter()
+
+    def surveyed(self, request: Request) -> Survey:
+        found, runs = super().surveyed(request), self.chance.random() < 0.8
+        self.runner.stop()
+        # To go elsewhere a machine is turned off.
+        if not runs or isinstance(request, RevertRequest | SwitchRequest | DetachRequest):
+            self.story[-1] += " (off)"
+            return found
+        self.runner.start()
+        tree = self.runner.tree
+        opened = frozenset(each.id for tip in tree.active_branch.tips.values() for each in tree.chain(tip.layer))
+        known = opened if self.reopens else frozenset()
+        live = Live("running", 1, opened, frozenset({"blockdev-reopen"}), known)
+        return replace(found, running=True, live=live)
+
+    def may_be_refused(self, request: Request) -> bool:
+        # While it runs a disk does not fork where it stands.
+        return super().may_be_refused(request) or isinstance(request, BranchRequest)
+
+    def _expect(self, request: Request, planned: Plan, first: Plan | None) -> None:
+        super()._expect(request, planned, first)
+        if first is not None and self.runner.open:
+            inner = " internal" if isinstance(request, SnapshotRequest) and request.internal else ""
+            self.kinds.update({step.kind + inner for one in planned.every() for step in one.steps})
+
+    def operate(self) -> None:
+        super().operate()
+        if self.chance.random() < 0.2:
+            self.runner.stop()
+            found = put_back(self.runner.tree, survey(self.disk, self.runner.tree, next(self.numbers)))
+            if found is not None:
+                self.runner.run(found)
+
+
+def test_random_operations_while_it_runs_keep_everything_after_every_step() -> None:
+    wanted = int(os.environ.get("SNAPTREE_LIVE_PLANS", "12000"))
+    number = int(os.environ.get("SNAPTREE_SEED", "0") or "0") or 1
+    done: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
+    while sum(done.values()) < wanted:
+        journey = LiveJourney(number)
+        try:
+            for _ in range(60):
+                journey.step()
+        except BaseException as error:
+            error.add_note(f"seed {number}, SNAPTREE_LIVE_PLANS=1:\n  " + "\n  ".join(journey.story[-25:]))
+            raise
+        done += journey.done
+        kinds += journey.kinds
+        number += 1
+    print(dict(done), dict(kinds))
+    for kind in (*LIVE, "live-snapshot internal", "delete-internal", "build-from-point"):
+        assert kinds[kind] > wanted // 2000, kinds
