@@ -8,12 +8,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import shlex
 import shutil
-import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from tests.kit import images
 from tests.kit.programs import killed
 from tests.kit.qmp import Qmp
 from tests.kit.scene import SLOT, Scene, word_of
-from tests.kit.stage import kill_all, processes_of
+from tests.kit.stage import kill_all, kill_and_wait, processes_of
 
 from snaptree.machines.power import own_monitor
 from snaptree.store.database import Database
@@ -37,13 +35,26 @@ class Still(Scene):
 
     def __init__(self, folder: Path, disks: int = 1, **options: Any) -> None:
         super().__init__(folder)
-        self.monitor = Path(own_monitor(Database(str(self.state)), "web1"))
-        self.targets = [f"vd{'abc'[number]}" for number in range(disks)]
-        for disk in self.targets:
+        targets = [f"vd{'abc'[number]}" for number in range(disks)]
+        for disk in targets:
             self.image(f"{disk}.qcow2", word="b", **options)
-        words = [f"--disk {disk}={disk}.qcow2" for disk in self.targets]
-        self(f"add web1 {' '.join(words)} --start {shlex.quote(COMMAND)}")
+        self.look_after([f"{disk}={disk}.qcow2" for disk in targets])
+
+    def look_after(self, disks: Sequence[str], *words: str) -> None:
+        """Add the machine with these disks, and start it."""
+        self.monitor = Path(own_monitor(Database(str(self.state)), "web1"))
+        self.targets = [disk.partition("=")[0] for disk in disks]
+        said = [*(f"--disk {disk}" for disk in disks), *words, self.options()]
+        self(f"add web1 {' '.join(said)} --start {shlex.quote(self.start_command())}")
         self("start web1")
+
+    def start_command(self) -> str:
+        """What starts its QEMU."""
+        return COMMAND
+
+    def options(self) -> str:
+        """What else ``snaptree add`` is told."""
+        return ""
 
     def qmp(self) -> Qmp:
         """The machine's monitor, while snaptree does not have it."""
@@ -89,11 +100,12 @@ class Still(Scene):
 
     def kill_qemu(self) -> None:
         """Kill QEMU, and wait until it has gone."""
-        (process,) = processes_of(self.folder)
-        descriptor = os.pidfd_open(process)
-        os.kill(process, signal.SIGKILL)
-        assert select.select([descriptor], [], [], 30)[0]
-        os.close(descriptor)
+        (_,) = processes_of(self.folder)
+        self.kill_every_qemu()
+
+    def kill_every_qemu(self) -> None:
+        """Kill QEMU, and one that was to take over."""
+        kill_and_wait(self.folder)
         self.forgiven.add("leaks")
 
     def killed(self, line: str, arrange: Callable[[Callable[[], None]], None]) -> None:
@@ -103,10 +115,17 @@ class Still(Scene):
 
 @contextlib.contextmanager
 def standing(disks: int = 1, **options: Any) -> Iterator[Still]:
-    """The machine for the block, in a folder with a short name, as sockets need it."""
+    """The machine for the block."""
+    with placed() as folder:
+        yield Still(folder, disks, **options)
+
+
+@contextlib.contextmanager
+def placed() -> Iterator[Path]:
+    """A folder for the block for such a machine, with a short name, as sockets need it."""
     folder = Path(tempfile.mkdtemp(prefix="still"))
     try:
-        yield Still(folder, disks, **options)
+        yield folder
     finally:
         kill_all(folder)
         shutil.rmtree(folder, ignore_errors=True)

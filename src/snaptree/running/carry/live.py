@@ -13,6 +13,7 @@ from snaptree.images.facts import read_facts
 from snaptree.planning.live_steps import Cut, LiveSnapshot
 from snaptree.qemu.graph import BlockGraph, Inode, Node
 from snaptree.qemu.running import RunningQemu
+from snaptree.running.carry.standing import go_on_after_kill, with_firmware
 from snaptree.running.context import Context
 from snaptree.running.quiescing import quiesced, thaw
 
@@ -64,16 +65,21 @@ async def snapshot(step: LiveSnapshot, context: Context) -> None:
         return
     graph = await qemu.graph()
     if all(is_top(graph, cut.overlay) for cut in step.cuts):
-        await _thaw_left(step, context)
+        await _left(step, context)
         return
     actions = await open_overlays(qemu, step.cuts, context)
     if step.quiesce:
         context.journal.note(step.cuts[0].tip, FREEZING)
         async with quiesced(qemu, step.agent):
-            await qemu.qmp.execute("transaction", actions=actions)
+            await _cut(step, context, qemu, actions)
     else:
-        await qemu.qmp.execute("transaction", actions=actions)
+        await _cut(step, context, qemu, actions)
     await require_cut(qemu, step.cuts)
+
+
+async def _cut(step: LiveSnapshot, context: Context, qemu: RunningQemu, actions: list[dict[str, Any]]) -> None:
+    async with with_firmware(qemu, step.firmware, step.cuts[0].overlay, context):
+        await qemu.qmp.execute("transaction", actions=actions)
 
 
 async def open_overlays(qemu: RunningQemu, cuts: Sequence[Cut], context: Context) -> list[dict[str, Any]]:
@@ -101,9 +107,12 @@ async def require_cut(qemu: RunningQemu, cuts: Sequence[Cut]) -> None:
             raise ToolError(f"QEMU reported success, but {cut.overlay} is not what {cut.disk} writes to now")
 
 
-async def _thaw_left(step: LiveSnapshot, context: Context) -> None:
-    """Thaw what a snaptree that was killed may have left frozen, had its guard been killed too."""
-    if context.recovering and context.qemu is not None and context.journal.noted(step.cuts[0].tip) == FREEZING:
+async def _left(step: LiveSnapshot, context: Context) -> None:
+    """Let go on, and thaw, what a snaptree that was killed may have left so, had its guards been killed too."""
+    if not context.recovering or context.qemu is None:
+        return
+    await go_on_after_kill(step.cuts[0].overlay, context.qemu, context)
+    if context.journal.noted(step.cuts[0].tip) == FREEZING:
         await thaw(context.qemu, step.agent)
 
 
@@ -148,9 +157,9 @@ async def was_cut(cuts: Sequence[Cut], context: Context) -> bool:
 
 
 async def unsnapshot(step: LiveSnapshot, context: Context) -> None:
-    """Let the guest be as before: on its tips, and not frozen."""
+    """Let the guest be as before: on its tips, and neither frozen nor stopped."""
     if context.qemu is not None:
-        await _thaw_left(step, context)
+        await _left(step, context)
         await close_overlays(step.cuts, context)
 
 
