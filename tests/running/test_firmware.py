@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,11 @@ def firm() -> Iterator[Firm]:
         found.go()
         found.set("one")
         yield found
+
+
+def quickly(every: Iterable[tuple[object, ...]], *some: tuple[object, ...]) -> list[object]:
+    """Of these cases some are run by default."""
+    return [each if each in some else pytest.param(*each, marks=pytest.mark.slow) for each in every]
 
 
 def whole(firm: Firm, copies: int) -> None:
@@ -109,8 +114,12 @@ def test_no_room_for_the_copies(firm: Firm, words: str) -> None:
     whole(firm, 1)
 
 
-@pytest.mark.parametrize("when", ["stop", "transaction", "cont"])
-@pytest.mark.parametrize("also", ["", "guard", "qemu"])
+STANDING = [(when, also) for when in ("stop", "transaction", "cont") for also in ("", "guard", "qemu")]
+
+
+@pytest.mark.parametrize(
+    ("when", "also"), quickly(STANDING, ("stop", ""), ("transaction", "guard"), ("transaction", "qemu"))
+)
 def test_killed_while_the_machine_stands_still_for_them(firm: Firm, when: str, also: str) -> None:
     """Its guard lets it go on, recovery does when that was killed too."""
 
@@ -222,6 +231,7 @@ def test_written_to_while_memory_is_saved(firm: Firm, monkeypatch: pytest.Monkey
 
 
 def test_a_load_that_fails_leaves_the_old_machine_its_variables(firm: Firm) -> None:
+    firm.bus(f"memset {2 << 20} {4 << 20} 85")
     firm("snapshot web1 s1 --memory")
     file = Path(firm.names()["s1"]["memory"])
     content, kept = file.read_bytes(), file.stat()
@@ -274,8 +284,10 @@ def arranged(when: str) -> Callable[[Callable[[], None]], None]:
     return arrange
 
 
-@pytest.mark.parametrize("when", ["migrate-incoming", "stop", "before", "after", "cont"])
-@pytest.mark.parametrize("also", ["", "qemu"])
+OVER = [(when, also) for when in ("migrate-incoming", "stop", "before", "after", "cont") for also in ("", "qemu")]
+
+
+@pytest.mark.parametrize(("when", "also"), quickly(OVER, ("migrate-incoming", "qemu"), ("before", ""), ("after", "")))
 def test_killed_while_another_one_takes_over(firm: Firm, when: str, also: str) -> None:
     firm("snapshot web1 s1 --memory")
     firm.set("two")
@@ -297,13 +309,12 @@ def test_killed_while_another_one_takes_over(firm: Firm, when: str, also: str) -
     whole(firm, 2 if went else 1)
 
 
+LINES = ("snapshot web1 s2", "snapshot web1 s2 --memory", "revert web1 s1", "revert web1 s1 --no-memory")
+
+
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
-    ("line", "every"),
-    [
-        (line, every) if every > 1 else pytest.param(line, every, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])
-        for line in ("snapshot web1 s2", "snapshot web1 s2 --memory", "revert web1 s1", "revert web1 s1 --no-memory")
-        for every in (53, 1)
-    ],
+    ("line", "every"), quickly([*((line, 1) for line in LINES), ("revert web1 s1", 83)], ("revert web1 s1", 83))
 )
 def test_killed_at_its_calls(firm: Firm, line: str, every: int) -> None:
     """Wherever snaptree is killed, the variables are those of the line that the machine is on."""
