@@ -159,8 +159,9 @@ def test_a8_a_chain_without_snapshots_is_squashed(stage: Stage) -> None:
     stage.guest.writes_on()
     stage(f"squash web1 --disk vda --top {stage.disks}/vda.middle.qcow2 --base {stage.disks}/vda.root.qcow2")
     stage.guest.writes_on()
-    stage("squash web1")
-    stage.guest.writes_on()
+    for disk in guest.DISKS:
+        stage(f"squash web1 --disk {disk}")
+        stage.guest.writes_on()
     assert len(stage.show()["layers"]) == 2
     stage("snapshot web1 kept")
     stage.guest.writes_on()
@@ -204,8 +205,6 @@ def test_b4_a_snapshot_and_all_that_grew_from_it(started: Stage) -> None:
     stage = started
     wanted = snapshots(stage, 4, 30)
     stage("branch web1 other --from s3")
-    assert "--with-branches" in stage("delete web1 s2 --children", status=6).err
-    stage.guest.writes_on(8)
     stage("delete web1 s2 --children-only --with-branches")
     kept(stage, wanted, "s3", "s4")
     assert set(stage.names()) == {"s1", "s2", "main"}
@@ -228,6 +227,10 @@ def test_b10_a_disk_that_is_no_longer_there(stage: Stage) -> None:
     with stage.qmp() as qmp:
         unplug(qmp)
     stage("disk detach web1 vdc")
+    with stage.qmp() as qmp:
+        # What snaptree had opened of it is closed; the node that it was plugged in with is its user's.
+        assert not [each for each in qmp("query-named-block-nodes", flat=True) if "vdc.s" in each["file"]]
+        qmp("blockdev-del", node_name="n-vdc")
     assert set(stage.names()["s1"]["points"]) == {"vda", "vdb", "vdc"}
     stage("delete web1 s1")
     assert stage.show()["state"] == "running"
@@ -252,9 +255,13 @@ def test_b13_a_disk_that_was_left_out_stays_as_it_is(stage: Stage) -> None:
     stage("snapshot web1 s2")
     held = stage.holds("s2", killed=True)
     assert held[0] == first and held[1] >= flushed
+    with stage.qmp() as qmp:
+        qmp("cont")
+    stage.guest.go(at=first)
     stage("revert web1 s1 --stopped")
-    assert stage.path("main", "vdb") != stage.path("main.1", "vdb")
-    assert stage.holds("main", killed=True) == held, "it has been forked where it stood"
+    assert stage.path("main", "vdb") != stage.path("main.1", "vdb"), "it has been forked where it stood"
+    parked = stage.holds("main.1", killed=True)
+    assert parked[0] > first and stage.holds("main", killed=True) == (first, parked[1])
     stage.forgiven.add("leaks")
     stage.sound()
 
