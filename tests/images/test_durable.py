@@ -12,7 +12,7 @@ from tests.kit.images import MiB
 from tests.kit.space import mounted
 
 from snaptree.errors import CancelledError, ExistsError, IoError, NoSpaceError
-from snaptree.images import durable
+from snaptree.images import durable, small
 from snaptree.images.inode import inode_of
 
 
@@ -92,7 +92,7 @@ def test_small_folders_are_replaced_whole(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         for file in files:
             (tmp_path / name / file).write_text(name)
-    durable.replace_small(str(tmp_path / "new"), str(tmp_path / "old"), "t")
+    small.replace(str(tmp_path / "new"), str(tmp_path / "old"), "t")
     assert {each.name: each.read_text() for each in (tmp_path / "old").iterdir()} == {"b": "new", "c": "new"}
     assert sorted(each.name for each in tmp_path.iterdir()) == ["new", "old"]
 
@@ -134,7 +134,7 @@ def test_the_old_folder_goes_when_the_new_one_is_on_disk(tmp_path: Path, monkeyp
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "state").write_text(name)
-    durable.replace_small(str(tmp_path / "new"), str(tmp_path / "old"), "t")
+    small.replace(str(tmp_path / "new"), str(tmp_path / "old"), "t")
     assert said[said.index("removed") - 1] == tmp_path.stat().st_ino
 
 

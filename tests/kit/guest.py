@@ -195,6 +195,10 @@ class Guest:
         found = [int(match[1]) for line in self.lines() if (match := re.fullmatch(r"(?:F|D) (\d+)( \d+)?", line))]
         return found[-1] if found else 0
 
+    def _told(self) -> int:
+        """How often it has told what is flushed."""
+        return sum(line.startswith("F ") for line in self.lines())
+
     def went_over(self) -> None:
         """It goes on in another QEMU: wait until it has said so. The first line may be joined to one of before."""
         lines = len(self.lines())
@@ -214,10 +218,11 @@ class Guest:
 
         :param at: the last record that is on its disks, where it has been started anew.
         """
-        before = self.flushed()
+        # What it was told before it was started anew may stand in the same log.
+        before = self._told()
         # What it is told while it is loaded is lost.
         until = time.monotonic() + SECONDS
-        while self.flushed() <= before:
+        while self._told() <= before:
             assert time.monotonic() < until, f"it does not begin: {self.lines()[-5:]}"
             self.tell(f"from {at}." if at else "go")
         self.writes_on()

@@ -7,6 +7,8 @@ import io
 import json
 import os
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from snaptree.cli.main import run
 from snaptree.machines.connection import Connection
 from snaptree.model.invariants import violations
 
+TOOL = [sys.executable, "-c", "import sys; from snaptree.cli.main import run; sys.exit(run(sys.argv[1:]))"]
 SLOT = 64 * KiB
 SLOTS = 8
 
@@ -83,6 +86,21 @@ class Scene:
         said = command(*shlex.split(line), state=self.state, folder=self.disks)
         assert said.status == status, f"snaptree {line} gave {said.status}:\n{said.out}{said.err}"
         return said
+
+    def any(self, line: str) -> int:
+        """Run ``snaptree LINE``, however it ends; its exit status."""
+        return command(*shlex.split(line), state=self.state, folder=self.disks).status
+
+    def command(self, line: str, **environment: str) -> subprocess.Popen[str]:
+        """Run ``snaptree LINE`` in a process of its own."""
+        return subprocess.Popen(
+            [*TOOL, *shlex.split(line)],
+            env={**os.environ, "SNAPTREE_STATE": str(self.state), **environment},
+            cwd=self.disks,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     def image(self, name: str, image_format: str = "qcow2", word: str = "", backing: str = "", **options: Any) -> Path:
         """Make an image in which the slots show the word; backing ``NAME`` or ``NAME:FORMAT``."""

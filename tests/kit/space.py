@@ -42,6 +42,8 @@ def held(path: Path, image_format: str = "qcow2", *, read_only: bool = False) ->
 def filled(folder: Path, leave: int) -> Iterator[Path]:
     """A file that takes all room of the file system but so many bytes."""
     path = folder / "filler"
+    # What is still to be written has no room of its own yet.
+    subprocess.run(["sync", "-f", folder], check=True)
     free = os.statvfs(folder)
     with path.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, max(1, free.f_bfree * free.f_frsize - leave))

@@ -22,8 +22,6 @@ from tests.kit.scene import Scene
 from snaptree.machines.power import own_monitor
 from snaptree.store.database import Database
 
-TOOL = [sys.executable, "-c", "import sys; from snaptree.cli.main import run; sys.exit(run(sys.argv[1:]))"]
-
 
 class Stage(Scene):
     """The machine ``web1`` with the disks ``vda`` (qcow2) and ``vdb`` (raw), and the guest that runs on it."""
@@ -55,17 +53,6 @@ class Stage(Scene):
     def qmp(self) -> Qmp:
         """The machine's monitor, while snaptree does not have it."""
         return Qmp(self.monitor)
-
-    def command(self, line: str, **environment: str) -> subprocess.Popen[str]:
-        """Run ``snaptree LINE`` in a process of its own."""
-        return subprocess.Popen(
-            [*TOOL, *shlex.split(line)],
-            env={**os.environ, "SNAPTREE_STATE": str(self.state), **environment},
-            cwd=self.disks,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
 
     def holds(self, name: str, *, killed: bool = False) -> tuple[int, ...]:
         """How many records the name holds on each of its disks: a prefix of what was written, on all at one instant.
@@ -153,11 +140,7 @@ class Stage(Scene):
 
     def kill_every_qemu(self) -> None:
         """Kill the machine's QEMU, and one that was to take over."""
-        for process in processes_of(self.folder):
-            descriptor = os.pidfd_open(process)
-            os.kill(process, signal.SIGKILL)
-            assert select.select([descriptor], [], [], 30)[0]
-            os.close(descriptor)
+        kill_and_wait(self.folder)
         (self.folder / "console").unlink(missing_ok=True)
         self.forgiven.add("leaks")
 
@@ -176,13 +159,22 @@ def processes_of(folder: Path) -> list[int]:
     return found
 
 
+def kill_and_wait(folder: Path) -> None:
+    """Kill every QEMU that has something of the folder, and wait until they have gone."""
+    for process in processes_of(folder):
+        descriptor = os.pidfd_open(process)
+        os.kill(process, signal.SIGKILL)
+        assert select.select([descriptor], [], [], 30)[0]
+        os.close(descriptor)
+
+
 def kill_all(folder: Path) -> None:
     """End every QEMU that has something of the folder: tests that fail leave some."""
     for process in processes_of(folder):
         os.kill(process, signal.SIGKILL)
 
 
-def killed_at(stage: Stage, when: int, line: str) -> bool:
+def killed_at(stage: Scene, when: int, line: str) -> bool:
     """Run the command and kill it at its n-th call that changes a file; whether it came so far."""
     tell = stage.folder / "tell"
     tell.unlink(missing_ok=True)

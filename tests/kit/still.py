@@ -8,13 +8,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import shlex
 import shutil
-import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from tests.kit.programs import killed
 from tests.kit.qmp import Qmp
 from tests.kit.scene import SLOT, Scene, word_of
 from tests.kit.space import mounted
-from tests.kit.stage import kill_all, processes_of
+from tests.kit.stage import kill_all, kill_and_wait, processes_of
 
 from snaptree.images.facts import read_facts
 from snaptree.machines.power import own_monitor
@@ -41,18 +39,32 @@ class Still(Scene):
 
     def __init__(self, folder: Path, disks: int = 1, *, raw: bool = False, **options: Any) -> None:
         super().__init__(folder)
-        self.monitor = Path(own_monitor(Database(str(self.state)), "web1"))
-        self.targets = [f"vd{'abc'[number]}" for number in range(disks)]
+        targets = [f"vd{'abc'[number]}" for number in range(disks)]
         words = []
-        for disk in self.targets:
-            if raw and disk == self.targets[-1]:
+        for disk in targets:
+            if raw and disk == targets[-1]:
                 self.image(f"{disk}.raw", "raw", word="b")
-                words.append(f"--disk {disk}={disk}.raw,format=raw")
+                words.append(f"{disk}={disk}.raw,format=raw")
                 continue
             self.image(f"{disk}.qcow2", word="b", **options)
-            words.append(f"--disk {disk}={disk}.qcow2")
-        self(f"add web1 {' '.join(words)} --start {shlex.quote(COMMAND)}")
+            words.append(f"{disk}={disk}.qcow2")
+        self.look_after(words)
+
+    def look_after(self, disks: Sequence[str], *words: str) -> None:
+        """Add the machine with these disks, and start it."""
+        self.monitor = Path(own_monitor(Database(str(self.state)), "web1"))
+        self.targets = [disk.partition("=")[0] for disk in disks]
+        said = [*(f"--disk {disk}" for disk in disks), *words, self.options()]
+        self(f"add web1 {' '.join(said)} --start {shlex.quote(self.start_command())}")
         self("start web1")
+
+    def start_command(self) -> str:
+        """What starts its QEMU."""
+        return COMMAND
+
+    def options(self) -> str:
+        """What else ``snaptree add`` is told."""
+        return ""
 
     def by_hand(self, words: str) -> None:
         """Start QEMU as a user does, without snaptree, on the tips as they are: ``{vda}`` stands for one."""
@@ -106,11 +118,12 @@ class Still(Scene):
 
     def kill_qemu(self) -> None:
         """Kill QEMU, and wait until it has gone."""
-        (process,) = processes_of(self.folder)
-        descriptor = os.pidfd_open(process)
-        os.kill(process, signal.SIGKILL)
-        assert select.select([descriptor], [], [], 30)[0]
-        os.close(descriptor)
+        (_,) = processes_of(self.folder)
+        self.kill_every_qemu()
+
+    def kill_every_qemu(self) -> None:
+        """Kill QEMU, and one that was to take over."""
+        kill_and_wait(self.folder)
         self.forgiven.add("leaks")
 
     def opened(self) -> dict[str, str]:
@@ -150,15 +163,22 @@ def name_in(text: str) -> str:
 
 @contextlib.contextmanager
 def standing(disks: int = 1, *, raw: bool = False, on: str = "", **options: Any) -> Iterator[Still]:
-    """The machine for the block, in a folder with a short name, as sockets need it.
+    """The machine for the block.
 
     :param on: the kind of a file system of its own (``xfs``) that it is on.
     """
+    with placed(on) as folder:
+        yield Still(folder, disks, raw=raw, **options)
+
+
+@contextlib.contextmanager
+def placed(on: str = "") -> Iterator[Path]:
+    """A folder for the block for such a machine, with a short name, as sockets need it."""
     folder = Path(tempfile.mkdtemp(prefix="still"))
     try:
         with mounted(folder, on, 400 << 20) if on else contextlib.nullcontext(folder) as place:
             try:
-                yield Still(place, disks, raw=raw, **options)
+                yield place
             finally:
                 kill_all(place)
     finally:

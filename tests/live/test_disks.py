@@ -86,12 +86,12 @@ def test_plugged_in_and_unplugged(stage: Stage) -> None:
     disk = images.create(stage.disks / "vdc.qcow2", 32 * MiB, backing=(base, "qcow2"))
     stage.left.add(base)
     with stage.qmp() as qmp:
-        _plug(qmp, str(disk))
+        plug(qmp, str(disk))
     stage(f"disk attach web1 vdc={disk}")
     stage("snapshot web1 s1")
     assert set(stage.names()["s1"]["points"]) == {"vda", "vdb", "vdc"}
     with stage.qmp() as qmp:
-        _unplug(qmp)
+        unplug(qmp)
     said = stage("snapshot web1 s2", status=6).err
     assert "has not" in said and "disk detach web1 vdc" in said
     stage("disk detach web1 vdc")
@@ -104,7 +104,7 @@ def test_plugged_in_and_unplugged(stage: Stage) -> None:
     stage.sound()
 
 
-def _unplug(qmp: Qmp) -> None:
+def unplug(qmp: Qmp) -> None:
     """QEMU answers before it has let go of the device."""
     qmp("device_del", id="vdc")
     until = time.monotonic() + 30
@@ -113,7 +113,7 @@ def _unplug(qmp: Qmp) -> None:
         time.sleep(0.01)
 
 
-def _plug(qmp: Qmp, path: str) -> None:
+def plug(qmp: Qmp, path: str) -> None:
     file = {"driver": "file", "filename": path}
     qmp("blockdev-add", driver="qcow2", node_name="n-vdc", file=file)
     qmp("device_add", driver="scsi-hd", id="vdc", drive="n-vdc", bus="scsi.0")
@@ -124,10 +124,10 @@ def test_an_unplugged_disk_goes_with_its_files(stage: Stage) -> None:
     stage("start web1")
     disk = images.create(stage.disks / "vdc.qcow2", 32 * MiB)
     with stage.qmp() as qmp:
-        _plug(qmp, str(disk))
+        plug(qmp, str(disk))
     stage(f"disk attach web1 vdc={disk}")
     with stage.qmp() as qmp:
-        _unplug(qmp)
+        unplug(qmp)
     # The device has gone, and QEMU has the image still open.
     assert "is to be removed" in stage("disk detach web1 vdc --delete-files", status=6).err
     with stage.qmp() as qmp:

@@ -1,8 +1,9 @@
 """Making, replacing and removing files so that they are on disk when a function has returned.
 
-This module does this and nothing else may. A new file has its name only once it is whole, synced, and has the owner,
-mode, ACL and label that it should have; it is never more readable than that, not even for a moment. An fsync that
-fails is final: Linux forgets the dirty pages, so that a second one says nothing (fsyncgate).
+This module does this, with ``small`` for small files, and nothing else may. A new file has its name only once it is
+whole, synced, and has the owner, mode, ACL and label that it should have; it is never more readable than that, not
+even for a moment. An fsync that fails is final: Linux forgets the dirty pages, so that a second one says nothing
+(fsyncgate).
 
 It promises what the file system promises for fsync and rename; on network file systems without them it promises less.
 """
@@ -282,6 +283,22 @@ def replace(temporary: str, path: str) -> None:
     sync_folder(path)
 
 
+def exchange(one: str, other: str) -> None:
+    """Let two files or folders of one folder change names, in one step.
+
+    :raise RefusedError: the file system cannot.
+    """
+    with explained(other, "replace"):
+        try:
+            _renameat2(one, other, _RENAME_EXCHANGE)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS):
+                raise
+            hint = "move it to a local file system"
+            raise RefusedError(f"the file system of {other} cannot exchange two names", hint) from error
+    sync_folder(other)
+
+
 def put_in_place(source: str, target: str) -> None:
     """Let ``target`` name the file that ``source`` names, replacing what it named, in one rename; ``source`` stays.
 
@@ -350,35 +367,6 @@ def make_folder(path: str) -> None:
     sync_folder(path)
 
 
-def copy_small(source: str, target: str, like: str, token: str) -> None:
-    """Copy a small file or a folder of small files whole, to a name that nothing has.
-
-    Links are not followed: they are copied as links.
-    """
-    temporary = temporary_path(target, token)
-    remove_small(temporary)
-    with explained(target, "copy to"):
-        _copy(source, temporary, like)
-        _sync_tree(temporary)
-        rename_new(temporary, target)
-    sync_folder(target)
-
-
-def replace_small(source: str, target: str, token: str) -> None:
-    """Put a copy of a small file or folder in the place of another, in one rename; the old one goes."""
-    temporary = temporary_path(target, token)
-    remove_small(temporary)
-    with explained(target, "replace"):
-        _copy(source, temporary, target if os.path.lexists(target) else source)
-        _sync_tree(temporary)
-        if os.path.isdir(target) and not os.path.islink(target):
-            _renameat2(temporary, target, _RENAME_EXCHANGE)
-        else:
-            os.rename(temporary, target)
-    sync_folder(target)
-    remove_small(temporary)
-
-
 def remove_small(path: str) -> None:
     """Remove a small file or a folder; what is gone already is no error."""
     with explained(path, "remove"):
@@ -392,50 +380,3 @@ def remove_small(path: str) -> None:
         else:
             os.unlink(path)
     sync_folder(path)
-
-
-def _copy(source: str, target: str, like: str) -> None:
-    mode = os.lstat(source).st_mode
-    if stat.S_ISLNK(mode):
-        os.symlink(os.readlink(source), target)
-    elif stat.S_ISDIR(mode):
-        os.mkdir(target, 0o700)
-        for name in sorted(os.listdir(source)):
-            inside = os.path.join(source, name)
-            _copy(inside, os.path.join(target, name), inside)
-        _rights_of_top(target, like)
-    elif stat.S_ISREG(mode):
-        reading = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            writing = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            try:
-                copy_rights(writing, like)
-                while data := os.read(reading, 1 << 20):
-                    view = memoryview(data)
-                    while view:
-                        view = view[os.write(writing, view) :]
-            finally:
-                os.close(writing)
-        finally:
-            os.close(reading)
-
-
-def _rights_of_top(path: str, like: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        copy_rights(descriptor, like)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_tree(path: str) -> None:
-    if os.path.islink(path):
-        return
-    if os.path.isdir(path):
-        for name in os.listdir(path):
-            _sync_tree(os.path.join(path, name))
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 from snaptree.errors import RefusedError, SnaptreeError, UnhealthyError
 from snaptree.machines.power import LOOK_SECONDS, WORK_SECONDS, Power, monitor_of, written_by
@@ -12,6 +13,7 @@ from snaptree.model.live import OFF, RUNNING, UNKNOWN, Live
 from snaptree.model.machine import MachineConfig
 from snaptree.model.tree import Tree
 from snaptree.qemu.graph import PROTOCOLS, BlockGraph, Inode, Node
+from snaptree.qemu.launching import is_ours
 from snaptree.qemu.options import is_unnamed, options_of
 from snaptree.qemu.running import RunningQemu
 from snaptree.store.database import Database
@@ -93,6 +95,23 @@ async def _live(qemu: RunningQemu, graph: BlockGraph, tree: Tree, commands: froz
         files=graph.files(),
         disks=graph.plugged(),
     )
+
+
+async def without_unplugged(qemu: RunningQemu, layers: Iterable[Layer], rest: Tree) -> Power:
+    """Have QEMU close what snaptree has opened of a disk that has no device any more: nobody else knows these nodes.
+
+    :param layers: the disk's, its tip first.
+    :param rest: the tree without the disk.
+    :return: what the machine does, with what it has open now.
+    """
+    graph = await qemu.graph()
+    inodes = [inode for layer in layers if (inode := _inode(layer.path)) is not None]
+    plugged = any(graph.top(inode) is not None for inode in inodes)
+    for node in [] if plugged else [node for inode in inodes for node in graph.opened(inode) if is_ours(node.name)]:
+        # One that a node of the user's stands on stays.
+        with suppress(SnaptreeError):
+            await qemu.blockdev_del(node.name)
+    return await again(qemu, rest)
 
 
 async def for_recovery(database: Database, config: MachineConfig, tree: Tree) -> RunningQemu | None:

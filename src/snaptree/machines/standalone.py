@@ -241,6 +241,11 @@ class Standalone:
             lock.extend(_anchors(tree))
             async with self.asked(_expected(tree, request), WORK_SECONDS) as (power, qemu):
                 power = await with_memory(power, qemu, tree, request)
+                if isinstance(request, DetachRequest) and qemu is not None and request.target in tree.disks:
+                    from snaptree.machines.asking import without_unplugged
+
+                    tip = tree.active_branch.tips[request.target].layer
+                    power = await without_unplugged(qemu, tree.chain(tip), _expected(tree, request))
                 seen = _seen(tree, request)
                 moves = moving(self, request, power, tree)
                 if moves is not None and not loops.runs():

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from snaptree.errors import SnaptreeError, UnhealthyError
-from snaptree.images import durable, gate, memory_file
+from snaptree.images import durable, gate, memory_file, small
 from snaptree.images.facts import read_facts
 from snaptree.images.inode import is_still
 from snaptree.machines.power import Power, own_monitor
@@ -55,6 +55,7 @@ def read_survey(
         live=power.live if power is not None else None,
         now=time.time(),
         firmware=dict(config.firmware),
+        firmware_changed=_firmware_changed(config, tree),
         agent=config.agent,
         keep=os.path.join(database.folder, "firmware"),
         token=secrets.token_hex(6),
@@ -64,6 +65,13 @@ def read_survey(
         monitor=own_monitor(database, config.name),
         memories={each.id: wrong for each in tree.memories.values() if (wrong := memory_file.ailment(each))},
     )
+
+
+def _firmware_changed(config: MachineConfig, tree: Tree) -> bool:
+    parent = tree.active_branch.parent
+    live = dict(config.firmware)
+    copies = tree.snapshots[parent].firmware if parent is not None and live else ()
+    return any(each.role in live and not small.same(live[each.role], each.path) for each in copies)
 
 
 def _facts_of(tree: Tree, number: LayerId) -> LayerFacts:

@@ -181,6 +181,8 @@ class Survey:
     strays: tuple[Stray, ...] = ()
     names: Mapping[str, frozenset[str]] = field(default_factory=dict)
     firmware: Mapping[str, str] = field(default_factory=dict)
+    firmware_changed: bool = False
+    """Whether the live firmware state is another than when the snapshot was taken that the machine stands on."""
     keep: str = ""
     agent: str | None = None
     token: str = "0"

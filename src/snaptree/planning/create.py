@@ -14,7 +14,7 @@ from snaptree.model.names import check_name
 from snaptree.model.snapshot import Snapshot
 from snaptree.model.survey import LayerFacts, Survey
 from snaptree.model.tree import Tree
-from snaptree.planning import remembering
+from snaptree.planning import firmware, remembering
 from snaptree.planning.draft import Draft
 from snaptree.planning.live_steps import Cut, LiveSnapshot, Mark
 from snaptree.planning.plan import Plan
@@ -152,6 +152,8 @@ def snapshot(tree: Tree, survey: Survey, request: SnapshotRequest) -> Plan:
         _require_quiescible(draft, request)
     if not points:
         raise UsageError("every disk is excluded: there is nothing to take a snapshot of", "exclude fewer disks")
+    # The copies are there before the guest goes on in its overlays: afterwards nothing may fail.
+    copies = firmware.keep(draft)
     saved: Memory | None = None
     if survey.live is not None:
         cuts = _cuts(draft, points, tips)
@@ -159,7 +161,7 @@ def snapshot(tree: Tree, survey: Survey, request: SnapshotRequest) -> Plan:
             saved = remembering.save(draft, cuts, tuple(marks), request.name, request.memory_file)
         else:
             agent = survey.agent if request.quiesce else None
-            draft.prepare.append(LiveSnapshot(cuts, request.quiesce, agent, tuple(marks)))
+            draft.prepare.append(LiveSnapshot(cuts, request.quiesce, agent, tuple(marks), firmware.kept(draft)))
             draft.pause = QUIESCE_SECONDS if request.quiesce else CUT_SECONDS
         draft.pause += _marking(draft, marks)
     taken = Snapshot(
@@ -170,7 +172,7 @@ def snapshot(tree: Tree, survey: Survey, request: SnapshotRequest) -> Plan:
         description=request.description,
         consistency=_consistency(survey, request),
         memory=saved.id if saved is not None else None,
-        firmware=draft.keep_firmware(request.name),
+        firmware=copies,
     )
     without = draft.tree.with_branches(replace(branch, tips=tips))
     draft.tree = draft.tree.with_snapshots(taken).with_branches(replace(branch, parent=request.name, tips=tips))
@@ -249,14 +251,14 @@ def branch(tree: Tree, survey: Survey, request: BranchRequest) -> Plan:
             tips[disk] = Point(draft.build(point, request.name, f"grow branch {request.name!r}").id)
     source = tree.snapshots[request.source] if request.source is not None else None
     # Copies are never written to, so that a branch can share those of the snapshot that it grows from.
-    firmware = source.firmware if source is not None else draft.keep_firmware(request.name)
+    copies = source.firmware if source is not None else firmware.keep(draft)
     grown = Branch(
         name=request.name,
         parent=source.name if source is not None else active.parent,
         tips=tips,
         created=survey.now,
         memory=source.memory if source is not None else None,
-        firmware=firmware,
+        firmware=copies,
     )
     draft.tree = draft.tree.with_branches(grown, replace(active, tips=mine))
     where = f"from snapshot {request.source!r}" if request.source is not None else "from here"

@@ -10,7 +10,6 @@ from snaptree.errors import ExistsError, NoSpaceError, NotFoundError, RefusedErr
 from snaptree.model.delta import diff
 from snaptree.model.layer import Layer, LayerId, Point
 from snaptree.model.sizes import readable
-from snaptree.model.snapshot import FirmwareFile
 from snaptree.model.survey import LayerFacts, PointFacts, Survey
 from snaptree.model.tree import MAX_CHAIN, Tree
 from snaptree.planning.clearing import cleared
@@ -21,7 +20,6 @@ from snaptree.planning.plan import Plan
 from snaptree.planning.settle import settle
 from snaptree.planning.steps import (
     BuildFromPoint,
-    CopyFirmware,
     DeleteInternal,
     File,
     MakeOverlay,
@@ -327,26 +325,6 @@ class Draft:
             return Point(tip), Point(self.stack(parent, other, f"fork {disk}").id)
         parked = self.stack(tip, other, f"fork {disk}")
         return Point(self.stack(tip, label, f"fork {disk}").id), Point(parked.id)
-
-    # ---- firmware -------------------------------------------------------------------------------------------------
-
-    def keep_firmware(self, label: str) -> tuple[FirmwareFile, ...]:
-        """Copy the live firmware state aside."""
-        copies = []
-        for role, live in sorted(self.survey.firmware.items()):
-            target = posixpath.join(self.survey.keep, f"{self.survey.token}-{len(self.prepare)}-{role}")
-            self.prepare.append(CopyFirmware(role=role, source=live, target=target))
-            copies.append(FirmwareFile(role, target))
-        return tuple(copies)
-
-    def restore_firmware(self, kept: tuple[FirmwareFile, ...]) -> None:
-        """Put copies of firmware state back over the live ones."""
-        for piece in kept:
-            live = self.survey.firmware.get(piece.role)
-            if live is None:
-                self.notes.append(f"the machine has no {piece.role} state now; the copy in {piece.path} was left alone")
-            else:
-                self.finish.append(CopyFirmware(role=piece.role, source=piece.path, target=live, replace=True))
 
     # ---- the end --------------------------------------------------------------------------------------------------
 

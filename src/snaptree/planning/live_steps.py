@@ -13,6 +13,15 @@ File: TypeAlias = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """A copy of a piece of firmware state: ``live`` is where the machine has it, ``copy`` where the copy is."""
+
+    role: str
+    live: str
+    copy: str
+
+
+@dataclass(frozen=True, slots=True)
 class Cut:
     """One disk of a live snapshot: from now on the guest writes to ``overlay``, on ``tip``."""
 
@@ -44,20 +53,22 @@ class LiveSnapshot:
     Whether it has happened QEMU says; when QEMU has died the overlays are taken as the tips, which is right either way,
     unless an internal snapshot is missing: then it has not happened on any disk. With ``quiesce`` the guest's agent
     freezes its file systems around the instant, and they are thawed however snaptree dies; ``agent`` is its socket, if
-    not the one that QEMU tells.
+    not the one that QEMU tells. ``firmware`` are copies that have been made just before: what has changed since is
+    copied once more, while the guest stands still for it.
     """
 
     kind: ClassVar[str] = "live-snapshot"
     crash: ClassVar[str] = (
         "the guest writes to the tips or to the overlays, on all disks alike; an overlay that QEMU has in its graph is "
         "kept, and so are all when QEMU is gone; where an internal snapshot is missing the others go; frozen file "
-        "systems are thawed by a process that stands by, or by recovery"
+        "systems are thawed, and a guest that stands still goes on, by a process that stands by, or by recovery"
     )
 
     cuts: tuple[Cut, ...]
     quiesce: bool = False
     agent: str | None = None
     marks: tuple[Mark, ...] = ()
+    firmware: tuple[Kept, ...] = ()
 
     @property
     def about(self) -> str:

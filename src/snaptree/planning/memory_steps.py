@@ -10,7 +10,7 @@ from snaptree.model.layer import LayerId
 from snaptree.model.live import PAUSED
 from snaptree.model.memory import Memory
 from snaptree.model.sizes import readable
-from snaptree.planning.live_steps import Cut, Mark, frozen
+from snaptree.planning.live_steps import Cut, Kept, Mark, frozen
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class SaveMemory:
     """Freeze a running machine's disks, as a live snapshot does, and save its memory, all of one instant.
 
     ``path`` is the memory file, with the owner of ``like``; ``forms`` are the forms to try, the best first; ``used`` is
-    how many bytes that will be at the most.
+    how many bytes that will be at the most. ``firmware`` is as for a live snapshot.
     """
 
     kind: ClassVar[str] = "save-memory"
@@ -35,6 +35,7 @@ class SaveMemory:
     forms: tuple[str, ...]
     used: int
     marks: tuple[Mark, ...] = ()
+    firmware: tuple[Kept, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -59,13 +60,15 @@ class Save:
 @dataclass(frozen=True, slots=True)
 class Load:
     """A QEMU that loads a memory beside the one of now: the stored ``command`` with these ``disks``, run in ``folder``;
-    its monitor is at ``monitor`` until it takes over."""
+    its monitor is at ``monitor`` until it takes over. ``firmware`` is put in the place of the live one first: the
+    QEMU of now goes on with the files that it has open."""
 
     command: str
     folder: str
     monitor: str
     disks: Mapping[str, Chain]
     memory: Memory
+    firmware: tuple[Kept, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +77,21 @@ class GoOver:
 
     Before the old guest is touched all is loaded and compared. Then it stands still; with ``save`` its memory is saved;
     the new one goes on if ``after`` says so, and the old one ends. ``monitor`` is where the machine's monitor is to be.
+    ``firmware`` are copies of the old one's state, brought up to date while it stands still.
     """
 
     kind: ClassVar[str] = "go-over"
     crash: ClassVar[str] = (
         "the old guest goes on, and the new QEMU is ended, until the journal says that the new one has taken over; "
-        "then the old one is ended, and a new one that has died without having written is loaded again"
+        "then the old one is ended, and a new one that has died without having written is loaded again; firmware state "
+        "is the old one's again, or the new one's"
     )
 
     monitor: str
     after: str
     load: Load | None = None
     save: Save | None = None
+    firmware: tuple[Kept, ...] = ()
 
     @property
     def summary(self) -> str:

@@ -13,9 +13,10 @@ from snaptree.model.delta import diff
 from snaptree.model.live import OFF
 from snaptree.model.memory import BACKGROUND, Memory, Saveable
 from snaptree.model.sizes import readable
-from snaptree.model.snapshot import Snapshot
+from snaptree.model.snapshot import FirmwareFile, Snapshot
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
+from snaptree.planning import firmware
 from snaptree.planning.draft import Draft
 from snaptree.planning.live_steps import Cut, Mark
 from snaptree.planning.memory_steps import GoOver, Load, Save, SaveMemory
@@ -51,21 +52,18 @@ def require_saveable(tree: Tree, survey: Survey, request: SnapshotRequest) -> No
         )
     if survey.live is None:
         raise RefusedError(f"machine {name} is off, and has no memory", "leave out --memory, or start it first")
-    require_no_firmware(survey, f"save the memory of {name}")
     require_open(saveable(survey))
 
 
-def require_no_firmware(survey: Survey, purpose: str) -> None:
-    """Refuse memory of a machine whose firmware keeps state in files.
+def _require_free_tpm(draft: Draft, name: str) -> None:
+    """Refuse to load memory beside a QEMU that has a TPM: its emulator has the state open, and serves one QEMU alone.
 
-    QEMU has these open, and a second one cannot load beside it.
-
-    :raise RefusedError: it does.
+    :raise RefusedError: one runs.
     """
-    if survey.firmware:
-        role = min(survey.firmware)
-        hint = "leave out the memory (--no-memory, or no --memory)"
-        raise RefusedError(f"cannot {purpose}: it has {role} state, which does not go together with memory yet", hint)
+    if draft.survey.live is not None and "tpm" in draft.survey.firmware:
+        machine = draft.before.machine
+        hint = f"stop it first: 'snaptree stop {machine}' (a snapshot with --memory keeps what it does now)"
+        raise RefusedError(f"the TPM of {machine} serves one QEMU alone: none can load {name!r} beside it", hint)
 
 
 def saveable(survey: Survey) -> Saveable:
@@ -90,7 +88,8 @@ def save(draft: Draft, cuts: tuple[Cut, ...], marks: tuple[Mark, ...], label: st
     :param chosen: where the user wants the file.
     """
     memory, found = new_memory(draft, label, chosen), saveable(draft.survey)
-    draft.prepare.append(SaveMemory(cuts, memory.path, _like(draft), found.forms, found.used, marks))
+    keeps = firmware.kept(draft)
+    draft.prepare.append(SaveMemory(cuts, memory.path, _like(draft), found.forms, found.used, marks, keeps))
     draft.pause = PAUSE_SECONDS if found.forms[0] == BACKGROUND else found.used / SPEED
     return memory
 
@@ -200,13 +199,14 @@ def require_loadable(draft: Draft, name: str, memory: Memory, extra: Collection[
     if extra:
         other = min(extra)
         raise RefusedError(f"the memory of {name!r} knows nothing of disk {other}", f"detach it first, or {without}")
-    require_no_firmware(draft.survey, f"load the memory of {name!r}")
+    _require_free_tpm(draft, name)
 
 
-def go_over(draft: Draft, found: Moves, saved: Memory | None) -> None:
+def go_over(draft: Draft, found: Moves, saved: Memory | None, state: tuple[FirmwareFile, ...]) -> None:
     """Let the machine go over to what the tree in the making says, with memory.
 
     :param saved: the memory of now, which is still to be saved.
+    :param state: the firmware's state there.
     """
     survey, tree = draft.survey, draft.tree
     save = load = None
@@ -221,6 +221,10 @@ def go_over(draft: Draft, found: Moves, saved: Memory | None) -> None:
             for disk, tip in sorted(tree.active_branch.tips.items())
         }
         beside = survey.start.monitor.removesuffix(".sock") + ".next.sock"
-        load = Load(survey.start.command, survey.start.folder, beside, disks, found.loads)
+        start, pieces = survey.start, firmware.returning(draft, state)
+        load = Load(start.command, start.folder, beside, disks, found.loads, pieces)
         draft.notes.append(f"the machine goes on from the instant of {found.loads.path}, and is {found.after} then")
-    draft.prepare.append(GoOver(survey.monitor, found.after, load, save))
+    else:
+        # No QEMU runs between.
+        firmware.put_back(draft, state)
+    draft.prepare.append(GoOver(survey.monitor, found.after, load, save, firmware.kept(draft)))

@@ -13,6 +13,7 @@ from snaptree.model.memory import Memory
 from snaptree.model.snapshot import Snapshot
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
+from snaptree.planning import firmware
 from snaptree.planning.create import require_disks, require_free_name, require_plain
 from snaptree.planning.draft import Draft, renamed_tip
 from snaptree.planning.plan import Plan
@@ -22,7 +23,6 @@ from snaptree.planning.remembering import (
     moves,
     new_memory,
     require_loadable,
-    require_no_firmware,
     require_open,
     saveable,
 )
@@ -125,9 +125,11 @@ def _go_to(draft: Draft, base: Tree, point: Point, label: str, purpose: str, *, 
 
 
 def _is_written(draft: Draft, snapshot: Snapshot) -> bool:
-    """Whether the active branch has work of its own on a disk that the snapshot would take back."""
+    """Whether the active branch has work of its own that the snapshot would take back: on a disk, or firmware's."""
     tips = draft.before.active_branch.tips
-    return any(not _idle(draft, tips[disk].layer) for disk in snapshot.points if disk in tips)
+    return draft.survey.firmware_changed or any(
+        not _idle(draft, tips[disk].layer) for disk in snapshot.points if disk in tips
+    )
 
 
 def _idle(draft: Draft, tip: LayerId) -> bool:
@@ -160,7 +162,7 @@ def revert(tree: Tree, survey: Survey, request: RevertRequest) -> Plan:
     purpose = f"go back to {snapshot.name!r}"
     parked_name = request.keep_as or _free_name(tree, active.name)
 
-    parked = replace(active, name=parked_name, firmware=draft.keep_firmware(parked_name) if parks else ())
+    parked = replace(active, name=parked_name, firmware=firmware.keep(draft) if parks else ())
     others = {disk: tip for disk, tip in active.tips.items() if disk not in snapshot.points}
     stays = {
         disk: active.tips[disk]
@@ -188,12 +190,13 @@ def revert(tree: Tree, survey: Survey, request: RevertRequest) -> Plan:
         else:
             beside = remembered is not None
             tips[disk] = _go_to(draft, base, point, active.name, purpose, reuse=request.delete, beside=beside)
-    draft.restore_firmware(snapshot.firmware)
     draft.tree = renamed_line(draft.tree, active.name, tips)
     if remembered is not None:
         if remembered.loads is not None:
             require_loadable(draft, snapshot.name, remembered.loads, others)
-        go_over(draft, remembered, saved)
+        go_over(draft, remembered, saved, snapshot.firmware)
+    else:
+        firmware.put_back(draft, snapshot.firmware)
     work = f", parking the work of now as {parked_name!r}" if parks else ""
     plan = draft.conclude("revert", f"go back to {snapshot.name!r}{work}", f"the machine is at {snapshot.name!r}")
     # With memory, what becomes loose is merged when it is known what the machine has open then.
@@ -202,7 +205,6 @@ def revert(tree: Tree, survey: Survey, request: RevertRequest) -> Plan:
 
 def _park_memory(draft: Draft, name: str) -> Memory:
     """Give the branch that is parked the memory of now, which is still to be saved."""
-    require_no_firmware(draft.survey, f"park {name!r} with its memory")
     require_open(saveable(draft.survey))
     memory = new_memory(draft, name)
     draft.tree = draft.tree.with_branches(replace(draft.tree.branches[name], memory=memory.id))
@@ -267,7 +269,7 @@ def switch(tree: Tree, survey: Survey, request: SwitchRequest) -> Plan:
     if target.memory is not None and request.memory is not False and (remembered is None or remembered.loads is None):
         hint = "leave out --stopped to go on from it, or drop it with --no-memory"
         raise RefusedError(f"branch {request.name!r} was parked with its memory, which would be lost", hint)
-    draft.tree = tree.with_branches(replace(active, firmware=draft.keep_firmware(active.name)))
+    draft.tree = tree.with_branches(replace(active, firmware=firmware.keep(draft)))
     saved = _park_memory(draft, active.name) if remembered is not None and remembered.saves else None
     base = settle(draft.tree, draft.outsiders)
     tips: dict[str, Point] = {}
@@ -283,7 +285,6 @@ def switch(tree: Tree, survey: Survey, request: SwitchRequest) -> Plan:
         draft.tree = renamed_tip(draft.tree, active.name, disk, left)
     for disk in sorted(set(target.tips) - set(active.tips)):
         draft.notes.append(f"{disk} comes back with branch {target.name!r}")
-    draft.restore_firmware(target.firmware)
     draft.tree = replace(
         draft.tree.with_branches(replace(target, tips=tips, firmware=(), memory=None)),
         active=target.name,
@@ -291,5 +292,7 @@ def switch(tree: Tree, survey: Survey, request: SwitchRequest) -> Plan:
     if remembered is not None:
         if remembered.loads is not None:
             require_loadable(draft, target.name, remembered.loads, set(tips) - set(target.tips))
-        go_over(draft, remembered, saved)
+        go_over(draft, remembered, saved, target.firmware)
+    else:
+        firmware.put_back(draft, target.firmware)
     return draft.conclude("switch", f"switch to branch {target.name!r}", f"the machine works on {target.name!r}")

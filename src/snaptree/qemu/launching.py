@@ -31,6 +31,11 @@ def node_name(layer: LayerId, token: str) -> str:
     return f"st{layer}-{token[:12]}"
 
 
+def is_ours(node: str) -> bool:
+    """Whether a node has a name that snaptree gives: of a layer, of an overlay, or of what a merge has put in place."""
+    return re.match(r"s[tvw]\d+-[0-9a-f]", node) is not None
+
+
 def command_line(command: str, disks: Mapping[str, Chain], token: str, *, loads: bool = False) -> list[str]:
     """QEMU's command line: the stored one, with the disks filled in.
 

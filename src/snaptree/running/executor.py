@@ -8,12 +8,12 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from snaptree.errors import CancelledError, IoError, NotFoundError, RefusedError, SnaptreeError
+from snaptree.errors import CancelledError, IoError, RefusedError, SnaptreeError
 from snaptree.images import durable
 from snaptree.images.locks import MachineLock
 from snaptree.planning.live_steps import LiveMerge
 from snaptree.planning.plan import Plan
-from snaptree.planning.steps import BuildFromPoint, BuildMerged, CopyFirmware, MakeOverlay, Move, Record, Step, Unlink
+from snaptree.planning.steps import BuildFromPoint, BuildMerged, MakeOverlay, Move, Record, Step, Unlink
 from snaptree.running import carry
 from snaptree.running.carry import firmware
 from snaptree.running.carry.tree import refresh
@@ -111,14 +111,7 @@ def require_free(plan: Plan, spared: Collection[tuple[int, int]] = ()) -> None:
     :raise BusyError: somebody has one of the images open.
     """
     steps = tuple(step for each in plan.every() for step in each.steps)
-    made = {step.target for step in steps if isinstance(step, CopyFirmware)}
-    for step in steps:
-        if not isinstance(step, CopyFirmware):
-            continue
-        firmware.require_no_link(step)
-        if step.source not in made and not os.path.exists(step.source):
-            hint = "put it back, or forget it with 'snaptree set --nvram' or '--tpm'"
-            raise NotFoundError(f"there is no {step.role} state at {step.source}", hint)
+    firmware.require_there(steps)
     paths = [step.path for step in steps if isinstance(step, Unlink | MakeOverlay | BuildFromPoint | BuildMerged)]
     for folder in {os.path.dirname(path) for path in paths}:
         if os.path.isdir(folder) and not os.access(folder, os.W_OK | os.X_OK):

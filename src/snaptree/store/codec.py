@@ -14,7 +14,7 @@ from snaptree.model.layer import Identity, Layer, Point
 from snaptree.model.machine import MachineConfig
 from snaptree.model.memory import Memory
 from snaptree.model.snapshot import FirmwareFile, Snapshot
-from snaptree.planning.live_steps import Cut, LiveJob, Mark, Swap
+from snaptree.planning.live_steps import Cut, Kept, LiveJob, Mark, Swap
 from snaptree.planning.memory_steps import Load, Save
 from snaptree.planning.steps import STEPS, MoveJob, Step
 
@@ -26,6 +26,7 @@ _CLASSES: dict[str, type[Any]] = {
         Delta,
         FirmwareFile,
         Identity,
+        Kept,
         Layer,
         LiveJob,
         Load,

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 
 from snaptree.errors import CancelledError, RefusedError, SnaptreeError, ToolError, UnhealthyError
 from snaptree.images import durable, memory_file
 from snaptree.images.facts import open_to_read, read_facts
 from snaptree.model.live import RUNNING
+from snaptree.planning.live_steps import Kept
 from snaptree.planning.memory_steps import GoOver, Load, Save
 from snaptree.qemu import describing, ending, launching, memory, sockets
 from snaptree.qemu.running import RunningQemu
+from snaptree.running.carry import firmware, standing
 from snaptree.running.carry import memory as saving
 from snaptree.running.carry.making import unmake
+from snaptree.running.carry.nodes import inode_at
 from snaptree.running.context import Context
 from snaptree.running.guard import PIVOT, STAY, Guard, Orders
 
@@ -29,9 +33,14 @@ async def go_over(step: GoOver, context: Context) -> None:
         return
     _keep_sockets(context)
     try:
+        if step.load is not None:
+            firmware.bring(step.load.firmware, context)
         new = await _loaded(step.load, context) if step.load is not None else None
+        if step.load is not None and new is not None and context.qemu is not None:
+            await _hold(new, step.load.firmware)
+            firmware.give_names_back(step.load.firmware, context)
     except BaseException:
-        _give_sockets_back(context)
+        _as_before(step, context)
         raise
     try:
         if context.cancelled.is_set():
@@ -44,9 +53,16 @@ async def go_over(step: GoOver, context: Context) -> None:
         if context.journal.noted(step.monitor) != PIVOT:
             if new is not None:
                 await _drop(new)
-            _give_sockets_back(context)
+            _as_before(step, context)
         raise
     await _finish(step, context, new)
+
+
+def _as_before(step: GoOver, context: Context) -> None:
+    """Let the old QEMU's sockets and files of firmware state have their names again."""
+    _give_sockets_back(context)
+    if step.load is not None:
+        firmware.give_back(step.load.firmware, context)
 
 
 def _keep_sockets(context: Context) -> None:
@@ -106,6 +122,19 @@ async def _loaded(load: Load, context: Context) -> RunningQemu:
     return new
 
 
+async def _hold(new: RunningQemu, pieces: Iterable[Kept]) -> None:
+    """Have a QEMU that has loaded open its firmware state to write, while the names lead to that.
+
+    From version 10 on it would do so when it goes on: until then it has no image open to write.
+    """
+    if "blockdev-set-active" not in await new.commands():
+        return
+    graph = await new.graph()
+    for each in pieces:
+        for node in graph.opened(inode_at(each.live)):
+            await new.qmp.execute("blockdev-set-active", node_name=node.name, active=True)
+
+
 def require_alike(load: Load, now: dict[str, str]) -> None:
     """Refuse a machine that is not like the one whose memory it is to load: QEMU takes some of them without a word.
 
@@ -155,22 +184,23 @@ async def _take_over(step: GoOver, context: Context, old: RunningQemu, new: Runn
     if step.save is not None:
         await memory.quiet(old)
     before = await memory.settings(old.qmp)
-    go = Orders((new or old).descriptor, [("cont", {})] if new is not None and step.after == RUNNING else [])
-    stay = Orders(old.descriptor, saving.GO_ON if running else saving.GO_ON[:1])
+    go = Orders((new or old).descriptor, [standing.CONT] if new is not None and step.after == RUNNING else [])
+    stay = Orders(old.descriptor, standing.GO_ON if running else standing.GO_ON[:1])
     saving.remember(step.monitor, before, old, context)
     with Guard(context.journal, step.monitor, go=go, stay=stay):
         begun = time.monotonic()
         try:
             if running:
-                saving.remember_stop(step.monitor, old, context)
+                standing.remember_stop(step.monitor, old, context)
                 await old.qmp.execute("stop")
+            firmware.renew(step.firmware, context)
             if step.save is not None:
                 await _save(step.save, context, old, before)
             await _begin(step, context, new)
         except BaseException:
             await memory.abandon(old.qmp)
             with suppress(SnaptreeError):
-                await saving.go_on(old, running=running)
+                await standing.go_on(old, running=running)
             with suppress(SnaptreeError):
                 await memory.restore(old.qmp, before)
             raise
@@ -208,6 +238,8 @@ async def _finish(step: GoOver, context: Context, new: RunningQemu | None) -> No
     if step.load is not None and os.path.lexists(step.load.monitor):
         durable.replace(step.load.monitor, step.monitor)
     _give_sockets_back(context, back=False)
+    if step.load is not None:
+        firmware.settle(step.load.firmware, context)
     if new is not None:
         new.path = step.monitor
     elif step.load is not None or old is not None:
@@ -228,6 +260,7 @@ async def _survivor(step: GoOver, context: Context) -> RunningQemu | None:
     new = await RunningQemu.attach(load.monitor)
     if new is None and not any(_was_written(chain[0][1], chain[0][2], context) for chain in load.disks.values()):
         with suppress(SnaptreeError, OSError):
+            firmware.settle(load.firmware, context)
             new = await _loaded(load, context)
     if new is None:
         durable.remove_small(load.monitor)
@@ -263,7 +296,7 @@ async def ungo(step: GoOver, context: Context) -> None:
         if new is not None:
             await _drop(new)
         durable.remove_small(step.load.monitor)
-        _give_sockets_back(context)
+        _as_before(step, context)
     if context.qemu is not None and context.recovering:
         await saving.set_right(step.monitor, context, context.qemu)
     if step.save is not None:

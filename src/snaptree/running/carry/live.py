@@ -15,6 +15,7 @@ from snaptree.qemu.graph import BlockGraph, Node
 from snaptree.qemu.running import RunningQemu
 from snaptree.running.carry import internals, live_internals
 from snaptree.running.carry.nodes import inode_at, is_top
+from snaptree.running.carry.standing import go_on_after_kill, with_firmware
 from snaptree.running.context import Context
 from snaptree.running.quiescing import quiesced, thaw
 
@@ -32,16 +33,21 @@ async def snapshot(step: LiveSnapshot, context: Context) -> None:
         require_dead(step.cuts, context)
         return
     if _is_frozen(await qemu.graph(), step):
-        await _thaw_left(step, context)
+        await _left(step, context)
         return
     actions = await prepared(qemu, step, context)
     if step.quiesce:
         context.journal.note(step.about, FREEZING)
         async with quiesced(qemu, step.agent):
-            await qemu.qmp.execute("transaction", actions=actions)
+            await _cut(step, context, qemu, actions)
     else:
-        await qemu.qmp.execute("transaction", actions=actions)
+        await _cut(step, context, qemu, actions)
     await require_frozen(qemu, step)
+
+
+async def _cut(step: LiveSnapshot, context: Context, qemu: RunningQemu, actions: list[dict[str, Any]]) -> None:
+    async with with_firmware(qemu, step.firmware, _instant(step), context):
+        await qemu.qmp.execute("transaction", actions=actions)
 
 
 async def prepared(qemu: RunningQemu, step: Frozen, context: Context) -> list[dict[str, Any]]:
@@ -82,9 +88,17 @@ async def require_frozen(qemu: RunningQemu, step: Frozen) -> None:
             raise ToolError(f"QEMU reported success, but {cut.overlay} is not what {cut.disk} writes to now")
 
 
-async def _thaw_left(step: LiveSnapshot, context: Context) -> None:
-    """Thaw what a snaptree that was killed may have left frozen, had its guard been killed too."""
-    if context.recovering and context.qemu is not None and context.journal.noted(step.about) == FREEZING:
+def _instant(step: LiveSnapshot) -> str:
+    """What the journal's notes are about while the guest stands still."""
+    return f"instant of {step.about}"
+
+
+async def _left(step: LiveSnapshot, context: Context) -> None:
+    """Let go on, and thaw, what a snaptree that was killed may have left so, had its guards been killed too."""
+    if not context.recovering or context.qemu is None:
+        return
+    await go_on_after_kill(_instant(step), context.qemu, context)
+    if context.journal.noted(step.about) == FREEZING:
         await thaw(context.qemu, step.agent)
 
 
@@ -137,9 +151,9 @@ async def was_frozen(step: Frozen, context: Context) -> bool:
 
 
 async def unsnapshot(step: LiveSnapshot, context: Context) -> None:
-    """Let the guest be as before: on its tips, and not frozen."""
+    """Let the guest be as before: on its tips, and neither frozen nor stopped."""
     if context.qemu is not None:
-        await _thaw_left(step, context)
+        await _left(step, context)
     await unfreeze(step, context)
 
 

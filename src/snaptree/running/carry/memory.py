@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from snaptree.errors import SnaptreeError, ToolError
 from snaptree.images import durable
 from snaptree.images.inode import inode_of, is_still
 from snaptree.images.rights import keep_private
-from snaptree.model.live import RUNNING
 from snaptree.model.memory import BACKGROUND, PLAIN
 from snaptree.planning.memory_steps import SaveMemory
 from snaptree.qemu import memory
 from snaptree.qemu.memory import Followed, Settings
 from snaptree.qemu.running import RunningQemu
-from snaptree.running.carry import live, live_internals
+from snaptree.running.carry import firmware, live, live_internals
 from snaptree.running.carry.making import unmake
+from snaptree.running.carry.standing import GO_ON, go_on_after_kill, standing_still
 from snaptree.running.context import Context
 from snaptree.running.guard import PIVOT, Guard, Orders
-
-GO_ON: list[tuple[str, dict[str, Any]]] = [("migrate_cancel", {}), ("cont", {})]
-"""What lets a guest go on that waits until it is saved."""
 
 
 def is_whole(path: str, context: Context) -> bool:
@@ -56,6 +50,7 @@ async def save(step: SaveMemory, context: Context) -> None:
             raise
         unmake(step.path, context)
         await live_internals.unmark(step.marks, context)
+        firmware.forget(step.firmware)
         shown = durable.explain(error, step.path, "write") if isinstance(error, OSError) else error
         shown.hint = shown.hint or "the snapshot was not taken"
         context.failed = shown
@@ -74,7 +69,8 @@ async def _begin(step: SaveMemory, context: Context, qemu: RunningQemu) -> None:
         try:
             orders = Orders(qemu.descriptor, GO_ON)
             with Guard(context.journal, step.path, go=Orders(qemu.descriptor), stay=orders):
-                async with standing_still(qemu, step.path, context):
+                async with standing_still(qemu, step.path, context, saves=True):
+                    firmware.renew(step.firmware, context)
                     saving = _Saving(qemu, before, lent.uri, descriptor, told, context)
                     form = await saving.in_background(form, step.forms)
                     await qemu.qmp.execute("transaction", actions=actions)
@@ -84,6 +80,8 @@ async def _begin(step: SaveMemory, context: Context, qemu: RunningQemu) -> None:
             note_form(step.path, form, context)
             await live.require_frozen(qemu, step)
             await memory.until_done(qemu.qmp, told)
+            if form == BACKGROUND:
+                firmware.require_unchanged(step.firmware)
         except BaseException:
             await memory.abandon(qemu.qmp)
             raise
@@ -167,35 +165,6 @@ class _Saving:
         await memory.until_instant(self.qemu.qmp, form, self.followed)
 
 
-@asynccontextmanager
-async def standing_still(qemu: RunningQemu, path: str, context: Context) -> AsyncIterator[None]:
-    """Let the guest stand still in the block, and go on afterwards, however that ends; how long it did is told."""
-    running = await qemu.state() == RUNNING
-    if running:
-        remember_stop(path, qemu, context)
-    begun = time.monotonic()
-    if running:
-        await qemu.qmp.execute("stop")
-    try:
-        yield
-    except BaseException:
-        await memory.abandon(qemu.qmp)
-        with suppress(SnaptreeError):
-            await go_on(qemu, running=running)
-        raise
-    await go_on(qemu, running=running)
-    if running:
-        context.paused = time.monotonic() - begun
-
-
-async def go_on(qemu: RunningQemu, *, running: bool) -> None:
-    """Let the guest go on; a paused one stays so, with its disks in use again."""
-    if running:
-        await qemu.qmp.execute("cont")
-    elif await qemu.run_state() == "postmigrate" and "blockdev-set-active" in await qemu.commands():
-        await qemu.qmp.execute("blockdev-set-active", active=True)
-
-
 def followed(used: int, context: Context) -> Followed:
     """What the waiting for a memory is told by, and tells."""
     return Followed(lambda written: context.moved(written, max(written, used)), context.cancelled.is_set)
@@ -208,11 +177,14 @@ async def _resume(step: SaveMemory, context: Context, qemu: RunningQemu) -> None
     """Wait for what QEMU goes on saving, if the guest ran again when snaptree was killed: it is of one instant then."""
     try:
         pid = (context.journal.recall(_settings(step.path)) or "").partition(" ")[0]
-        if context.journal.noted(step.path) != PIVOT or context.journal.recall(_form(step.path)) is None:
+        form = context.journal.recall(_form(step.path))
+        if context.journal.noted(step.path) != PIVOT or form is None:
             raise ToolError("snaptree was killed before the guest's memory was saved", "take the snapshot again")
         if pid != str(qemu.pid):
             raise ToolError("QEMU died before the memory was saved", "take the snapshot again")
         await memory.until_done(qemu.qmp, followed(step.used, context))
+        if form == BACKGROUND:
+            firmware.require_unchanged(step.firmware)
     finally:
         await set_right(step.path, context, qemu)
     durable.publish(durable.temporary_path(step.path, context.token), step.path)
@@ -224,9 +196,7 @@ async def set_right(about: str, context: Context, qemu: RunningQemu) -> None:
     if pid != str(qemu.pid):
         return
     await memory.abandon(qemu.qmp)
-    stopped = context.journal.recall(_stopped(about)) == pid and context.journal.noted(about) != PIVOT
-    if stopped and await qemu.run_state() in ("paused", "postmigrate"):
-        await qemu.qmp.execute("cont")
+    await go_on_after_kill(about, qemu, context)
     with suppress(SnaptreeError):
         await memory.restore(qemu.qmp, Settings.parse(text))
 
@@ -242,11 +212,6 @@ async def unsave(step: SaveMemory, context: Context) -> None:
 def remember(about: str, before: Settings, qemu: RunningQemu, context: Context) -> None:
     """Keep the settings that the user has, and of which process."""
     context.journal.note(_settings(about), f"{qemu.pid} {before.text()}")
-
-
-def remember_stop(about: str, qemu: RunningQemu, context: Context) -> None:
-    """Keep that we are about to stop the guest."""
-    context.journal.note(_stopped(about), str(qemu.pid))
 
 
 def note_form(path: str, form: str, context: Context) -> None:
@@ -265,7 +230,3 @@ def _form(path: str) -> str:
 
 def _settings(path: str) -> str:
     return f"settings {path}"
-
-
-def _stopped(path: str) -> str:
-    return f"stopped {path}"

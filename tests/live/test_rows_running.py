@@ -1,0 +1,432 @@
+"""The rows of FEATURES A1 to A8, B1 to B14 and C1 to C13 for a machine that runs.
+
+Each has its test here, named after it, or is named with the test that has it anyway. What holds in all of them: the
+guest runs on, has seen no I/O error, and all that it has flushed is there; each snapshot holds just a prefix.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.kit import guest, images
+from tests.kit.by_hand import by_hand
+from tests.kit.images import MiB
+from tests.kit.records import DISK_BYTES
+from tests.kit.space import filled, mounted
+from tests.kit.stage import Stage
+from tests.live.test_delete import kept, snapshots
+from tests.live.test_disks import SCSI, plug, unplug
+
+LONG = pytest.mark.slow
+TESTS = Path(__file__).parents[1]
+ELSEWHERE = {
+    "a2": "live/test_delete.py::test_a_snapshot_is_deleted_while_the_guest_writes",
+    "a3": "live/test_memory_going_back.py::test_without_its_memory",
+    "a4": "live/test_going_back.py::test_going_back_and_dropping_the_work_of_now",
+    "a5": "live/test_memory_going_back.py::test_going_back_to_the_instant_and_deleting_it",
+    "a6": "live/test_memory_going_back.py::test_branches_of_an_instant",
+    "b1": "live/test_delete.py::test_a_fork_point_and_the_middle_of_another_branch",
+    "b3": "live/test_delete.py::test_a_fork_point_and_the_middle_of_another_branch",
+    "b9": "live/test_delete.py::test_snaptree_is_killed_while_the_job_runs_on",
+    "c5": "live/test_memory_going_back.py::test_a_memory_file_that_is_not_what_it_was",
+    "c6": "live/test_memory_going_back.py::test_without_its_memory",
+    "c9": "live/test_steering.py::test_cancelled",
+    "c11": "running/test_firmware.py::test_variables_go_with_memory_and_back_again",
+    "c12": "live/test_going_back.py::test_going_back_parks_the_work_of_now_and_the_machine_runs_on_the_old_disks",
+}
+NOT_RUNNING = {
+    "b5": "an internal snapshot is deleted",
+    "b6": "an internal snapshot is stood on",
+    "b7": "an internal snapshot is deleted",
+    "b11": "an internal snapshot is taken",
+    "c2": "an internal snapshot is gone back to",
+    "c10": "it is of a machine that is off",
+}
+"""Rows that are not a running machine's, or not here, and why."""
+
+
+def test_every_row_has_its_test() -> None:
+    rows = {f"{part}{number}" for part, last in (("a", 8), ("b", 14), ("c", 13)) for number in range(1, last + 1)}
+    here = {match for name in globals() for match in re.findall(r"(?<=_)([abc]\d+)(?=_)", name)}
+    assert here | set(ELSEWHERE) | set(NOT_RUNNING) == rows
+    for where in ELSEWHERE.values():
+        file, _, name = where.partition("::")
+        parsed = ast.parse((TESTS / file).read_text(encoding="utf-8"))
+        assert name in {each.name for each in parsed.body if isinstance(each, ast.FunctionDef)}, where
+
+
+@pytest.fixture
+def lasting(stage: Stage) -> Stage:
+    """The stage, with a console whose log goes on when the guest goes over to another QEMU."""
+    stage.boot = dataclasses.replace(stage.boot, append=True)
+    return stage
+
+
+WHO = ["snaptree", pytest.param("a person", marks=LONG)]
+"""Who has started the machine."""
+
+
+@pytest.fixture(params=WHO)
+def started(request: pytest.FixtureRequest, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    """A machine whose guest writes, one disk of which is raw."""
+    if request.param == "snaptree":
+        stage.start()
+        return stage
+    stage.make()
+    monkeypatch.chdir(stage.disks)
+    stage.guest = by_hand(stage, "blockdev")
+    stage.guest.go()
+    stage(f"add web1 --disk vda.qcow2 --disk vdb.raw,format=raw --qmp {stage.folder}/qmp")
+    return stage
+
+
+# ---- A ------------------------------------------------------------------------------------------------------------
+
+
+def test_a1_b8_the_name_goes_and_the_files_stay_until_gc(started: Stage) -> None:
+    """What others have left beside is named by gc, and never touched."""
+    stage = started
+    wanted = snapshots(stage, 3)
+    files = stage.files()
+    plan = stage("delete web1 s2 --merge none --plan --json").json
+    assert plan["bytes_to_copy"] == 0 and plan["way"] is None
+    stage("delete web1 s2 --merge none")
+    assert stage.files() == files and len(stage.show()["pending"]) == 2
+    stage.guest.writes_on()
+    root = stage.path("s1", "vda")
+    left = images.create(stage.disks / "byhand.qcow2", DISK_BYTES, backing=(root, "qcow2"))
+    stage.left.add(left)
+    before, content = images.read_unlocked([(str(root), "qcow2")]), left.read_bytes()
+
+    stage("delete web1 s1")
+    stage.guest.writes_on()
+
+    assert images.read_unlocked([(str(root), "qcow2")]) == before, "somebody else's overlay stands on it"
+    assert left.read_bytes() == content and str(left) in stage("gc web1").out
+    assert stage.holds("s3") == wanted["s3"]
+    assert len([each for each in stage.show()["layers"] if each["disk"] == "vdb"]) == 2
+    left.unlink()
+    stage.left.clear()
+    stage("delete web1 s3")
+    stage("gc web1")
+    kept(stage, wanted, "s1", "s2", "s3")
+    assert len(stage.show()["layers"]) == 2
+    stage.finish()
+
+
+def test_a7_the_fork_goes_when_the_last_line_goes(lasting: Stage) -> None:
+    """No sibling's layer is committed into; layers and the memory go with the last that needs them."""
+    stage = lasting
+    stage.start(raw=False)
+    stage("snapshot web1 fork --memory")
+    first = stage.holds("fork")
+    stage.guest.writes_on()
+    for name in ("other", "third"):
+        stage(f"branch web1 {name} --from fork")
+    stage("delete web1 fork --merge pull")
+    stage.guest.writes_on()
+    assert stage.holds("other") == stage.holds("third") == first
+    assert "shared" not in {each["role"] for each in stage.show()["layers"]}, "each has got its own copy"
+    assert "web1.fork.memory" in stage.files()
+    stage("delete web1 --branch third")
+    stage("switch web1 other")
+    stage.guest.went_over()
+    stage.guest.writes_on()
+    assert "web1.fork.memory" not in stage.files() and stage.holds("main") > first
+    stage("delete web1 --branch main")
+    stage.guest.writes_on()
+    assert len(stage.show()["layers"]) == 2 and not [each for each in stage.files() if each.endswith(".memory")]
+    stage.finish()
+
+
+def test_a8_a_chain_without_snapshots_is_squashed(stage: Stage) -> None:
+    for disk in guest.DISKS:
+        below = None
+        for name in ("root", "middle", "top"):
+            path = stage.disks / f"{disk}.{name}.qcow2"
+            below = images.create(path, DISK_BYTES, backing=None if below is None else (below, "qcow2"))
+    words = " ".join(f"--disk {disk}={disk}.top.qcow2" for disk in guest.DISKS)
+    stage(f"add web1 --adopt {words} --start {shlex.quote(stage.boot.command(stage.folder))}")
+    stage("start web1")
+    stage.guest.go()
+    stage.guest.writes_on()
+    stage(f"squash web1 --disk vda --top {stage.disks}/vda.middle.qcow2 --base {stage.disks}/vda.root.qcow2")
+    stage.guest.writes_on()
+    for disk in guest.DISKS:
+        stage(f"squash web1 --disk {disk}")
+        stage.guest.writes_on()
+    assert len(stage.show()["layers"]) == 2
+    stage("snapshot web1 kept")
+    stage.guest.writes_on()
+    assert "'kept' needs it" in stage("squash web1 --disk vda", status=6).err
+    stage.finish()
+
+
+# ---- B ------------------------------------------------------------------------------------------------------------
+
+
+def test_b2_b12_c1_gone_back_twice_and_deleted_in_the_middle(lasting: Stage) -> None:
+    """No order of going back and deleting loses a file, nor do two within a second."""
+    stage = lasting
+    stage.start(raw=False)
+    stage("snapshot web1 s1 --memory")
+    stage.guest.writes_on()
+    stage("snapshot web1 s2")
+    stage.guest.writes_on()
+    wanted = {name: stage.holds(name) for name in ("s1", "s2")}
+    for _ in range(2):
+        stage("revert web1 s1")
+        stage.guest.went_over()
+        stage.guest.writes_on(8)
+    wanted |= {name: stage.holds(name) for name in ("main.1", "main.2")}
+    assert wanted["s1"] < wanted["main.2"] and wanted["s2"] < wanted["main.1"]
+    stage("delete web1 s1")
+    kept(stage, wanted, "s1")
+    stage("revert web1 s2 --discard")
+    stage.guest.go(at=min(wanted["s2"]))
+    stage("delete web1 s2")
+    kept(stage, wanted, "s1", "s2")
+    stage("delete web1 --branch main.1")
+    stage("delete web1 --branch main.2")
+    kept(stage, wanted, *wanted)
+    assert len(stage.show()["layers"]) == 2
+    stage.forgiven.add("leaks")
+    stage.finish()
+
+
+def test_b4_a_snapshot_and_all_that_grew_from_it(started: Stage) -> None:
+    stage = started
+    wanted = snapshots(stage, 4, 30)
+    stage("branch web1 other --from s3")
+    stage("delete web1 s2 --children-only --with-branches")
+    kept(stage, wanted, "s3", "s4")
+    assert set(stage.names()) == {"s1", "s2", "main"}
+    stage("delete web1 s1 --children")
+    kept(stage, wanted, *wanted)
+    assert len(stage.show()["layers"]) == 2
+    assert stage.path("main", "vda").name == "vda.qcow2"
+    stage.finish()
+
+
+def test_b10_a_disk_that_is_no_longer_there(stage: Stage) -> None:
+    stage.add("--start", SCSI, raw=False)
+    stage("start web1")
+    disk = images.create(stage.disks / "vdc.qcow2", 32 * MiB)
+    with stage.qmp() as qmp:
+        plug(qmp, str(disk))
+    stage(f"disk attach web1 vdc={disk}")
+    stage("snapshot web1 s1")
+    stage("snapshot web1 s2")
+    with stage.qmp() as qmp:
+        unplug(qmp)
+    stage("disk detach web1 vdc")
+    with stage.qmp() as qmp:
+        # What snaptree had opened of it is closed; the node that it was plugged in with is its user's.
+        assert not [each for each in qmp("query-named-block-nodes", flat=True) if "vdc.s" in each["file"]]
+        qmp("blockdev-del", node_name="n-vdc")
+    assert set(stage.names()["s1"]["points"]) == {"vda", "vdb", "vdc"}
+    stage("delete web1 s1")
+    assert stage.show()["state"] == "running"
+    stage("delete web1 s2")
+    stage("delete web1 --branch main-vdc")
+    stage("stop web1 --force")
+    stage("gc web1")
+    assert {each for each in stage.files() if each.startswith("vd")} == {"vda.qcow2", "vdb.qcow2"}
+    stage.sound()
+
+
+def test_b13_a_disk_that_was_left_out_stays_as_it_is(stage: Stage) -> None:
+    """Thrown away or parked, what was written to the others: the one that was left out keeps all."""
+    stage.start(raw=False)
+    stage("snapshot web1 s1 --exclude vdb")
+    (first,) = stage.holds("s1")
+    flushed = stage.guest.writes_on(60)
+    before = stage.path("main", "vdb")
+    stage("revert web1 s1 --discard --paused")
+    assert stage.path("main", "vdb") == before, "no overlay is made for it"
+    assert stage.show()["state"] == "paused"
+    stage("snapshot web1 s2")
+    held = stage.holds("s2", killed=True)
+    assert held[0] == first and held[1] >= flushed
+    with stage.qmp() as qmp:
+        qmp("cont")
+    stage.guest.go(at=first)
+    stage("revert web1 s1 --stopped")
+    assert stage.path("main", "vdb") != stage.path("main.1", "vdb"), "it has been forked where it stood"
+    parked = stage.holds("main.1", killed=True)
+    assert parked[0] > first and stage.holds("main", killed=True) == (first, parked[1])
+    stage.forgiven.add("leaks")
+    stage.sound()
+
+
+def test_b14_a_machine_with_snapshots_is_removed_when_it_has_stopped(stage: Stage) -> None:
+    stage.start()
+    snapshots(stage, 1, 8)
+    stage("branch web1 other --from s1")
+    for words in ("", "--delete-files --yes"):
+        assert "snaptree stop web1" in stage(f"remove web1 {words}", status=6).err
+    stage.guest.writes_on()
+    stage.finish()
+    stage("remove web1 --delete-files --yes")
+    assert stage.files() == set()
+
+
+# ---- C ------------------------------------------------------------------------------------------------------------
+
+
+@LONG
+def test_c3_killed_in_the_middle_of_a_delete_and_gone_back(stage: Stage) -> None:
+    """What is half-merged has no name by then; going back to another finishes it first."""
+    stage.start(raw=False)
+    wanted = snapshots(stage, 3)
+    process = stage.command("delete web1 s2 --merge commit --limit 64K")
+    until = time.monotonic() + 60
+    while "half-merged" not in stage("show web1").out:
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    with stage.qmp() as qmp:
+        for each in qmp("query-jobs"):
+            qmp("block-job-set-speed", device=each["id"], speed=0)
+    assert "'s2'" in stage("revert web1 s2", status=3).err
+    stage.guest.writes_on()
+    stage("revert web1 s3 --discard")
+    stage.guest.go(at=min(wanted["s3"]))
+    stage("gc web1")
+    kept(stage, wanted, "s2")
+    stage.finish()
+
+
+def test_c4_c13_what_others_stand_on_is_never_changed(stage: Stage) -> None:
+    """A golden image under two machines, and a layer of one that the other stands on."""
+    golden = {disk: images.create(stage.disks / f"golden-{disk}.qcow2", DISK_BYTES) for disk in guest.DISKS}
+    for disk, path in golden.items():
+        images.io(path, "qcow2", "write -P 0x67 24M 1M")
+        path.chmod(0o444)
+        images.create(stage.disks / f"{disk}.qcow2", DISK_BYTES, backing=(path, "qcow2"))
+    words = " ".join(f"--disk {disk}={disk}.qcow2" for disk in guest.DISKS)
+    stage(f"add web1 {words} --start {shlex.quote(stage.boot.command(stage.folder))}")
+    stage("start web1")
+    stage.guest.go()
+    wanted = snapshots(stage, 2, 30)
+    frozen = stage.path("s1", "vda")
+    other = images.create(stage.disks / "web2.qcow2", DISK_BYTES, backing=(frozen, "qcow2"))
+    stage("add web2 --disk vda=web2.qcow2")
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (*golden.values(), frozen, other)}
+
+    stage("delete web1 s1")
+    stage.guest.writes_on()
+    stage("delete web1 s2 --merge pull")
+    stage("squash web1 --disk vdb --merge pull", status=6)
+    kept_files = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before}
+
+    assert kept_files == before
+    assert "machine 'web2' stands on" in stage("gc web1").out
+    stage.guest.writes_on()
+    assert stage.names().keys() == {"main"} and wanted
+    stage("stop web1")
+    stage("remove web2 --delete-files --yes")
+    stage("gc web1")
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in golden.values()} == {
+        path: before[path] for path in golden.values()
+    }
+    flushed = stage.guest.flushed()
+    assert stage.holds("main") == (flushed, flushed)
+    assert images.read(stage.path("main", "vdb"))[24 << 20] == 0x67
+
+
+def test_c7_deleting_just_after_a_memory_snapshot_of_a_paused_machine(stage: Stage) -> None:
+    stage.start()
+    with stage.qmp() as qmp:
+        qmp("stop")
+    stage("snapshot web1 s1 --memory")
+    stage("delete web1 s1")
+    assert stage.show()["state"] == "paused" and set(stage.names()) == {"main"}
+    assert not [each for each in stage.files() if each.endswith(".memory")]
+    with stage.qmp() as qmp:
+        qmp("cont")
+    stage.guest.writes_on()
+    stage.finish()
+
+
+@pytest.fixture
+def small_disk(stage: Stage) -> Iterator[Stage]:
+    """The images' disk is small; the guest writes to tips elsewhere."""
+    with mounted(stage.folder, "ext4", 160 * MiB) as place:
+        before, stage.disks = stage.disks, place
+        yield stage
+        stage.kill_every_qemu()
+        stage.disks = before
+
+
+@LONG
+@pytest.mark.root
+@pytest.mark.parametrize("way", ["pull", "commit"])
+def test_c8_a_full_disk_leaves_all_disks_of_one_time(small_disk: Stage, way: str) -> None:
+    """It fills up in the middle of a merge: nothing that is kept is lost, and with room it goes on."""
+    stage = small_disk
+    stage.start(raw=False)
+    wanted = snapshots(stage, 2, 1200)
+    elsewhere = stage.folder / "elsewhere"
+    elsewhere.mkdir()
+    files = " ".join(f"--file {disk}={elsewhere}/{disk}.qcow2" for disk in guest.DISKS)
+    stage(f"snapshot web1 s3 {files}")
+    wanted["s3"] = stage.holds("s3")
+    process = stage.command(f"delete web1 s2 --merge {way} --limit 1M")
+    begun(stage, process, "s2")
+    with filled(stage.disks, 4 * MiB):
+        said = process.communicate(timeout=120)[0]
+        assert process.returncode == 8 and "gc web1" in said, said
+        stage.guest.writes_on()
+        assert stage.holds("s1") == wanted["s1"] and stage.holds("s3") == wanted["s3"]
+    assert len(stage.show()["pending"]) == 2
+    stage("gc web1")
+    stage.guest.writes_on()
+    assert stage.holds("s1") == wanted["s1"] and stage.holds("s3") == wanted["s3"]
+    assert len(stage.show()["layers"]) == 6
+    stage("stop web1")
+    flushed = stage.guest.flushed()
+    assert stage.holds("main") == (flushed, flushed)
+
+
+def begun(stage: Stage, process: subprocess.Popen[str], name: str) -> None:
+    """Wait until the merge goes on that follows when the name has gone."""
+    until = time.monotonic() + 60
+    while name in stage.names():
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1)
+
+
+# ---- what the guest does meanwhile --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["pull", pytest.param("commit", marks=LONG)])
+def test_the_guest_powers_off_in_the_middle_of_a_merge(stage: Stage, way: str) -> None:
+    """It is told; what had been flushed is there, and the merge is finished or waits."""
+    stage.start(raw=False)
+    wanted = snapshots(stage, 3, 30)
+    process = stage.command(f"delete web1 s2 --merge {way} --limit 64K")
+    begun(stage, process, "s2")
+    stage.guest.tell("end")
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 12 and "recover" in said, said
+    flushed = stage.guest.flushed()
+    stage("recover web1")
+    assert stage.show()["state"] == "off" and stage.holds("main") == (flushed, flushed)
+    stage("gc web1")
+    for name in ("s1", "s3"):
+        assert stage.holds(name) == wanted[name]
+    assert "s2" not in stage.names() and stage.show()["pending"] == []
+    stage.forgiven.add("leaks")
+    stage.sound()

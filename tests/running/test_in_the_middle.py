@@ -1,0 +1,96 @@
+"""What befalls a machine that runs in the middle of an operation: its monitor hangs up, it is reset, its guest ends."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from tests.kit.qmp import Qmp
+from tests.kit.steps import at_command, hanging_up
+from tests.kit.still import COMMAND, Still, placed
+
+LONG = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+
+class TwoMonitors(Still):
+    """The machine with a monitor of the test's own besides."""
+
+    def start_command(self) -> str:
+        return f"{COMMAND} -qmp unix:{self.folder}/second,server=on,wait=off"
+
+    def second(self) -> Qmp:
+        return Qmp(self.folder / "second")
+
+
+def made(folder: Path) -> TwoMonitors:
+    """The machine, with s1, s2 and s3, m with memory, and writing after the first three; it runs."""
+    still = TwoMonitors(folder)
+    for number, word in enumerate(("c", ".d", "..e"), 1):
+        still(f"snapshot web1 s{number}")
+        still.write(word)
+    still("snapshot web1 m --memory")
+    with still.second() as qmp:
+        qmp("cont")
+    return still
+
+
+KEPT = {"s1": "b.......", "s2": "c.......", "s3": "cd......", "m": "cde.....", "main": "cde....."}
+LINES = (
+    "snapshot web1 new",
+    "snapshot web1 new --memory",
+    "delete web1 s2 --merge commit",
+    "delete web1 s3 --merge pull",
+    "delete web1 m --merge commit",
+    "revert web1 m",
+)
+
+
+def right(still: Still) -> None:
+    """Everything that is kept shows what it showed, and the machine runs."""
+    for name in still.names():
+        if name in KEPT:
+            assert still.shows(name) == KEPT[name], name
+    assert still.show()["state"] == "running"
+
+
+@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("stride", [31, pytest.param(3, marks=LONG)])
+def test_the_monitor_hangs_up_at_a_command(line: str, stride: int, *, after: bool) -> None:
+    """It is told, and recovery brings it to its end with the machine as it is: QEMU lives."""
+    for number in range(1 + len(line) % 7 if stride > 3 else 1, 400, stride):
+        with placed() as folder, pytest.MonkeyPatch.context() as patched:
+            still = made(folder)
+            came = at_command(patched, number, hanging_up(patched), after=after)
+            status = still.any(line)
+            patched.undo()
+            if not came():
+                assert status == 0
+                return
+            assert status in (0, 6, 7, 12), status
+            still("recover web1")
+            right(still)
+            still("gc web1")
+            right(still)
+            assert still.show()["pending"] == [] and still.jobs() == {}
+            still.sound()
+
+
+@pytest.mark.parametrize(("line", "status"), [("delete web1 s2 --merge commit", 0), ("delete web1 s3 --merge pull", 0)])
+def test_the_machine_is_reset_in_a_merge(line: str, status: int) -> None:
+    """Its devices begin anew, and the merge goes on."""
+    with placed() as folder:
+        still = made(folder)
+        process = still.command(f"{line} --limit 32K")
+        with still.second() as qmp:
+            until = time.monotonic() + 30
+            while not qmp("query-jobs"):
+                assert time.monotonic() < until and process.poll() is None
+                time.sleep(0.01)
+            qmp("system_reset")
+        said = process.communicate(timeout=60)[0]
+        assert process.returncode == status, said
+        right(still)
+        assert still.show()["pending"] == []
+        still.sound()

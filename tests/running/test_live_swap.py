@@ -1,0 +1,246 @@
+"""Merging by shared blocks in a QEMU that runs, attacked: killed at its calls, and again while it is recovered, twice;
+QEMU dead at any command; stopped at any; no room; very deep chains; on XFS and on btrfs.
+
+QEMU is real, with no guest in it; the test writes to its disk as the guest would.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.kit import images
+from tests.kit.scene import SLOT, SLOTS, Scene
+from tests.kit.space import filled, mounted
+from tests.kit.stage import kill_and_wait, killed_at
+from tests.kit.steps import at_command, hanging_up
+from tests.kit.still import Still, placed
+
+from snaptree.errors import SnaptreeError
+from snaptree.machines.connection import Connection
+from snaptree.model.tree import MAX_CHAIN
+from snaptree.planning.delete import DeleteRequest
+
+NO_SPACE = 8
+LONG = [pytest.mark.slow, pytest.mark.timeout(3600)]
+MIDDLE, TIP = "in the middle", "into the running tip"
+
+
+class Line:
+    """A machine that runs, with a first snapshot, a middle one and a last, and what each shows.
+
+    Each turn deletes one and takes another, so that all begin alike.
+    """
+
+    def __init__(self, still: Still, where: str = MIDDLE) -> None:
+        self.still, self.where = still, where
+        self.number = 0
+        self.shown = "b......."
+        self.held: dict[str, str] = {}
+        for _ in range(2):
+            self.grow()
+
+    def write(self) -> None:
+        """Write another letter to the next place, on every disk."""
+        at, letter = self.number % SLOTS, "cdefghijklmnopqrstuvwxyz"[self.number % 24]
+        self.number += 1
+        for disk in self.still.targets:
+            self.still.write("." * at + letter, disk)
+        self.shown = self.shown[:at] + letter + self.shown[at + 1 :]
+
+    def grow(self) -> None:
+        """Take a snapshot, and write."""
+        name = f"n{self.number}"
+        self.still(f"snapshot web1 {name}")
+        self.held[name] = self.shown
+        self.write()
+
+    def begin(self) -> str:
+        """The snapshot that is to go in this turn."""
+        while len(self.held) < (3 if self.where == MIDDLE else 2):
+            self.grow()
+        return sorted(self.held, key=lambda name: int(name[1:]))[1]
+
+    @property
+    def line(self) -> str:
+        """The command that is attacked."""
+        return f"delete web1 {self.begin()} --merge reflink"
+
+    def right(self) -> None:
+        """Everything kept shows what it showed; QEMU can write, and has open what the tree says."""
+        still = self.still
+        names = still.names()
+        for gone in self.held.keys() - names.keys():
+            del self.held[gone]
+        assert self.held.keys() | {"main"} == names.keys()
+        if still.show()["state"] == "off":
+            still("start web1")
+        self.write()
+        for disk in still.targets:
+            for name, word in {**self.held, "main": self.shown}.items():
+                assert still.shows(name, disk) == word, (name, disk)
+        assert opened(still) == {each["path"] for each in still.show()["layers"]}
+
+    def settled(self) -> bool:
+        """Bring what has begun to its end, and see that all is right then; whether the snapshot has gone."""
+        before = len(self.held)
+        self.still("recover web1")
+        self.right()
+        self.still("gc web1")
+        self.right()
+        assert not [each for each in self.still.show()["pending"] if "has stopped" not in each]
+        self.still.sound()
+        return len(self.held) < before
+
+
+def opened(still: Still) -> set[str]:
+    """The images that QEMU has open."""
+    with still.qmp() as qmp:
+        nodes = qmp("query-named-block-nodes", flat=True)
+    return {each["file"] for each in nodes if each["drv"] == "file"}
+
+
+@pytest.fixture(params=["xfs", "btrfs"])
+def place(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A folder on a file system that shares blocks."""
+    with placed() as folder, mounted(folder, request.param, 320 << 20) as found:
+        yield found
+        kill_and_wait(found)
+
+
+WHERE = [MIDDLE, TIP]
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("stride", [23, pytest.param(1, marks=LONG)])
+def test_killed_at_its_calls_and_again_in_recovery(place: Path, where: str, stride: int) -> None:
+    """Recovery is killed twice as well, at other calls each time; every second time QEMU dies with the first."""
+    line, when, gone, again = Line(Still(place), where), 1, 0, 0
+    while killed_at(line.still, when, line.line):
+        if when // stride % 2:
+            line.still.kill_every_qemu()
+        for call in (1 + when * 7 % 23, 1 + when * 5 % 17):
+            again += killed_at(line.still, call, "recover web1")
+        gone += line.settled()
+        when += stride
+    assert gone > 0 and when > 40
+    print(f"killed at {when // stride} calls, {again} times again, done all the same {gone} times")
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("how", ["dies", pytest.param("closes", marks=LONG)])
+@pytest.mark.parametrize("stride", [19, pytest.param(1, marks=LONG)])
+def test_qemu_dies_or_hangs_up_at_a_command(
+    place: Path, where: str, stride: int, how: str, monkeypatch: pytest.MonkeyPatch, *, after: bool
+) -> None:
+    """When it has died the files are believed; what it had flushed is there."""
+    line, number = Line(Still(place), where), 1 + stride // 2
+    while True:
+        words = line.line
+        with monkeypatch.context() as patched:
+            work = line.still.kill_every_qemu if how == "dies" else hanging_up(patched)
+            came = at_command(patched, number, work, after=after)
+            status = line.still.any(words)
+        if not came():
+            assert status == 0
+            break
+        assert status != 1, "unforeseen"
+        line.settled()
+        number += stride
+    assert number > stride
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("stride", [17, pytest.param(1, marks=LONG)])
+def test_stopped_by_its_user_at_a_command(
+    place: Path, where: str, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is done, or undone and waits."""
+    line, number, stopped = Line(Still(place), where), 1 + stride // 2, 0
+    while True:
+        target, stop = line.begin(), threading.Event()
+        with monkeypatch.context() as patched:
+            came = at_command(patched, number, stop.set, after=False)
+            machine = Connection(str(line.still.state)).machine("web1")
+            try:
+                machine.run(DeleteRequest((target,), merge="reflink"), cancelled=stop)
+            except SnaptreeError as error:
+                assert error.code == "cancelled", error
+                stopped += 1
+        machine.database.close()
+        if not came():
+            break
+        assert not any("interrupted" in each for each in line.still.show()["pending"])
+        line.right()
+        line.settled()
+        number += stride
+    assert stopped > 0
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("where", WHERE)
+def test_no_room(place: Path, where: str) -> None:
+    """Nothing is begun, or it is undone; with room it is done."""
+    line, statuses = Line(Still(place), where), set[int]()
+    for kibibytes in (0, 16, 64, 200, 1000):
+        words = line.line
+        with filled(place, kibibytes << 10):
+            statuses.add(line.still.any(words))
+        # What the machine writes needs room as well.
+        line.right()
+        line.settled()
+    assert NO_SPACE in statuses and statuses <= {0, NO_SPACE}
+
+
+@pytest.mark.root
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_very_deep_chain(place: Path) -> None:
+    """Layers are merged in the middle, many at once, and in another way where the tip cannot be frozen."""
+    still = Deep(place)
+    assert len(still.show()["layers"]) == MAX_CHAIN
+    layers = [each["path"] for each in still.show()["layers"]]
+    assert opened(still) == set(layers)
+    still.write("x")
+    middle = [still.disks / f"layer{number}.qcow2" for number in (90, 100)]
+    plan = still(f"squash web1 --disk vda --base {middle[0]} --top {middle[1]} --merge reflink --plan --json").json
+    assert plan["way"] == "reflink", plan
+    # The tip is as deep as may be: no overlay can be put on it.
+    said = still(f"squash web1 --disk vda --base {still.disks}/layer190.qcow2 --plan --json").json
+    assert "reflink" not in (said["way"] or ""), said
+    still(f"squash web1 --disk vda --base {middle[0]} --top {middle[1]} --merge reflink")
+    assert len(still.show()["layers"]) == MAX_CHAIN - 10 and still.shows() == "x" + still.word[1:]
+    still("snapshot web1 s1")
+    still.write(".y")
+    for line in ("gc web1", "delete web1 s1 --merge reflink", "squash web1 --merge reflink"):
+        still(line)
+        still.write("..z")
+        assert still.shows() == "xyz" + still.word[3:]
+        assert opened(still) == {each["path"] for each in still.show()["layers"]}
+    assert len(still.show()["layers"]) <= 2
+    still.sound()
+
+
+class Deep(Still):
+    """A chain as deep as may be, made by hand, with a letter in each of its layers."""
+
+    def __init__(self, folder: Path) -> None:
+        Scene.__init__(self, folder)
+        below: Path | None = None
+        self.word = ""
+        for number in range(MAX_CHAIN):
+            path = self.disks / f"layer{number}.qcow2"
+            images.create(path, SLOTS * SLOT, backing=(below, "qcow2") if below is not None else None)
+            letter = chr(ord("a") + number % 26)
+            self.fill(path, "qcow2", "." * (number % SLOTS) + letter)
+            below = path
+            self.word = (self.word + "." * SLOTS)[:SLOTS]
+            at = number % SLOTS
+            self.word = self.word[:at] + letter + self.word[at + 1 :]
+        self.look_after([f"vda={path}"], "--adopt")
