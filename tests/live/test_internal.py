@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
 
 import pytest
 from tests.kit.stage import Stage, killed_around, killed_at, processes_of
+from tests.live.test_memory import cancelled
 
 from snaptree.images.facts import read_facts
 from snaptree.qemu import memory
-from snaptree.qemu.memory import Followed
-from snaptree.qemu.session import QmpSession
 
 STALL_SECONDS = 2.0
 """A record may take no longer, whatever is killed: a second, and what an emulated guest on a busy machine adds."""
@@ -171,11 +168,6 @@ def test_memory_that_is_not_saved_leaves_no_internal_point(
     guest = stage.start(raw=raw)
     guest.writes_on()
     before = stage.files()
-
-    async def cancelled(qmp: QmpSession, followed: Followed) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        followed.look(qmp.name, await memory.query(qmp))
-
     with monkeypatch.context() as patched:
         patched.setattr(memory, "until_done", cancelled)
         stage("snapshot web1 s1 --internal --memory", status=130)

@@ -172,16 +172,17 @@ def test_a_device_that_cannot_be_saved(stage: Stage) -> None:
     stage.finish()
 
 
+async def cancelled(qmp: QmpSession, followed: Followed) -> None:
+    """Waiting until memory is saved, and being interrupted by the user."""
+    os.kill(os.getpid(), signal.SIGINT)
+    followed.look(qmp.name, await memory.query(qmp))
+
+
 def test_cancelled_while_memory_is_saved(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is undone: the guest writes where it wrote before."""
     guest = stage.start(raw=False)
     guest.writes_on()
     before = stage.files(), settings(stage)
-
-    async def cancelled(qmp: QmpSession, followed: Followed) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        followed.look(qmp.name, await memory.query(qmp))
-
     with monkeypatch.context() as patched:
         patched.setattr(memory, "until_done", cancelled)
         stage("snapshot web1 s1 --memory", status=130)

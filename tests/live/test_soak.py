@@ -77,12 +77,12 @@ class Soak:
 
     def snapshot(self) -> None:
         name = self._fresh()
-        self.stage(f"snapshot web1 {name}")
+        self.stage(f"snapshot web1 {name} {self.chance.choice(('', '', '--internal'))}")
         self.held[name] = self.stage.holds(name)
 
     def remember(self) -> None:
         name = self._fresh()
-        self.stage(f"snapshot web1 {name} --memory")
+        self.stage(f"snapshot web1 {name} --memory {self.chance.choice(('', '--internal'))}")
         self.held[name] = self.stage.holds(name)
         self.memories.add(name)
 

@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import replace
 
 from tests.kit.simulated import survey
-from tests.planning.test_random_plans import Journey
+from tests.planning.test_random_plans import Journey, travel
 
 from snaptree.model.live import Live
 from snaptree.model.survey import Survey
@@ -66,21 +65,11 @@ class LiveJourney(Journey):
 
 
 def test_random_operations_while_it_runs_keep_everything_after_every_step() -> None:
-    wanted = int(os.environ.get("SNAPTREE_LIVE_PLANS", "12000"))
-    number = int(os.environ.get("SNAPTREE_SEED", "0") or "0") or 1
     done: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
-    while sum(done.values()) < wanted:
-        journey = LiveJourney(number)
-        try:
-            for _ in range(60):
-                journey.step()
-        except BaseException as error:
-            error.add_note(f"seed {number}, SNAPTREE_LIVE_PLANS=1:\n  " + "\n  ".join(journey.story[-25:]))
-            raise
+    for journey in travel(LiveJourney, "SNAPTREE_LIVE_PLANS", "12000"):
         done += journey.done
         kinds += journey.kinds
-        number += 1
     print(dict(done), dict(kinds))
     for kind in (*LIVE, "live-snapshot internal", "delete-internal", "build-from-point"):
-        assert kinds[kind] > wanted // 2000, kinds
+        assert kinds[kind] > sum(done.values()) // 2000, kinds

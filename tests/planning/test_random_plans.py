@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import TypeVar
 
 from tests.kit.simulated import CELL, Disk, Runner, measured, measured_point, point_shows, survey
 
@@ -28,6 +30,7 @@ from snaptree.planning.sweep import SquashRequest
 from snaptree.planning.unmeasured import Unmeasured
 from snaptree.planning.verbs import DeleteBranchRequest, GcRequest, RenameRequest, Request, plan
 
+J = TypeVar("J", bound="Journey")
 Truth = dict[str, dict[str, tuple[int, ...]]]
 
 
@@ -236,20 +239,27 @@ class Journey:
         self.settled()
 
 
-def test_random_plans_keep_everything_after_every_step() -> None:
-    wanted = int(os.environ.get("SNAPTREE_PLANS", "20000"))
+def travel(kind: Callable[[int], J], variable: str, usual: str) -> Iterator[J]:
+    """Journeys, one after the other, until as many operations are done as the environment's variable says."""
+    left = int(os.environ.get(variable, usual))
     number = int(os.environ.get("SNAPTREE_SEED", "0") or "0") or 1
-    done: Counter[str] = Counter()
-    while sum(done.values()) < wanted:
-        journey = Journey(number)
+    while left > 0:
+        journey = kind(number)
         try:
             for _ in range(60):
                 journey.step()
         except BaseException as error:
-            error.add_note(f"seed {number}, SNAPTREE_PLANS=1:\n  " + "\n  ".join(journey.story[-25:]))
+            error.add_note(f"seed {number}, {variable}=1:\n  " + "\n  ".join(journey.story[-25:]))
             raise
-        done += journey.done
+        left -= sum(journey.done.values())
         number += 1
+        yield journey
+
+
+def test_random_plans_keep_everything_after_every_step() -> None:
+    done: Counter[str] = Counter()
+    for journey in travel(Journey, "SNAPTREE_PLANS", "20000"):
+        done += journey.done
     print(dict(done))
     assert len(done) >= 10, done
 

@@ -16,6 +16,7 @@ from tests.kit.programs import dies
 from tests.kit.scene import SLOT
 from tests.kit.space import held
 from tests.kit.still import Still, standing
+from tests.running.test_live import cutting
 
 from snaptree.qemu.session import QmpSession
 from snaptree.running.journal import Journal
@@ -324,6 +325,22 @@ def at_entry(number: int) -> Callable[[Callable[[], None]], None]:
             setattr(Journal, name, entered)
 
     return arrange
+
+
+def test_qemu_died_when_it_had_taken_one_of_two() -> None:
+    """What is not there on all disks is there on none."""
+    with standing(3, raw=True) as still:
+        still.killed("snapshot web1 s1 --internal", partial(cutting, before=True))
+        still.kill_qemu()
+        images.run("qemu-img", "snapshot", "-c", "s1", still.disks / "vda.qcow2")
+        still("recover web1")
+        assert still.tags() == {} and set(still.names()) == {"main"}
+        assert {still.shows(disk=disk) for disk in still.targets} == {"b......."}
+        assert still.files() == {"vda.qcow2", "vdb.qcow2", "vdc.raw"}
+        right(still)
+        still("start web1")
+        still("snapshot web1 s1 --internal")
+        assert still.tags() == {"vda.qcow2": {"s1"}, "vdb.qcow2": {"s1"}}
 
 
 Arrange: TypeAlias = Callable[[Callable[[], None]], None]
