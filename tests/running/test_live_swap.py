@@ -6,6 +6,7 @@ QEMU is real, with no guest in it; the test writes to its disk as the guest woul
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -189,7 +190,7 @@ def test_stopped_by_its_user_at_a_command(
 
 @pytest.mark.root
 @pytest.mark.parametrize(("kind", "where"), cases())
-def test_no_room(place: Path, where: str) -> None:
+def test_no_room(place: Path, kind: str, where: str) -> None:
     """Nothing is begun, or it is undone; with room it is done."""
     line, statuses = Line(Still(place), where), set[int]()
     for kibibytes in (0, 16, 64, 200, 1000):
@@ -200,7 +201,9 @@ def test_no_room(place: Path, where: str) -> None:
         line.right()
         line.settled()
     # What snaptree keeps is on the same disk.
-    assert statuses & {NO_SPACE, NO_STATE} and statuses <= {0, NO_SPACE, NO_STATE}
+    assert statuses <= {0, NO_SPACE, NO_STATE}
+    # btrfs has kept some for itself, which is enough for shared blocks.
+    assert kind == "btrfs" or NO_SPACE in statuses
 
 
 @pytest.mark.root
@@ -239,14 +242,14 @@ class Deep(Still):
     def __init__(self, folder: Path) -> None:
         Scene.__init__(self, folder)
         below: Path | None = None
-        self.word = ""
+        self.word = "." * SLOTS
         for number in range(MAX_CHAIN):
-            path = self.disks / f"layer{number}.qcow2"
-            images.create(path, SLOTS * SLOT, backing=(below, "qcow2") if below is not None else None)
-            letter = chr(ord("a") + number % 26)
-            self.fill(path, "qcow2", "." * (number % SLOTS) + letter)
+            path, at, letter = self.disks / f"layer{number}.qcow2", number % SLOTS, chr(ord("a") + number % 26)
+            words = ["-u", "-b", below.name, "-F", "qcow2"] if below is not None else []
+            # What is below is opened by neither: it takes a while with so many.
+            images.run("qemu-img", "create", "-q", "-f", "qcow2", *words, path, str(SLOTS * SLOT))
+            alone = json.dumps({"driver": "qcow2", "file": {"driver": "file", "filename": str(path)}, "backing": None})
+            images.run("qemu-io", "-c", f"write -P {ord(letter)} {at * SLOT} {SLOT}", f"json:{alone}")
             below = path
-            self.word = (self.word + "." * SLOTS)[:SLOTS]
-            at = number % SLOTS
             self.word = self.word[:at] + letter + self.word[at + 1 :]
         self.look_after([f"vda={path}"], "--adopt")
