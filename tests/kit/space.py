@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import subprocess
 from collections.abc import Iterator
@@ -45,8 +46,18 @@ def filled(folder: Path, leave: int) -> Iterator[Path]:
     # What is still to be written has no room of its own yet.
     subprocess.run(["sync", "-f", folder], check=True)
     free = os.statvfs(folder)
+    size = max(1, free.f_bfree * free.f_frsize - leave)
     with path.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, max(1, free.f_bfree * free.f_frsize - leave))
+        while True:
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                # Some of what is free nobody is given: ext4 and btrfs keep it for themselves.
+                if error.errno != errno.ENOSPC or size <= 1 << 20:
+                    raise
+                size -= 1 << 20
+            else:
+                break
     try:
         yield path
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import socket
@@ -41,19 +42,17 @@ def at_command(
 
 def hanging_up(patched: pytest.MonkeyPatch) -> Callable[[], None]:
     """What ends snaptree's sessions with monitors, while QEMU lives on."""
-    attach, descriptors = RunningQemu.attach, list[int]()
+    attach, sessions = RunningQemu.attach, list[RunningQemu]()
 
     async def attached(path: str, *words: Any) -> RunningQemu | None:
         qemu = await attach(path, *words)
-        if qemu is not None:
-            descriptors.append(os.dup(qemu.descriptor))
+        sessions.extend([qemu] if qemu is not None else [])
         return qemu
 
     def work() -> None:
-        for each in descriptors:
-            with socket.socket(fileno=each) as connection:
+        for each in sessions:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(each.descriptor)) as connection:
                 connection.shutdown(socket.SHUT_RDWR)
-        descriptors.clear()
 
     patched.setattr(RunningQemu, "attach", attached)
     return work

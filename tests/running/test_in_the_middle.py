@@ -29,9 +29,9 @@ def made(folder: Path) -> TwoMonitors:
     for number, word in enumerate(("c", ".d", "..e"), 1):
         still(f"snapshot web1 s{number}")
         still.write(word)
-    still("snapshot web1 m --memory")
     with still.second() as qmp:
         qmp("cont")
+    still("snapshot web1 m --memory")
     return still
 
 
@@ -46,17 +46,20 @@ LINES = (
 )
 
 
-def right(still: Still) -> None:
+def right(still: Still, **more: str) -> None:
     """Everything that is kept shows what it showed, and the machine runs."""
-    for name in still.names():
-        if name in KEPT:
-            assert still.shows(name) == KEPT[name], name
+    wanted = {**KEPT, **more}
+    for name in wanted.keys() & still.names().keys():
+        assert still.shows(name) == wanted[name], name
     assert still.show()["state"] == "running"
 
 
-@pytest.mark.parametrize("line", LINES)
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("stride", [31, pytest.param(3, marks=LONG)])
+EVERY = [pytest.param(line, 3, after, marks=LONG) for line in LINES for after in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("line", "stride", "after"), [("snapshot web1 new --memory", 37, False), ("revert web1 m", 61, True), *EVERY]
+)
 def test_the_monitor_hangs_up_at_a_command(line: str, stride: int, *, after: bool) -> None:
     """It is told, and recovery brings it to its end with the machine as it is: QEMU lives."""
     for number in range(1 + len(line) % 7 if stride > 3 else 1, 400, stride):
@@ -69,16 +72,22 @@ def test_the_monitor_hangs_up_at_a_command(line: str, stride: int, *, after: boo
                 assert status == 0
                 return
             assert status in (0, 6, 7, 12), status
+            # It goes on at once, not only when it is recovered.
+            with still.second() as qmp:
+                assert qmp("query-status")["running"], (number, status)
+            still.write("...z")
             still("recover web1")
-            right(still)
+            right(still, main="cdez....")
             still("gc web1")
-            right(still)
+            right(still, main="cdez....")
             assert still.show()["pending"] == [] and still.jobs() == {}
             still.sound()
 
 
-@pytest.mark.parametrize(("line", "status"), [("delete web1 s2 --merge commit", 0), ("delete web1 s3 --merge pull", 0)])
-def test_the_machine_is_reset_in_a_merge(line: str, status: int) -> None:
+@pytest.mark.parametrize(
+    "line", ["delete web1 s2 --merge commit", pytest.param("delete web1 s3 --merge pull", marks=LONG)]
+)
+def test_the_machine_is_reset_in_a_merge(line: str) -> None:
     """Its devices begin anew, and the merge goes on."""
     with placed() as folder:
         still = made(folder)
@@ -90,7 +99,7 @@ def test_the_machine_is_reset_in_a_merge(line: str, status: int) -> None:
                 time.sleep(0.01)
             qmp("system_reset")
         said = process.communicate(timeout=60)[0]
-        assert process.returncode == status, said
+        assert process.returncode == 0, said
         right(still)
         assert still.show()["pending"] == []
         still.sound()

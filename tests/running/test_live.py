@@ -47,6 +47,33 @@ def test_killed_as_the_guest_goes_on_in_the_overlay(still: Still, *, before: boo
     still.sound()
 
 
+def test_the_memory_of_a_machine_that_has_never_run(still: Still) -> None:
+    """QEMU would end itself were it to save that in the background."""
+    with still.qmp() as qmp:
+        assert qmp("query-status")["status"] == "prelaunch"
+    still("snapshot web1 s1 --memory")
+    # What that leaves it in QEMU cannot be saved from once more.
+    before = still.files()
+    assert "until the machine has run" in still("snapshot web1 s2 --memory", status=6).err
+    assert still.files() == before
+    with still.qmp() as qmp:
+        qmp("cont")
+    still.write(".x")
+    still("revert web1 s1 --keep-as idea")
+    assert still.show()["state"] == "paused" and still.shows("idea") == "bx......"
+    # It has loaded and not run; its images are not in use yet.
+    still("snapshot web1 s3")
+    still("delete web1 s3")
+    with still.qmp() as qmp:
+        qmp("cont")
+    still.write("z")
+    still("switch web1 idea")
+    assert still.show()["state"] == "running"
+    assert (still.shows("s1"), still.shows("main")) == ("b.......", "z.......")
+    still.kill_qemu()
+    still.sound()
+
+
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 def test_a_qemu_that_does_not_answer_is_not_taken_for_dead(
     still: Still, *, before: bool, monkeypatch: pytest.MonkeyPatch

@@ -186,6 +186,23 @@ def test_c11_firmware_state_goes_with_snapshots_and_branches(scene: Scene) -> No
     scene.sound()
 
 
+def test_c11_what_only_firmware_has_written_is_kept(web1: Scene) -> None:
+    nvram = web1.folder / "vars.fd"
+    nvram.write_text("boot: disk")
+    web1(f"set web1 --nvram {nvram}")
+    web1("snapshot web1 s1")
+    web1("revert web1 s1")
+    assert set(web1.names()) == {"s1", "main"}
+    nvram.write_text("boot: network")
+
+    web1("revert web1 s1")
+
+    assert nvram.read_text() == "boot: disk" and set(web1.names()) == {"s1", "main", "main.1"}
+    web1("switch web1 main.1")
+    assert nvram.read_text() == "boot: network"
+    web1.sound()
+
+
 def test_c12_going_back_keeps_the_work(web1: Scene) -> None:
     web1("snapshot web1 s1")
     web1.write(".work")

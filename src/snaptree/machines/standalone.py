@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from snaptree.errors import BusyError, NotFoundError, OutrunError, RefusedError, SnaptreeError
+from snaptree.errors import BusyError, NotFoundError, OutrunError, RefusedError, SnaptreeError, ToolError
 from snaptree.images import durable
 from snaptree.images.locks import MachineLock
 from snaptree.machines.finding import find_disk
@@ -276,8 +276,12 @@ class Standalone:
                     outcome = await run(plan, qemu=qemu, still=still)
                 except OutrunError as error:
                     outcome = await pull_instead(self, error, plan, request, partial(run, qemu=qemu), lock, qemu)
-                except BaseException:
-                    if not operations.unfinished(self.database, self.name):
+                except BaseException as error:
+                    if isinstance(error, ToolError) and qemu is not None and not await qemu.answers():
+                        # The guest may stand still, or its requests wait, until that has been brought to an end.
+                        with suppress(SnaptreeError):
+                            await self.settle(lock, control)
+                    elif not operations.unfinished(self.database, self.name):
                         if gone is not None:
                             await gone.start(self, gone.before)
                         elif qemu is not None and isinstance(request, SnapshotRequest):

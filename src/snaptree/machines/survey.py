@@ -71,7 +71,10 @@ def _firmware_changed(config: MachineConfig, tree: Tree) -> bool:
     parent = tree.active_branch.parent
     live = dict(config.firmware)
     copies = tree.snapshots[parent].firmware if parent is not None and live else ()
-    return any(each.role in live and not small.same(live[each.role], each.path) for each in copies)
+    # What may not be read may not be copied either: an operation that had to is refused.
+    with suppress(OSError):
+        return any(each.role in live and not small.same(live[each.role], each.path) for each in copies)
+    return False
 
 
 def _facts_of(tree: Tree, number: LayerId) -> LayerFacts:

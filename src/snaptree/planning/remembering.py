@@ -78,7 +78,7 @@ def require_open(found: Saveable) -> None:
     :raise RefusedError: a device is in the way.
     """
     if found.obstacle:
-        hint = "take the snapshot without --memory, or take the device away"
+        hint = "leave the memory out, or see to that first"
         raise RefusedError(f"the memory cannot be saved: {found.obstacle}", hint)
 
 

@@ -100,7 +100,9 @@ async def saveable(qemu: RunningQemu) -> Saveable:
     """What its monitor says of a running machine's memory."""
     needs = await describe(qemu)
     state: Any = await qemu.qmp.execute("query-migrate")
-    reasons = state.get("blocked-reasons", []) if isinstance(state, dict) else []
+    reasons = list(state.get("blocked-reasons", [])) if isinstance(state, dict) else []
+    if await qemu.run_state() == "postmigrate":
+        reasons.append("it has been saved already, and QEMU saves no more until the machine has run")
     ram = int(needs["RAM"].split()[0])
     forms = memory.forms_known(await memory.settings(qemu.qmp))
     return Saveable(ram, min(ram, _resident(qemu.pid, ram)), needs, forms, "; ".join(map(str, reasons)))

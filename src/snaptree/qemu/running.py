@@ -92,6 +92,14 @@ class RunningQemu:
         except (TypeError, KeyError) as error:
             raise ToolError(f"{self.qmp.name} gave no status that makes sense: {str(answer)[:200]}") from error
 
+    async def answers(self) -> bool:
+        """Whether it still answers on this session."""
+        try:
+            await self.run_state()
+        except ToolError:
+            return False
+        return True
+
     async def state(self) -> str:
         """``running``, or ``paused`` for whatever else keeps the guest from running."""
         return RUNNING if await self.run_state() == "running" else PAUSED

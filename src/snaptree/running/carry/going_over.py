@@ -198,11 +198,11 @@ async def _take_over(step: GoOver, context: Context, old: RunningQemu, new: Runn
                 await _save(step.save, context, old, before)
             await _begin(step, context, new)
         except BaseException:
-            await memory.abandon(old.qmp)
             with suppress(SnaptreeError):
-                await standing.go_on(old, running=running)
-            with suppress(SnaptreeError):
-                await memory.restore(old.qmp, before)
+                async with standing.answering(old) as now:
+                    await memory.abandon(now.qmp)
+                    await standing.go_on(now, running=running)
+                    await memory.restore(now.qmp, before)
             raise
         if new is not None:
             context.paused = time.monotonic() - begun
@@ -242,6 +242,10 @@ async def _finish(step: GoOver, context: Context, new: RunningQemu | None) -> No
         firmware.settle(step.load.firmware, context)
     if new is not None:
         new.path = step.monitor
+        if step.after != RUNNING and "blockdev-set-active" in await new.commands():
+            # Its images are not in use before it runs (QEMU 10), and nothing could be merged until then.
+            with suppress(SnaptreeError):
+                await new.qmp.execute("blockdev-set-active", active=True)
     elif step.load is not None or old is not None:
         durable.remove_small(step.monitor)
     context.qemu = new

@@ -10,6 +10,7 @@ from snaptree.errors import SnaptreeError, ToolError
 from snaptree.images import durable
 from snaptree.images.inode import inode_of, is_still
 from snaptree.images.rights import keep_private
+from snaptree.model.live import PAUSED
 from snaptree.model.memory import BACKGROUND, PLAIN
 from snaptree.planning.memory_steps import SaveMemory
 from snaptree.qemu import memory
@@ -146,18 +147,20 @@ class _Saving:
         """
         if form != BACKGROUND:
             return form
-        await self.qemu.qmp.execute("migrate", uri=self.uri)
-        try:
-            await memory.until_instant(self.qemu.qmp, form, self.followed)
-        except ToolError as error:
-            await memory.abandon(self.qemu.qmp)
-            await memory.quiet(self.qemu)
-            left = tuple(each for each in forms if each != BACKGROUND)
-            form = await choose(self.qemu, self.before, left or (PLAIN,), self.context)
-            self.context.said.append(f"the memory was saved while the guest waited: {error.message}")
+        # From any other state, as one that has never run, QEMU 10.0.2 ends itself: "invalid runstate transition".
+        if await self.qemu.run_state() == PAUSED:
+            await self.qemu.qmp.execute("migrate", uri=self.uri)
+            try:
+                await memory.until_instant(self.qemu.qmp, form, self.followed)
+                return form
+            except ToolError as error:
+                await memory.abandon(self.qemu.qmp)
+                await memory.quiet(self.qemu)
+                self.context.said.append(f"the memory was saved while the guest waited: {error.message}")
             durable.set_length(self.descriptor, 0, "the memory file")
             os.lseek(self.descriptor, 0, os.SEEK_SET)
-        return form
+        left = tuple(each for each in forms if each != BACKGROUND)
+        return await choose(self.qemu, self.before, left or (PLAIN,), self.context)
 
     async def begin(self, form: str) -> None:
         """Save in another form, with the disks frozen: when all is saved QEMU has closed them."""

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from snaptree.errors import SnaptreeError
+from snaptree.errors import SnaptreeError, ToolError
 from snaptree.model.live import RUNNING
 from snaptree.planning.live_steps import Kept
 from snaptree.qemu import memory
@@ -37,10 +37,11 @@ async def standing_still(qemu: RunningQemu, about: str, context: Context, *, sav
     try:
         yield
     except BaseException:
-        if saves:
-            await memory.abandon(qemu.qmp)
         with suppress(SnaptreeError):
-            await go_on(qemu, running=running)
+            async with answering(qemu) as now:
+                if saves:
+                    await memory.abandon(now.qmp)
+                await go_on(now, running=running)
         raise
     await go_on(qemu, running=running)
     if running:
@@ -63,6 +64,22 @@ async def with_firmware(qemu: RunningQemu, copies: Iterable[Kept], about: str, c
             firmware.renew(copies, context)
             yield
         context.journal.note(about, PIVOT)
+
+
+@asynccontextmanager
+async def answering(qemu: RunningQemu) -> AsyncIterator[RunningQemu]:
+    """A session with the same QEMU: another one, where that has hung up and lives on.
+
+    :raise ToolError: there is none.
+    """
+    if await qemu.answers():
+        yield qemu
+        return
+    again = await RunningQemu.attach(qemu.path)
+    if again is None:
+        raise ToolError(f"{qemu.qmp.name} went away")
+    async with again:
+        yield again
 
 
 async def go_on(qemu: RunningQemu, *, running: bool) -> None:
