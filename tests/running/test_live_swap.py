@@ -106,7 +106,7 @@ def opened(still: Still) -> set[str]:
 @pytest.fixture
 def place(kind: str) -> Iterator[Path]:
     """A folder on a file system that shares blocks."""
-    with placed() as folder, mounted(folder, kind, 320 << 20) as found:
+    with placed() as folder, mounted(folder, kind, 1 << 30) as found:
         yield found
         kill_and_wait(found)
 
