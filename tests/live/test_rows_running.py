@@ -20,7 +20,7 @@ import pytest
 from tests.kit import guest, images
 from tests.kit.by_hand import by_hand
 from tests.kit.images import MiB
-from tests.kit.records import DISK_BYTES
+from tests.kit.records import DISK_BYTES, read_records
 from tests.kit.space import filled, mounted
 from tests.kit.stage import Stage
 from tests.live.test_delete import kept, snapshots
@@ -45,7 +45,6 @@ ELSEWHERE = {
 }
 NOT_RUNNING = {
     "b5": "an internal snapshot is deleted",
-    "b6": "an internal snapshot is stood on",
     "b7": "an internal snapshot is deleted",
     "b11": "an internal snapshot is taken",
     "c2": "an internal snapshot is gone back to",
@@ -123,6 +122,7 @@ def test_a1_b8_the_name_goes_and_the_files_stay_until_gc(started: Stage) -> None
     stage.finish()
 
 
+@LONG
 def test_a7_the_fork_goes_when_the_last_line_goes(lasting: Stage) -> None:
     """No sibling's layer is committed into; layers and the memory go with the last that needs them."""
     stage = lasting
@@ -215,6 +215,24 @@ def test_b4_a_snapshot_and_all_that_grew_from_it(started: Stage) -> None:
     assert len(stage.show()["layers"]) == 2
     assert stage.path("main", "vda").name == "vda.qcow2"
     stage.finish()
+
+
+@LONG
+def test_b6_an_external_one_that_has_an_internal_parent(stage: Stage) -> None:
+    """What the guest writes goes down into the layer that has it, which shows it as before."""
+    stage.add("--start", stage.boot.command(stage.folder), raw=False)
+    stage("snapshot web1 inner --internal")
+    stage("start web1")
+    stage.guest.go()
+    wanted = snapshots(stage, 2)
+    stage("delete web1 s1 --merge commit")
+    kept(stage, {"s2": wanted["s2"]})
+    stage("delete web1 s2")
+    kept(stage, {})
+    stage.finish()
+    assert stage.names()["inner"]["points"]["vda"]["path"] == str(stage.path("main", "vda"))
+    content = images.read(stage.path("inner", "vda"), "qcow2", "inner")
+    assert read_records(content, 0).prefix == 0
 
 
 def test_b10_a_disk_that_is_no_longer_there(stage: Stage) -> None:
@@ -411,7 +429,8 @@ def begun(stage: Stage, process: subprocess.Popen[str], name: str) -> None:
 # ---- what the guest does meanwhile --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["pull", pytest.param("commit", marks=LONG)])
+@LONG
+@pytest.mark.parametrize("way", ["pull", "commit"])
 def test_the_guest_powers_off_in_the_middle_of_a_merge(stage: Stage, way: str) -> None:
     """It is told; what had been flushed is there, and the merge is finished or waits."""
     stage.start(raw=False)

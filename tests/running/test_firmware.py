@@ -312,10 +312,10 @@ def test_killed_while_another_one_takes_over(firm: Firm, when: str, also: str) -
 LINES = ("snapshot web1 s2", "snapshot web1 s2 --memory", "revert web1 s1", "revert web1 s1 --no-memory")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(
-    ("line", "every"), quickly([*((line, 1) for line in LINES), ("revert web1 s1", 83)], ("revert web1 s1", 83))
-)
+@pytest.mark.parametrize("every", [83, 1])
+@pytest.mark.parametrize("line", LINES)
 def test_killed_at_its_calls(firm: Firm, line: str, every: int) -> None:
     """Wherever snaptree is killed, the variables are those of the line that the machine is on."""
     firm("snapshot web1 s1 --memory")

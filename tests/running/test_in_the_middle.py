@@ -57,9 +57,7 @@ def right(still: Still, **more: str) -> None:
 EVERY = [pytest.param(line, 3, after, marks=LONG) for line in LINES for after in (False, True)]
 
 
-@pytest.mark.parametrize(
-    ("line", "stride", "after"), [("snapshot web1 new --memory", 37, False), ("revert web1 m", 61, True), *EVERY]
-)
+@pytest.mark.parametrize(("line", "stride", "after"), [("snapshot web1 new --memory", 37, False), *EVERY])
 def test_the_monitor_hangs_up_at_a_command(line: str, stride: int, *, after: bool) -> None:
     """It is told, and recovery brings it to its end with the machine as it is: QEMU lives."""
     for number in range(1 + len(line) % 7 if stride > 3 else 1, 400, stride):
@@ -84,9 +82,8 @@ def test_the_monitor_hangs_up_at_a_command(line: str, stride: int, *, after: boo
             still.sound()
 
 
-@pytest.mark.parametrize(
-    "line", ["delete web1 s2 --merge commit", pytest.param("delete web1 s3 --merge pull", marks=LONG)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("line", ["delete web1 s2 --merge commit", "delete web1 s3 --merge pull"])
 def test_the_machine_is_reset_in_a_merge(line: str) -> None:
     """Its devices begin anew, and the merge goes on."""
     with placed() as folder:

@@ -106,7 +106,7 @@ def opened(still: Still) -> set[str]:
 @pytest.fixture
 def place(kind: str) -> Iterator[Path]:
     """A folder on a file system that shares blocks."""
-    with placed() as folder, mounted(folder, kind, 320 << 20) as found:
+    with placed() as folder, mounted(folder, kind, 1 << 30) as found:
         yield found
         kill_and_wait(found)
 
@@ -209,41 +209,43 @@ def test_no_room(place: Path, kind: str, where: str) -> None:
 @pytest.mark.root
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("kind", ["xfs"])
-def test_a_very_deep_chain(place: Path) -> None:
-    """Layers are merged in the middle, many at once, and in another way where the tip cannot be frozen."""
-    still = Deep(place)
-    assert len(still.show()["layers"]) == MAX_CHAIN
-    layers = [each["path"] for each in still.show()["layers"]]
-    assert opened(still) == set(layers)
-    still.write("x")
-    middle = [still.disks / f"layer{number}.qcow2" for number in (90, 100)]
-    plan = still(f"squash web1 --disk vda --base {middle[0]} --top {middle[1]} --merge reflink --plan --json").json
+@pytest.mark.parametrize(("kind", "depth"), [("xfs", 100), ("xfs", MAX_CHAIN)])
+def test_a_very_deep_chain(place: Path, depth: int) -> None:
+    """Layers are merged in the middle, many at once, and in another way where the tip cannot be frozen.
+
+    So deep, QEMU takes seconds to say what it has open: as deep as may be, only the plans are looked at.
+    """
+    still = Deep(place, depth)
+    middle = f"--base {still.disks}/layer{depth // 2}.qcow2 --top {still.disks}/layer{depth // 2 + 10}.qcow2"
+    plan = still(f"squash web1 --disk vda {middle} --merge reflink --plan --json").json
     assert plan["way"] == "reflink", plan
-    # The tip is as deep as may be: no overlay can be put on it.
-    said = still(f"squash web1 --disk vda --base {still.disks}/layer190.qcow2 --plan --json").json
-    assert "reflink" not in (said["way"] or ""), said
-    still(f"squash web1 --disk vda --base {middle[0]} --top {middle[1]} --merge reflink")
-    assert len(still.show()["layers"]) == MAX_CHAIN - 10 and still.shows() == "x" + still.word[1:]
+    if depth == MAX_CHAIN:
+        # No overlay can be put on the tip.
+        plan = still(f"squash web1 --disk vda --base {still.disks}/layer{depth - 10}.qcow2 --plan --json").json
+        assert plan["way"] and "reflink" not in plan["way"], plan
+        return
+    still.write("x")
+    still(f"squash web1 --disk vda {middle} --merge reflink")
+    assert len(still.show()["layers"]) == depth - 10 and still.shows() == "x" + still.word[1:]
     still("snapshot web1 s1")
     still.write(".y")
-    for line in ("gc web1", "delete web1 s1 --merge reflink", "squash web1 --merge reflink"):
+    for line in ("gc web1", "delete web1 s1 --merge reflink"):
         still(line)
         still.write("..z")
         assert still.shows() == "xyz" + still.word[3:]
         assert opened(still) == {each["path"] for each in still.show()["layers"]}
-    assert len(still.show()["layers"]) <= 2
+    assert len(still.show()["layers"]) == 1
     still.sound()
 
 
 class Deep(Still):
-    """A chain as deep as may be, made by hand, with a letter in each of its layers."""
+    """A chain of so many layers, made by hand, with a letter in each of them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, depth: int) -> None:
         Scene.__init__(self, folder)
         below: Path | None = None
         self.word = "." * SLOTS
-        for number in range(MAX_CHAIN):
+        for number in range(depth):
             path, at, letter = self.disks / f"layer{number}.qcow2", number % SLOTS, chr(ord("a") + number % 26)
             words = ["-u", "-b", below.name, "-F", "qcow2"] if below is not None else []
             # What is below is opened by neither: it takes a while with so many.

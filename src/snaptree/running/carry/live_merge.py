@@ -186,10 +186,10 @@ async def _go_over(qemu: RunningQemu, job: LiveJob, merging: Merging, context: C
 
 
 async def _close(qemu: RunningQemu, step: LiveMerge) -> None:
-    """Have QEMU close what was merged."""
+    """Have QEMU close what was merged. Of a chain that is as deep as may be it takes seconds to read the graph."""
+    graph = await qemu.graph()
     for job in step.jobs:
         for path, _ in reversed(job.gone):
-            graph = await qemu.graph()
             inode = inode_at(path) if os.path.exists(path) else None
             formats = [node.name for node in graph.opened(inode)] if inode is not None else []
             files = [node.name for node in graph.nodes.values() if inode is not None and node.inode == inode]

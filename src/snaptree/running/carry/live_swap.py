@@ -199,13 +199,16 @@ def _options(qemu: RunningQemu, graph: BlockGraph, node: Node) -> dict[str, Any]
 
 
 async def _close(qemu: RunningQemu, swap: Swap, context: Context) -> None:
-    """Have QEMU close what it has no use for: what was built under its hidden name, and the row, top first."""
+    """Have QEMU close what it has no use for: what was built under its hidden name, and the row, top first.
+
+    The graph is read once: of a chain that is as deep as may be that takes seconds.
+    """
     paths = [durable.temporary_path(swap.upper, context.token), *(path for path, _ in reversed(swap.row))]
+    graph = await qemu.graph()
+    current = graph.below(_child(graph, swap))
+    assert current is not None
+    kept = {current.name, current.file}
     for path in paths:
-        graph = await qemu.graph()
-        current = graph.below(_child(graph, swap))
-        assert current is not None
-        kept = {current.name, current.file}
         formats = [node.name for node in _others(graph, path, frozenset()) if node.name not in kept]
         files = [node.name for node in graph.nodes.values() if _is_at(node, path) and node.name not in kept]
         await let_go(qemu, [*formats, *files])
