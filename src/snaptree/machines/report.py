@@ -16,7 +16,7 @@ from snaptree.model.tree import Tree
 from snaptree.planning.settle import role
 
 if TYPE_CHECKING:
-    from snaptree.machines.standalone import View
+    from snaptree.machines.machine import View
 
 VERSION = 1
 
