@@ -194,5 +194,7 @@ class Survey:
     memories: Mapping[int, str] = field(default_factory=dict)
     """What is wrong with the file of each memory that is not as it was written, as a sentence."""
     start: Start | None = None
+    own_layers: bool = False
+    """Whether each snapshot needs layers of its own: libvirt would merge into one that two have together."""
     monitor: str = ""
     """Where the monitor of a machine is that snaptree starts."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from snaptree.planning.domain_steps import Undefine, WriteRecords
 from snaptree.planning.steps import (
     ApplyInternal,
     BuildFromPoint,
@@ -76,6 +77,10 @@ async def do(step: Step, context: Context) -> None:
             tree.register(step, context)
         case Forget():
             context.journal.forget(step)
+        case WriteRecords() | Undefine():
+            from snaptree.running.carry import by_libvirt
+
+            by_libvirt.do(step, context)
 
 
 async def undo(step: Step, context: Context) -> None:

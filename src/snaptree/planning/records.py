@@ -1,0 +1,177 @@
+"""What libvirt's records of a domain's snapshots must say, so that virsh sees the tree and does it no harm.
+
+- Each snapshot and each parked branch has a record: what virsh cannot see it would destroy.
+- With external records one is always current: libvirt 11.3 crashes when it goes back while none is. Where the active
+  branch grew from no snapshot, a placeholder stands for where it did.
+- What the current record names as its overlays, going back with virsh unlinks. So they are the active tips: as
+  ``revertDisks`` when other records grew from it, as ``disks`` otherwise.
+- What any other record names as its overlay, deleting with virsh merges into its point. So it is a layer that stands
+  on the point, and no file at all where that would harm another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from snaptree.model.branch import Branch
+from snaptree.model.domain import BRANCH, PLACEHOLDER, SNAPSHOT
+from snaptree.model.layer import LayerId, Point
+from snaptree.model.snapshot import FirmwareFile, Snapshot
+from snaptree.model.tree import Tree
+
+PLACEHOLDER_NAME = "snaptree-placeholder"
+WHY_PLACEHOLDER = "Kept by snaptree so that virsh goes on working. It goes when it is no longer needed."
+WHY_BRANCH = "A branch that snaptree has parked."
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a disk is at a point in time: the layer's file, and the internal snapshot in it, if it is one."""
+
+    path: str
+    format: str
+    tag: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One record as it must be. ``overlays`` and ``reverts`` are files with their formats, by disk."""
+
+    name: str
+    kind: str
+    parent: str | None
+    created: float
+    description: str
+    points: Mapping[str, Place]
+    overlays: Mapping[str, tuple[str, str]]
+    reverts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    current: bool = False
+    consistency: str = "off"
+    memory: str | None = None
+    firmware: tuple[FirmwareFile, ...] = ()
+
+    @property
+    def external(self) -> bool:
+        """Whether libvirt takes it for an external snapshot."""
+        return self.memory is not None or any(each.tag is None for each in self.points.values())
+
+
+def wanted_records(tree: Tree) -> tuple[Wanted, ...]:
+    """The records that the tree needs, parents first."""
+    parked = [each for each in tree.branches.values() if each.name != tree.active]
+    named: list[Snapshot | Branch] = [*tree.snapshots.values(), *parked]
+    here = tree.active_branch.parent
+    stands = here if here is not None else _placeholder(tree) if any(map(_external, named)) else None
+    parents: dict[str, str | None] = {each.name: each.parent for each in named}
+    if here is None and stands is not None:
+        parents = {name: parent if parent is not None else stands for name, parent in parents.items()}
+        parents[stands] = None
+    made = {each.name: _wanted(tree, each, parents, stands) for each in named}
+    if here is None and stands is not None:
+        made[stands] = _standing(tree, stands, parents)
+    found: dict[str, Wanted] = {}
+
+    def put(name: str) -> None:
+        above: list[str] = []
+        at: str | None = name
+        while at is not None and at in made and at not in found and at not in above:
+            above.append(at)
+            at = made[at].parent
+        for each in reversed(above):
+            found[each] = made[each]
+
+    for name in sorted(made, key=lambda each: (made[each].created, each)):
+        put(name)
+    return tuple(found.values())
+
+
+def _points(named: Snapshot | Branch) -> Mapping[str, Point]:
+    return named.points if isinstance(named, Snapshot) else named.tips
+
+
+def _external(named: Snapshot | Branch) -> bool:
+    return named.memory is not None or any(point.internal is None for point in _points(named).values())
+
+
+def _placeholder(tree: Tree) -> str:
+    name, number = PLACEHOLDER_NAME, 2
+    while tree.has_name(name):
+        name, number = f"{PLACEHOLDER_NAME}-{number}", number + 1
+    return name
+
+
+def _standing(tree: Tree, name: str, parents: Mapping[str, str | None]) -> Wanted:
+    """The placeholder: its points are what the active tips stand on, as far as that is ours."""
+    points: dict[str, Place] = {}
+    for disk, tip in tree.active_branch.tips.items():
+        below = tree.layers[tip.layer].parent
+        if below is not None and tree.layers[below].owned:
+            points[disk] = Place(tree.layers[below].path, tree.layers[below].format)
+    grown = any(parent == name for parent in parents.values())
+    tips = _tips(tree, points)
+    overlays = {disk: _nothing(place.path) for disk, place in points.items()} if grown else tips
+    created = min((each.created for each in tree.named if each.created), default=0.0)
+    return Wanted(
+        name, PLACEHOLDER, None, created, WHY_PLACEHOLDER, points, overlays, tips if grown else {}, current=True
+    )
+
+
+def _wanted(tree: Tree, named: Snapshot | Branch, parents: Mapping[str, str | None], current: str | None) -> Wanted:
+    points = {
+        disk: Place(tree.layers[point.layer].path, tree.layers[point.layer].format, point.internal)
+        for disk, point in _points(named).items()
+    }
+    external = {disk: _points(named)[disk] for disk, place in points.items() if place.tag is None}
+    grown = sum(parent == named.name for parent in parents.values())
+    overlays = {disk: _overlay(tree, point.layer, grown) for disk, point in external.items()}
+    reverts: dict[str, tuple[str, str]] = {}
+    if named.name == current:
+        tips = _tips(tree, external)
+        if grown:
+            reverts = tips
+        else:
+            overlays = tips
+    is_snapshot = isinstance(named, Snapshot)
+    return Wanted(
+        name=named.name,
+        kind=SNAPSHOT if is_snapshot else BRANCH,
+        parent=parents[named.name],
+        created=named.created,
+        description=named.description if isinstance(named, Snapshot) else WHY_BRANCH,
+        points=points,
+        overlays=overlays,
+        reverts=reverts,
+        current=named.name == current,
+        consistency=named.consistency if isinstance(named, Snapshot) else "off",
+        memory=tree.memories[named.memory].path if named.memory is not None else None,
+        firmware=named.firmware,
+    )
+
+
+def _tips(tree: Tree, disks: Mapping[str, object]) -> dict[str, tuple[str, str]]:
+    """The active tips of these disks; of one that the machine has no more, no file."""
+    found: dict[str, tuple[str, str]] = {}
+    for disk in disks:
+        tip = tree.active_branch.tips.get(disk)
+        if tip is not None:
+            layer = tree.layers[tip.layer]
+            found[disk] = (layer.path, layer.format)
+        else:
+            found[disk] = _nothing(f"{tree.roots[disk][0]}" if disk in tree.roots else f"/{disk}")
+    return found
+
+
+def _overlay(tree: Tree, layer: LayerId, grown: int) -> tuple[str, str]:
+    """The layer that virsh may merge into the point, if there is just one way in which that harms nothing."""
+    above = tree.children.get(layer, ())
+    if not above or (len(above) > 1 and grown < 2):
+        return _nothing(tree.layers[layer].path)
+    line = {each.id for tip in tree.active_branch.tips.values() for each in tree.chain(tip.layer)}
+    chosen = next((each for each in above if each in line), above[0])
+    return tree.layers[chosen].path, tree.layers[chosen].format
+
+
+def _nothing(path: str) -> tuple[str, str]:
+    """The name of a file that there is not."""
+    return f"{path}.gone", "qcow2"
