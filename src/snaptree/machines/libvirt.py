@@ -200,7 +200,7 @@ class LibvirtMachine(Operated):
             await self.settle(lock, control)
             looked = self.look()
             self._require_possible(looked, request)
-            tree = looked.tree
+            tree = _begun(looked.tree)
             lock.extend(anchors(tree))
             before = seen(tree, request)
             plan = self._plan(looked, tree, request)
@@ -264,3 +264,10 @@ class LibvirtMachine(Operated):
         :raise NotFoundError: there is no such snapshot.
         """
         return self.handle.record(name)
+
+
+def _begun(tree: Tree) -> Tree:
+    """The tree whose active branch has a beginning, which libvirt asks of each record: that of a domain which snaptree
+    has not worked on yet is not known."""
+    active = tree.active_branch
+    return tree if active.created else tree.with_branches(replace(active, created=time.time()))

@@ -111,7 +111,7 @@ def _standing(tree: Tree, name: str, parents: Mapping[str, str | None]) -> Wante
     grown = any(parent == name for parent in parents.values())
     tips = _tips(tree, points)
     overlays = {disk: _nothing(place.path) for disk, place in points.items()} if grown else tips
-    created = min((each.created for each in tree.named if each.created), default=0.0)
+    created = min((each.created for each in tree.named if each.created), default=1.0)
     return Wanted(
         name, PLACEHOLDER, None, created, WHY_PLACEHOLDER, points, overlays, tips if grown else {}, current=True
     )

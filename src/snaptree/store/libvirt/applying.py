@@ -1,9 +1,9 @@
 """Making libvirt's records, the domain's definition and its metadata say what the tree says; repeatable.
 
 The order is such that at any moment each record's files are there, and that a name which goes is still there when what
-hangs on it has moved: new and changed records, parents first; then which one is current; then that one's overlays,
-which becoming current clears; then what goes. Dropping a record changes others (libvirt gives them the parent's files),
-so that all is compared once more.
+hangs on it has moved: new and changed records, parents first, the current one as such; then what goes. Dropping a
+record changes others (libvirt gives them the parent's files), and so does another one's becoming current (it drops
+``revertDisks``), so that all is compared once more.
 """
 
 from __future__ import annotations
@@ -135,12 +135,9 @@ def apply(
             kept[name] = texts[name]
             handle.forget_record(name)
         for name, text in found.records:
-            handle.redefine(text, name)
-        if found.current is not None:
-            text = texts.get(found.current) or handle.records(secure=True)[found.current]
-            handle.redefine(text, found.current, current=True)
-        if found.current in texts:
-            handle.redefine(texts[found.current], found.current)
+            handle.redefine(text, name, current=name == found.current)
+        if found.current is not None and found.current not in texts:
+            handle.redefine(handle.records(secure=True)[found.current], found.current, current=True)
         for name in found.gone:
             handle.forget_record(name)
     left = difference(handle, tree, renamed, kept)

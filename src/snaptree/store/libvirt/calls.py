@@ -248,9 +248,12 @@ class DomainHandle:
             self.connection._connection.defineXML(text)
 
     def redefine(self, text: str, name: str, *, current: bool = False) -> None:
-        """Put a record in the place of that of the same name, or beside the others; nothing else is touched."""
+        """Put a record in the place of that of the same name, or beside the others; nothing else is touched.
+
+        That it is as libvirt's schema has it the tests see to: when libvirt does so it takes 70 ms instead of 5.
+        """
         libvirt = self._libvirt
-        flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_VALIDATE
+        flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE
         flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT if current else 0
         with _explained(f"write the record of snapshot {name!r}"):
             self._domain.snapshotCreateXML(text, flags)
