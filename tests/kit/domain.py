@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ from lxml import etree
 from tests.kit import images
 from tests.kit.libvirtd import Libvirtd
 from tests.kit.scene import SLOT, SLOTS, Said, Scene, command, word_of
+
+from snaptree.store.libvirt.calls import Libvirt
 
 SCHEMA = Path("/usr/share/libvirt/schemas/domainsnapshot.rng")
 URI = "LIBVIRT_DEFAULT_URI"
@@ -134,11 +137,11 @@ class DomainScene(Scene):
 
     def listed(self) -> dict[str, str | None]:
         """virsh's snapshots, and the parent of each."""
-        self.virsh("snapshot-list", "@", "--tree")
         found: dict[str, str | None] = {}
-        for name in self.virsh("snapshot-list", "@", "--name").split():
-            parent = etree.fromstring(self.virsh("snapshot-dumpxml", "@", name)).findtext("parent/name")
-            found[name] = parent
+        for row in self.virsh("snapshot-list", "@", "--parent").splitlines():
+            # NAME YYYY-MM-DD HH:MM:SS +ZONE STATE [PARENT]
+            columns = row.split()
+            found[columns[0]] = columns[5] if len(columns) > 5 else None
         return found
 
     def current(self) -> str | None:
@@ -152,6 +155,16 @@ class DomainScene(Scene):
         """libvirt's record of a snapshot, as XML."""
         return etree.fromstring(self.virsh("snapshot-dumpxml", "@", name))
 
+    def records(self) -> dict[str, Any]:
+        """All of them, without a virsh for each."""
+        libvirt = Libvirt(self.own.uri)
+        try:
+            found = libvirt.find(self.uuid)
+            assert found is not None
+            return {name: etree.fromstring(text) for name, text in found.records().items()}
+        finally:
+            libvirt.close()
+
     # ---- what must hold -------------------------------------------------------------------------------------------
 
     def agree(self) -> None:
@@ -164,16 +177,15 @@ class DomainScene(Scene):
             assert path.strip() in (each["path"] for each in shown["disks"] if each["target"] == target)
         found = self(f"verify {self.name} --json").json["findings"]
         assert [each for each in found if each["severity"] == "error" or each["kind"] in ("records", "note")] == []
-        listed = self.listed()
+        listed = self.records()
+        assert all(each in self.virsh("snapshot-list", "@", "--tree") for each in list(listed)[:1])
         parked = {each["name"] for each in shown["branches"] if not each["active"]}
         names = {each["name"] for each in shown["snapshots"]} | parked
         assert names <= set(listed) and set(listed) - names <= {"snaptree-placeholder"}
-        external = [name for name in listed if self.record(name).find("disks/disk[@snapshot='external']") is not None]
-        if external:
+        if any(each.find("disks/disk[@snapshot='external']") is not None for each in listed.values()):
             assert self.current() is not None
-        schema = etree.RelaxNG(etree.parse(str(SCHEMA))) if SCHEMA.exists() else None
-        for name in listed:
-            record = self.record(name)
+        schema = record_schema()
+        for name, record in listed.items():
             assert record.findall(".//backingStore") == [], name
             assert schema is None or schema.validate(record), schema.error_log
         assert self.definition().findall("devices/disk/backingStore") == []
@@ -197,6 +209,12 @@ class DomainScene(Scene):
             self.virsh("destroy", "@")
         with contextlib.suppress(VirshRefusal):
             self.virsh("undefine", "@", "--snapshots-metadata", "--managed-save", "--nvram", "--checkpoints-metadata")
+
+
+@functools.cache
+def record_schema() -> Any:
+    """libvirt's schema of a record; ``None`` where it is not installed."""
+    return etree.RelaxNG(etree.parse(str(SCHEMA))) if SCHEMA.exists() else None
 
 
 def _without_what_is_remembered(shown: Any) -> Any:
