@@ -47,14 +47,15 @@ def tree_of(
     ordered = sorted(records, key=lambda each: (each.created, each.name))
     layers = _Layers(facts, known)
     tips = {disk.target: Point(layers.add(disk.target, disk.path, disk.format)) for disk in domain.disks}
-    points = {record.name: _points(record, layers) for record in ordered}
     by_name = {record.name: record for record in ordered}
+    standing = {each.name for each in ordered if each.mark is not None and each.mark.kind == PLACEHOLDER}
+    points = {each.name: {} if each.name in standing else _points(each, layers) for each in ordered}
     notes: list[str] = []
     parked = {each.name for each in ordered if _is_parked(each, points[each.name], layers, current)}
     for each in ordered:
         if each.mark is not None and each.mark.kind == BRANCH and each.name not in parked:
             notes.append(f"something stands on what was parked as {each.name!r}: it is taken for a snapshot")
-    aside = parked | {each.name for each in ordered if each.mark is not None and each.mark.kind == PLACEHOLDER}
+    aside = parked | standing
 
     def grown_from(name: str | None) -> str | None:
         passed: set[str] = set()

@@ -102,14 +102,21 @@ def _placeholder(tree: Tree) -> str:
 
 
 def _standing(tree: Tree, name: str, parents: Mapping[str, str | None]) -> Wanted:
-    """The placeholder: its points are what the active tips stand on, as far as that is ours."""
+    """The placeholder: its points are what the active tips stand on.
+
+    Of what is not ours it names nothing: virsh would merge a tip into it, or unlink it. libvirt wants a point of each
+    disk all the same.
+    """
     points: dict[str, Place] = {}
+    tips: dict[str, tuple[str, str]] = {}
     for disk, tip in tree.active_branch.tips.items():
-        below = tree.layers[tip.layer].parent
-        if below is not None and tree.layers[below].owned:
-            points[disk] = Place(tree.layers[below].path, tree.layers[below].format)
+        layer = tree.layers[tip.layer]
+        below = tree.layers[layer.parent] if layer.parent is not None else None
+        if below is not None and below.owned:
+            points[disk], tips[disk] = Place(below.path, below.format), (layer.path, layer.format)
+        else:
+            points[disk], tips[disk] = Place(*_nothing(layer.path)), _nothing(layer.path)
     grown = any(parent == name for parent in parents.values())
-    tips = _tips(tree, points)
     overlays = {disk: _nothing(place.path) for disk, place in points.items()} if grown else tips
     created = min((each.created for each in tree.named if each.created), default=1.0)
     return Wanted(
