@@ -176,7 +176,8 @@ class DomainScene(Scene):
             target, path = line.split(None, 1)
             assert path.strip() in (each["path"] for each in shown["disks"] if each["target"] == target)
         found = self(f"verify {self.name} --json").json["findings"]
-        assert [each for each in found if each["severity"] == "error" or each["kind"] in ("records", "note")] == []
+        wrong = [each for each in found if each["severity"] == "error" or each["kind"] in ("records", "note")]
+        assert wrong == [], wrong
         listed = self.records()
         assert all(each in self.virsh("snapshot-list", "@", "--tree") for each in list(listed)[:1])
         parked = {each["name"] for each in shown["branches"] if not each["active"]}

@@ -245,22 +245,25 @@ def _roots(tree: Tree, hints: Hints) -> dict[str, tuple[str, str]]:
 def _here(tree: Tree, current: str | None) -> tuple[str | None, str]:
     """The snapshot that the active branch grew from, and a sentence where libvirt believes another.
 
-    Of the snapshots all of whose points the tips stand on, it is the one nearest to the tips.
+    Of the snapshots all of whose points the tips stand on, it is the one nearest to the tips. A disk that the machine
+    has no more says nothing.
     """
     depth: dict[LayerId, int] = {}
-    for tip in tree.active_branch.tips.values():
+    tips = tree.active_branch.tips
+    points = {
+        each.name: [point for disk, point in each.points.items() if disk in tips] for each in tree.snapshots.values()
+    }
+    for tip in tips.values():
         depth.update((layer.id, number) for number, layer in enumerate(tree.chain(tip.layer)))
 
     def distance(snapshot: Snapshot) -> tuple[float, bool, float, str]:
-        within = [
-            depth[point.layer] + (0.5 if point.internal is not None else 0.0) for point in snapshot.points.values()
-        ]
+        within = [depth[each.layer] + (0.5 if each.internal is not None else 0.0) for each in points[snapshot.name]]
         return min(within), snapshot.name != current, -snapshot.created, snapshot.name
 
     beneath = [
         each
         for each in tree.snapshots.values()
-        if each.points and all(point.layer in depth for point in each.points.values())
+        if points[each.name] and all(point.layer in depth for point in points[each.name])
     ]
     if not beneath:
         return current, ""

@@ -5,8 +5,9 @@
   branch grew from no snapshot, a placeholder stands for where it did.
 - What the current record names as its overlays, going back with virsh unlinks. So they are the active tips: as
   ``revertDisks`` when other records grew from it, as ``disks`` otherwise.
-- What any other record names as its overlay, deleting with virsh merges into its point. So it is a layer that stands
-  on the point, and no file at all where that would harm another one.
+- What any other record names as its overlay, deleting with virsh merges into its point; and when it becomes current
+  because virsh has deleted what grew from it, going back unlinks that. So it is the one layer that stands on the
+  point, in the active line, and no file at all where others stand there as well.
 """
 
 from __future__ import annotations
@@ -131,7 +132,8 @@ def _wanted(tree: Tree, named: Snapshot | Branch, parents: Mapping[str, str | No
     }
     external = {disk: _points(named)[disk] for disk, place in points.items() if place.tag is None}
     grown = sum(parent == named.name for parent in parents.values())
-    overlays = {disk: _overlay(tree, point.layer, grown) for disk, point in external.items()}
+    alone = named.name != current and grown == 1
+    overlays = {disk: _overlay(tree, point.layer, alone=alone) for disk, point in external.items()}
     reverts: dict[str, tuple[str, str]] = {}
     if named.name == current:
         tips = _tips(tree, external)
@@ -169,14 +171,16 @@ def _tips(tree: Tree, disks: Mapping[str, object]) -> dict[str, tuple[str, str]]
     return found
 
 
-def _overlay(tree: Tree, layer: LayerId, grown: int) -> tuple[str, str]:
-    """The layer that virsh may merge into the point, if there is just one way in which that harms nothing."""
+def _overlay(tree: Tree, layer: LayerId, *, alone: bool) -> tuple[str, str]:
+    """The layer that virsh may merge into the point, and that it may unlink once that is the tip.
+
+    :param alone: whether only one line grew from the record.
+    """
     above = tree.children.get(layer, ())
-    if not above or (len(above) > 1 and grown < 2):
-        return _nothing(tree.layers[layer].path)
     line = {each.id for tip in tree.active_branch.tips.values() for each in tree.chain(tip.layer)}
-    chosen = next((each for each in above if each in line), above[0])
-    return tree.layers[chosen].path, tree.layers[chosen].format
+    if not alone or len(above) != 1 or above[0] not in line:
+        return _nothing(tree.layers[layer].path)
+    return tree.layers[above[0]].path, tree.layers[above[0]].format
 
 
 def _nothing(path: str) -> tuple[str, str]:

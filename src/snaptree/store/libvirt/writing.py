@@ -18,9 +18,11 @@ def hints(tree: Tree) -> Element:
     found = xml.new_own("domain", active=tree.active, created=repr(tree.active_branch.created))
     for disk, (path, image_format) in sorted(tree.roots.items()):
         xml.add_own(found, "root", disk=disk, path=path, format=image_format)
+    # What only something outside stands on is nobody's here any more.
+    needed = {layer.id for point in tree.names_on for layer in tree.chain(point.layer)}
     layers: dict[str, bool] = {}
     for layer in tree.layers.values():
-        if layer.owned:
+        if layer.owned and layer.id in needed:
             layers[layer.path] = layers.get(layer.path, False) or layer.made
     for path, made in sorted(layers.items()):
         xml.add_own(found, "layer", path=path, **({"made": "yes"} if made else {}))
