@@ -44,7 +44,7 @@ from snaptree.planning.health import ailments
 from snaptree.planning.plan import Plan
 from snaptree.planning.revert import RevertRequest, SwitchRequest, memory_moves
 from snaptree.planning.steps import Step
-from snaptree.planning.verbs import RemoveRequest, RenameRequest, RepairRequest, Request, SetRequest
+from snaptree.planning.verbs import GcRequest, RemoveRequest, RenameRequest, RepairRequest, Request, SetRequest
 from snaptree.running import loops
 from snaptree.running.control import Control
 from snaptree.running.listening import heard
@@ -144,6 +144,8 @@ class LibvirtMachine(Operated):
         if isinstance(request, RenameRequest):
             tell = replace(tell, renamed=((request.old, request.new),))
         plan = with_records(plan, tell)
+        if isinstance(request, GcRequest):
+            plan = replace(plan, steps=(*plan.steps, tell))
         if isinstance(request, RevertRequest | SwitchRequest) and request.power not in (None, OFF):
             plan = replace(plan, notes=(*plan.notes, f"the domain is started then, and is {request.power}"))
         return plan
