@@ -2,7 +2,8 @@
 
 Left out is what libvirt 11.3 gets wrong on trees that virsh alone has changed: between two of virsh's operations
 snaptree puts its records right (without that, going back, taking a snapshot and deleting it makes the next going back
-unlink a point), and virsh goes to no internal snapshot in a layer that others stand on (it would change what they show).
+unlink a point), and virsh goes to no internal snapshot in a layer that others stand on: it would change what they
+show.
 """
 
 from __future__ import annotations
