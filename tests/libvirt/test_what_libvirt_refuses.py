@@ -232,6 +232,6 @@ def test_c14_and_c15_virsh_does_no_harm_to_what_snaptree_has_written(web: Domain
     web("delete @ s2")
     web.sound()
     for name in [each for each in web.listed() if each != "snaptree-placeholder"]:
-        web.virsh("snapshot-revert", "@", name)
         time.sleep(1.0)  # virsh names its overlays by the second.
+        web.virsh("snapshot-revert", "@", name)
     assert web.virsh("list", "--all", "--name")

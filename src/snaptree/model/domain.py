@@ -30,11 +30,12 @@ class DomainDisk:
 class Hints:
     """What snaptree keeps in a domain's ``<metadata>``: a cache.
 
-    ``active`` is the active branch's name, ``roots`` the path and format that each disk's root came with, ``owned`` the
-    layers that are not foreign, ``made`` those of them that snaptree made.
+    ``active`` is the active branch's name, ``parent`` the snapshot that it grew from, ``roots`` the path and format
+    that each disk's root came with, ``owned`` the layers that are not foreign, ``made`` those that snaptree made.
     """
 
     active: str | None = None
+    parent: str | None = None
     created: float = 0.0
     roots: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     owned: frozenset[str] = frozenset()
@@ -64,7 +65,8 @@ class Mark:
 
     ``kind`` is ``snapshot``, ``branch`` (the record of a parked branch: its points are the branch's tips) or
     ``placeholder`` (it stands where the active branch grew from while no snapshot does). ``tags`` are those internal
-    snapshots, by disk, that have another name in the image than the record.
+    snapshots, by disk, that have another name in the image than the record. ``guarded`` are disks that virsh is kept
+    from deleting: it takes them for ones whose deletion was interrupted.
     """
 
     kind: str = SNAPSHOT
@@ -72,6 +74,7 @@ class Mark:
     consistency: str = ""
     firmware: tuple[FirmwareFile, ...] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
+    guarded: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,7 @@ def tree_of(
     tree = Tree(domain.name, active, layers.found, snapshots, branches, memories)
     tree = _with_owners(tree, ordered, hints)
     tree = replace(tree, roots=_roots(tree, hints))
-    here, note = _here(tree, grown_from(current))
+    here, note = _here(tree, grown_from(current), domain.hints)
     tree = tree.with_branches(replace(tree.active_branch, parent=here))
     notes += [note] if note else []
     return FoundTree(_with_looks(tree, known, _half_merged(ordered)), tuple(notes))
@@ -196,6 +196,7 @@ def _hints(domain: Domain, records: Sequence[Record]) -> Hints:
         roots.update(each.roots)
     return Hints(
         first.active,
+        first.parent,
         first.created,
         roots,
         frozenset().union(*(each.owned for each in all_of)),
@@ -242,42 +243,51 @@ def _roots(tree: Tree, hints: Hints) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _here(tree: Tree, current: str | None) -> tuple[str | None, str]:
+def _here(tree: Tree, current: str | None, noted: Hints) -> tuple[str | None, str]:
     """The snapshot that the active branch grew from, and a sentence where libvirt believes another.
 
-    Of the snapshots all of whose points the tips stand on, it is the one nearest to the tips. A disk that the machine
-    has no more says nothing.
+    Where libvirt believes what snaptree has noted that is it. Otherwise it is one all of whose points the tips stand
+    on, and of these the nearest to the tips. A disk that the machine has no more says nothing; of several in one layer
+    the images do not say after which one work went on, and libvirt does.
     """
+    if noted.active is not None and noted.parent == current:
+        return current, ""
     depth: dict[LayerId, int] = {}
     tips = tree.active_branch.tips
-    points = {
-        each.name: [point for disk, point in each.points.items() if disk in tips] for each in tree.snapshots.values()
-    }
     for tip in tips.values():
         depth.update((layer.id, number) for number, layer in enumerate(tree.chain(tip.layer)))
-
-    def distance(snapshot: Snapshot) -> tuple[float, bool, float, str]:
-        within = [depth[each.layer] + (0.5 if each.internal is not None else 0.0) for each in points[snapshot.name]]
-        return min(within), snapshot.name != current, -snapshot.created, snapshot.name
-
-    beneath = [
-        each
-        for each in tree.snapshots.values()
-        if points[each.name] and all(point.layer in depth for point in points[each.name])
-    ]
+    beneath: dict[str, dict[str, float]] = {}
+    for each in tree.snapshots.values():
+        points = {disk: point for disk, point in each.points.items() if disk in tips}
+        if points and all(point.layer in depth for point in points.values()):
+            beneath[each.name] = {
+                disk: depth[point.layer] + (0.5 if point.internal is not None else 0.0)
+                for disk, point in points.items()
+            }
     if not beneath:
         return current, ""
-    best = min(beneath, key=distance)
-    # Of several in one layer, the images do not say after which one work went on.
-    if current is not None and current in {each.name for each in beneath if distance(each)[0] == distance(best)[0]}:
+
+    def later(one: str, other: str) -> bool:
+        shared = beneath[one].keys() & beneath[other].keys()
+        pairs = [(beneath[one][disk], beneath[other][disk]) for disk in shared]
+        return any(mine < theirs for mine, theirs in pairs) and all(mine <= theirs for mine, theirs in pairs)
+
+    if current in beneath and not any(later(each, current) for each in beneath):
         return current, ""
-    note = f"libvirt takes {current!r} for the current snapshot, but the disks stand on {best.name!r}"
-    return best.name, note if current is not None else ""
+    latest = [one for one in beneath if not any(later(each, one) for each in beneath)] or list(beneath)
+    best = max(latest, key=lambda name: (tree.snapshots[name].created, name))
+    note = f"libvirt takes {current!r} for the current snapshot, but the disks stand on {best!r}"
+    return best, note if current is not None else ""
 
 
 def _half_merged(records: Iterable[Record]) -> set[str]:
     """The files that libvirt was merging something into when it was stopped."""
-    return {each.overlay for record in records for each in record.disks.values() if each.deleting and each.overlay}
+    return {
+        each.overlay
+        for record in records
+        for disk, each in record.disks.items()
+        if each.deleting and each.overlay and (record.mark is None or disk not in record.mark.guarded)
+    }
 
 
 def _with_looks(tree: Tree, known: Tree | None, merging: set[str]) -> Tree:

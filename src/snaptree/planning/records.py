@@ -8,11 +8,14 @@
 - What any other record names as its overlay, deleting with virsh merges into its point; and when it becomes current
   because virsh has deleted what grew from it, going back unlinks that. So it is the one layer that stands on the
   point, in the active line, and no file at all where others stand there as well.
+- Of a record from which nothing grew deleting with virsh unlinks the point, or merges the tip into it. Where others
+  need that file, for internal snapshots in it, say, the record is guarded: virsh takes it for one whose deletion was
+  interrupted, and refuses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from snaptree.model.branch import Branch
@@ -51,6 +54,8 @@ class Wanted:
     consistency: str = "off"
     memory: str | None = None
     firmware: tuple[FirmwareFile, ...] = ()
+    guarded: frozenset[str] = frozenset()
+    """The disks that virsh is kept from deleting."""
 
     @property
     def external(self) -> bool:
@@ -114,7 +119,7 @@ def _standing(tree: Tree, name: str, parents: Mapping[str, str | None]) -> Wante
         layer = tree.layers[tip.layer]
         below = tree.layers[layer.parent] if layer.parent is not None else None
         if below is not None and below.owned:
-            points[disk], tips[disk] = Place(below.path, below.format), (layer.path, layer.format)
+            points[disk], tips[disk] = Place(below.path, below.format), _tips(tree, [disk])[disk]
         else:
             points[disk], tips[disk] = Place(*_nothing(layer.path)), _nothing(layer.path)
     grown = any(parent == name for parent in parents.values())
@@ -132,8 +137,8 @@ def _wanted(tree: Tree, named: Snapshot | Branch, parents: Mapping[str, str | No
     }
     external = {disk: _points(named)[disk] for disk, place in points.items() if place.tag is None}
     grown = sum(parent == named.name for parent in parents.values())
-    alone = named.name != current and grown == 1
-    overlays = {disk: _overlay(tree, point.layer, alone=alone) for disk, point in external.items()}
+    line = _grown(tree, named.name, parents) if named.name != current and grown == 1 else frozenset()
+    overlays = {disk: _overlay(tree, point.layer, line) for disk, point in external.items()}
     reverts: dict[str, tuple[str, str]] = {}
     if named.name == current:
         tips = _tips(tree, external)
@@ -155,15 +160,38 @@ def _wanted(tree: Tree, named: Snapshot | Branch, parents: Mapping[str, str | No
         consistency=named.consistency if isinstance(named, Snapshot) else "off",
         memory=tree.memories[named.memory].path if named.memory is not None else None,
         firmware=named.firmware,
+        guarded=frozenset(
+            disk
+            for disk, point in external.items()
+            if not grown and _is_shared(tree, point.layer, named.name, current=named.name == current)
+        ),
     )
 
 
-def _tips(tree: Tree, disks: Mapping[str, object]) -> dict[str, tuple[str, str]]:
-    """The active tips of these disks; of one that the machine has no more, no file."""
+def _is_shared(tree: Tree, layer: LayerId, name: str, *, current: bool) -> bool:
+    """Whether deleting a record from which nothing grew would take the file at its point from others, or change it.
+
+    :param current: whether virsh would merge the tip into it; it unlinks it otherwise.
+    """
+    if not current:
+        return not _is_alone(tree, layer, name)
+    return len(tree.children.get(layer, ())) > 1 or set(tree.names_on.get(Point(layer), ())) > {name}
+
+
+def _is_alone(tree: Tree, layer: LayerId, name: str) -> bool:
+    """Whether nothing but the name needs the file: no layer stands on it, and no internal snapshot is in it."""
+    names = {each for point, found in tree.names_on.items() if point.layer == layer for each in found}
+    return names <= {name} and not tree.children.get(layer)
+
+
+def _tips(tree: Tree, disks: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """The active tips of these disks; of one that the machine has no more, or that others need, no file."""
     found: dict[str, tuple[str, str]] = {}
     for disk in disks:
         tip = tree.active_branch.tips.get(disk)
-        if tip is not None:
+        if tip is not None and not _is_alone(tree, tip.layer, tree.active):
+            found[disk] = _nothing(tree.layers[tip.layer].path)
+        elif tip is not None:
             layer = tree.layers[tip.layer]
             found[disk] = (layer.path, layer.format)
         else:
@@ -171,16 +199,44 @@ def _tips(tree: Tree, disks: Mapping[str, object]) -> dict[str, tuple[str, str]]
     return found
 
 
-def _overlay(tree: Tree, layer: LayerId, *, alone: bool) -> tuple[str, str]:
+def _grown(tree: Tree, name: str, parents: Mapping[str, str | None]) -> frozenset[str]:
+    """All that grew from the named record, in all generations; with the active branch, if it did."""
+    found = {name}
+    children: dict[str | None, list[str]] = {}
+    for each, parent in parents.items():
+        children.setdefault(parent, []).append(each)
+    waiting = [name]
+    while waiting:
+        waiting = [each for parent in waiting for each in children.get(parent, ()) if each not in found]
+        found.update(waiting)
+    return frozenset(found - {name} | ({tree.active} if tree.active_branch.parent in found else set()))
+
+
+def _overlay(tree: Tree, layer: LayerId, grown: frozenset[str]) -> tuple[str, str]:
     """The layer that virsh may merge into the point, and that it may unlink once that is the tip.
 
-    :param alone: whether only one line grew from the record.
+    :param grown: what grew from the record, in one line at first; nothing else may need that layer.
     """
     above = tree.children.get(layer, ())
-    line = {each.id for tip in tree.active_branch.tips.values() for each in tree.chain(tip.layer)}
-    if not alone or len(above) != 1 or above[0] not in line:
+    active = {each.id for tip in tree.active_branch.tips.values() for each in tree.chain(tip.layer)}
+    if len(above) != 1 or above[0] not in active or tree.internals.get(above[0]):
+        return _nothing(tree.layers[layer].path)
+    if not _needed_by(tree, above[0]) <= grown:
         return _nothing(tree.layers[layer].path)
     return tree.layers[above[0]].path, tree.layers[above[0]].format
+
+
+def _needed_by(tree: Tree, layer: LayerId) -> set[str]:
+    """The names that need the layer, or what stands on it."""
+    found: set[str] = set()
+    waiting = [layer]
+    while waiting:
+        number = waiting.pop()
+        waiting += tree.children.get(number, ())
+        found.update(tree.names_on.get(Point(number), ()))
+        for tag in tree.internals.get(number, ()):
+            found.update(tree.names_on.get(Point(number, tag), ()))
+    return found
 
 
 def _nothing(path: str) -> tuple[str, str]:

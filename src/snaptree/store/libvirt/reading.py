@@ -112,6 +112,7 @@ def _mark_of(domain: Element | None) -> Mark | None:
         firmware=tuple(
             FirmwareFile(each.get("role", ""), each.get("path", "")) for each in xml.children(found, "firmware")
         ),
+        guarded=frozenset(each.get("disk", "") for each in xml.children(found, "guard")),
         tags={each.get("disk", ""): each.get("name", "") for each in xml.children(found, "tag")},
     )
 
@@ -124,6 +125,7 @@ def hints_of(domain: Element | None) -> Hints:
     layers = xml.children(found, "layer")
     return Hints(
         active=found.get("active"),
+        parent=found.get("parent"),
         created=_number(found.get("created")),
         roots={
             each.get("disk", ""): (each.get("path", ""), each.get("format", "qcow2"))

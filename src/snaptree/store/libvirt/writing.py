@@ -10,12 +10,16 @@ from snaptree.planning.records import Wanted
 from snaptree.store.libvirt import xml
 from snaptree.store.libvirt.xml import Element, Resolve
 
+Row = tuple[str, str, tuple[str, str] | None, bool]
+"""A disk of a record: its target, how it was taken, its overlay, and whether virsh is kept from deleting it."""
 _FIRST_STATE = {"crash": "disk-snapshot", "quiesced": "disk-snapshot"}
 
 
 def hints(tree: Tree) -> Element:
     """What the domain's metadata is to say."""
     found = xml.new_own("domain", active=tree.active, created=repr(tree.active_branch.created))
+    if tree.active_branch.parent is not None:
+        found.set("parent", tree.active_branch.parent)
     for disk, (path, image_format) in sorted(tree.roots.items()):
         xml.add_own(found, "root", disk=disk, path=path, format=image_format)
     # What only something outside stands on is nobody's here any more.
@@ -136,38 +140,40 @@ def _put_disks(root: Element, tag: str, wanted: Wanted, files: Mapping[str, tupl
         if element is not None:
             root.remove(element)
         return
-    rows: list[tuple[str, str, tuple[str, str] | None]] = []
+    rows: list[Row] = []
     for target in sorted(targets):
         place = wanted.points.get(target)
         if place is None:
-            rows.append((target, "no", None))
+            rows.append((target, "no", None, False))
         elif place.tag is not None:
-            rows.append((target, "internal" if tag == "disks" else "no", None))
+            rows.append((target, "internal" if tag == "disks" else "no", None, False))
         else:
-            rows.append((target, "external", files.get(target)))
+            rows.append((target, "external", files.get(target), tag == "disks" and target in wanted.guarded))
     if element is not None and _rows_of(element, resolve) == rows:
         return
     fresh = xml.etree().Element(tag)
-    for target, kind, file in rows:
+    for target, kind, file, guarded in rows:
         disk = xml.etree().SubElement(fresh, "disk", name=target, snapshot=kind)
         if file is not None:
             disk.set("type", "file")
             xml.etree().SubElement(disk, "driver", type=file[1])
             xml.etree().SubElement(disk, "source", file=file[0])
+        if guarded:
+            xml.etree().SubElement(disk, "snapshotDeleteInProgress")
     if element is not None:
         root.replace(element, fresh)
     else:
         root.find("domain").addprevious(fresh)
 
 
-def _rows_of(element: Element, resolve: Resolve) -> list[tuple[str, str, tuple[str, str] | None]]:
-    """What ``<disks>`` or ``<revertDisks>`` says now; one that is marked as being deleted says nothing."""
-    found: list[tuple[str, str, tuple[str, str] | None]] = []
+def _rows_of(element: Element, resolve: Resolve) -> list[Row]:
+    """What ``<disks>`` or ``<revertDisks>`` says now."""
+    found: list[Row] = []
     for disk in element:
         kind = disk.get("snapshot", "external")
         path = xml.path_of(disk, resolve) if kind == "external" else None
-        if disk.find("snapshotDeleteInProgress") is None:
-            found.append((disk.get("name", ""), kind, (path, xml.format_of(disk)) if path is not None else None))
+        file = (path, xml.format_of(disk)) if path is not None else None
+        found.append((disk.get("name", ""), kind, file, disk.find("snapshotDeleteInProgress") is not None))
     return sorted(found, key=lambda row: row[0])
 
 
@@ -180,4 +186,6 @@ def _mark(wanted: Wanted) -> Element:
     for disk, place in sorted(wanted.points.items()):
         if place.tag is not None and place.tag != wanted.name:
             xml.add_own(found, "tag", disk=disk, name=place.tag)
+    for disk in sorted(wanted.guarded):
+        xml.add_own(found, "guard", disk=disk)
     return found
