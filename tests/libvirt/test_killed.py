@@ -103,6 +103,20 @@ def test_killed_between(web: DomainScene, line: str, when: int) -> None:
     assert one(web, line, when, before=when % 2 == 0)
 
 
+def test_started_on_the_old_disk_after_a_kill(web: DomainScene) -> None:
+    """What the guest writes to a file whose data has gone down already goes down as well."""
+    web("snapshot @ s1")
+    web.write(".1")
+    before = web.source()[0]
+    # The name goes (the definition, the record), then the merged disk is to be told.
+    assert killed(web, "delete @ s1 --merge commit", 3, before=True)
+    assert web.source()[0] == before and before.name != "web.qcow2"
+    web.write("..w")
+    web("recover @")
+    assert web.shows() == "b1w....." and web.source()[0].name == "web.qcow2"
+    web.sound()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("when", range(1, 7))

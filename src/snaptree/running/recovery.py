@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from snaptree.images.locks import MachineLock
+from snaptree.planning.domain_steps import WriteRecords
 from snaptree.planning.live_steps import LiveSettle
 from snaptree.planning.steps import BuildMerged, Move, PutInPlace, Record, Step, Unlink
 from snaptree.running import carry
@@ -129,7 +130,9 @@ def _restart(
         for path, looks in moving.sources(steps[number])
         if looks and operations.note_of(database, operation.id, number, path) not in (None, looks)
     }
-    recorded = any(isinstance(step, Record) for step in steps[move : operation.step])
+    # A domain starts from what libvirt was told last.
+    said = WriteRecords if any(isinstance(step, WriteRecords) for step in steps) else Record
+    recorded = any(isinstance(step, said) for step in steps[move : operation.step])
     if not changed or recorded:
         return operation.step, frozenset(changed)
     return move, frozenset()
