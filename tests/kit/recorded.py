@@ -127,11 +127,12 @@ def deletions(tree: Tree, records: Sequence[Wanted]) -> Iterator[Deletion]:
             continue
         pairs: list[tuple[str, str]] = []
         for disk, point in external.items():
-            line, overlay = lines.get(disk, []), each.overlays[disk][0]
-            beneath = line[line.index(overlay) + 1 :] if overlay in line else []
-            if not beneath or beneath[0] != point:
+            line = lines.get(disk, [])
+            at_point = line.index(point) if point in line else 0
+            if not at_point:
                 break
-            pairs.append((overlay, point))
+            # Whatever the record names: what stands on the point in the active line is what goes down.
+            pairs.append((line[at_point - 1], point))
         else:
             parent = by_name.get(each.parent or "") if each.current else None
             files = (parent.reverts or parent.overlays).values() if parent is not None else ()

@@ -61,6 +61,8 @@ def harmless(tree: Tree) -> None:
             grown = set(tree.descendants(each.name)) | {tree.active}
             grown |= {branch.name for branch in tree.branches.values() if branch.parent in (*grown, each.name)}
             assert needed_by(tree, overlay) <= grown | {each.name}, f"deleting {each.name} unlinks {overlay}"
+            (gone,) = [one for one in tree.layer_at(overlay) if one.owned]
+            assert not tree.internals.get(gone.id), f"deleting {each.name} unlinks {overlay}, and what is in it"
         for path in each.later:
             left = needed_by(tree, path) - {each.name, tree.active}
             assert left == set(), f"going back after {each.name} has been deleted unlinks {path}"
@@ -98,7 +100,7 @@ def test_random_trees_are_read_as_they_were_and_virsh_does_them_no_harm(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def as_of_a_domain(*words: Any) -> Any:
-        return replace(survey(*words), own_layers=True)
+        return replace(survey(*words), libvirt=True)
 
     monkeypatch.setattr(test_random_plans, "survey", as_of_a_domain)
     for number in range(6):

@@ -10,8 +10,10 @@ tells libvirt, repeatably. Meanwhile an operation that was killed is what the st
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from snaptree.errors import BusyError, CancelledError, RefusedError
@@ -19,6 +21,7 @@ from snaptree.images import durable
 from snaptree.images.locks import MachineLock
 from snaptree.machines.domain_reading import Reading, found_tree, live_of, other_domains_on, read
 from snaptree.machines.findings import Finding
+from snaptree.machines.going import Going
 from snaptree.machines.machine import (
     Operated,
     View,
@@ -36,7 +39,6 @@ from snaptree.model.machine import MachineConfig
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
 from snaptree.planning import verbs
-from snaptree.planning.accept import AcceptRequest
 from snaptree.planning.adopt import AttachRequest, DetachRequest
 from snaptree.planning.create import SnapshotRequest
 from snaptree.planning.domain_steps import Undefine, WriteRecords, with_records
@@ -102,7 +104,7 @@ class LibvirtMachine(Operated):
         power = Power(looked.reading.domain.state, live_of(looked.reading, tree))
         survey = read_survey(self.database, self.config, tree, folders, beside=beside, power=power)
         others = other_domains_on(self.handle, tree) if beside else ()
-        return replace(survey, own_layers=True, outsiders=(*survey.outsiders, *others))
+        return replace(survey, libvirt=True, outsiders=(*survey.outsiders, *others))
 
     def view(self, *, deep: bool = False) -> View:
         """The machine as it is now; takes no lock.
@@ -131,6 +133,9 @@ class LibvirtMachine(Operated):
 
     def _plan(self, looked: Looked, tree: Tree, request: Request) -> Plan:
         survey = self.survey(looked, tree, folders_of(request))
+        if self._going(looked, request) is not None:
+            # It is turned off for it.
+            survey = replace(survey, running=False, live=None)
         require_real_folders(request)
         plan = planned(tree, survey, lambda measured: verbs.plan(tree, measured, request))
         assert self.config.uri is not None and self.config.uuid is not None
@@ -146,9 +151,8 @@ class LibvirtMachine(Operated):
         plan = with_records(plan, tell)
         if isinstance(request, GcRequest):
             plan = replace(plan, steps=(*plan.steps, tell))
-        if isinstance(request, RevertRequest | SwitchRequest) and request.power not in (None, OFF):
-            plan = replace(plan, notes=(*plan.notes, f"the domain is started then, and is {request.power}"))
-        return plan
+        goes = self._going(looked, request)
+        return goes.told(plan) if goes is not None else plan
 
     def _require_possible(self, looked: Looked, request: Request) -> None:
         """See that the domain may be worked on so.
@@ -169,13 +173,13 @@ class LibvirtMachine(Operated):
         if not domain.persistent:
             hint = "make it persistent with 'virsh define'"
             raise RefusedError(f"domain {domain.name} is transient: libvirt forgets it when it stops", hint)
-        if domain.state != OFF and not isinstance(request, RenameRequest | RepairRequest | AcceptRequest):
-            hint = f"shut it down first: 'virsh shutdown {domain.name}'"
-            raise RefusedError(
-                f"domain {domain.name} is {domain.state}, and snaptree works on domains that are off", hint
-            )
         if isinstance(request, SnapshotRequest) and (request.memory or request.memory_file is not None):
-            raise RefusedError(f"domain {domain.name} is off: it has no memory to save", "leave out --memory")
+            hint = f"leave out --memory, or use 'virsh snapshot-create-as {domain.name} --memspec'"
+            raise RefusedError("the memory of a libvirt domain is not saved yet", hint)
+        whole = isinstance(request, SnapshotRequest) and request.internal
+        if domain.state != OFF and (whole or isinstance(request, RemoveRequest)):
+            hint = f"shut it down first: 'virsh shutdown {domain.name}'"
+            raise RefusedError(f"domain {domain.name} is {domain.state}, and has to be off for this", hint)
         if memory_moves(looked.tree, domain.state, request) is not None:
             hint = "leave the memory alone with --no-memory, or go back with 'virsh snapshot-revert'"
             raise RefusedError("the memory of a libvirt domain is not loaded yet", hint)
@@ -205,26 +209,49 @@ class LibvirtMachine(Operated):
             tree = _begun(looked.tree)
             lock.extend(anchors(tree))
             before = seen(tree, request)
+            goes = self._going(looked, request)
             plan = self._plan(looked, tree, request)
             if confirm is not None and not confirm(plan):
                 raise CancelledError("nothing was done", "")
+            if goes is not None and goes.before != OFF:
+                # What was planned rested on disks that the guest wrote to.
+                self.handle.stop()
+                looked = self.look()
+                plan = self._plan(looked, tree, request)
             lock.extend(files_of(plan))
             require_same(tree, request, before)
             self._keep(tree)
-            held = still(tree, request) if looked.reading.domain.state == OFF else ()
-            outcome = await executor.run(
-                self.database,
-                self.name,
-                plan,
-                lock=lock,
-                still=held,
-                report=progress or unheard,
-                control=control,
-            )
-        power = getattr(request, "power", None)
-        if isinstance(request, RevertRequest | SwitchRequest) and power not in (None, OFF):
-            self.handle.start(paused=power == PAUSED)
+            off = looked.reading.domain.state == OFF
+            try:
+                outcome = await executor.run(
+                    self.database,
+                    self.name,
+                    plan,
+                    lock=lock,
+                    still=still(tree, request) if off else (),
+                    spared=self._opened(),
+                    report=progress or unheard,
+                    control=control,
+                )
+            except BaseException:
+                if goes is not None and not operations.unfinished(self.database, self.name):
+                    self._start(goes.before)
+                raise
+        if goes is not None:
+            self._start(goes.after)
         return replace(plan, notes=(*plan.notes, *outcome.said))
+
+    def _going(self, looked: Looked, request: Request) -> Going | None:
+        """What the domain does before and after a request to go elsewhere; ``None`` when it is off and stays so."""
+        if not isinstance(request, RevertRequest | SwitchRequest):
+            return None
+        before = looked.reading.domain.state
+        after = request.power or before
+        return None if before == after == OFF else Going(before, after)
+
+    def _start(self, state: str) -> None:
+        if state != OFF and not self._runs():
+            self.handle.start(paused=state == PAUSED)
 
     def _keep(self, tree: Tree) -> None:
         """Put the tree that was read into the state file: steps change what is there."""
@@ -243,7 +270,19 @@ class LibvirtMachine(Operated):
         from snaptree.running import recovery
 
         lock.extend(recovery.files_of(self.database, self.name))
-        return await recovery.recover(self.database, self.name, lock, None, control)
+        return await recovery.recover(self.database, self.name, lock, None, control, self._opened())
+
+    def _opened(self) -> frozenset[tuple[int, int]]:
+        """The files (device and inode) that its QEMU has open, by what libvirt says."""
+        found: set[tuple[int, int]] = set()
+        for path in (path for chain in self.handle.chains().values() for path in chain) if self._runs() else ():
+            with suppress(OSError):
+                status = os.stat(path)
+                found.add((status.st_dev, status.st_ino))
+        return frozenset(found)
+
+    def _runs(self) -> bool:
+        return self.handle.state() != OFF
 
     # ---- looking --------------------------------------------------------------------------------------------------
 

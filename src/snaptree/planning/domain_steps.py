@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
+from snaptree.planning.live_steps import LiveMerge, LiveSnapshot
+
 if TYPE_CHECKING:
     from snaptree.planning.plan import Plan
+    from snaptree.planning.steps import Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,35 @@ class WriteRecords:
 
 
 @dataclass(frozen=True, slots=True)
+class DomainSnapshot(LiveSnapshot):
+    """Have libvirt let a running domain's disks go on in their new overlays, all at one instant."""
+
+    kind: ClassVar[str] = "domain-snapshot"
+    crash: ClassVar[str] = (
+        "the guest writes to the tips or to the overlays, on all disks alike; libvirt says which, also when it has "
+        "stopped since, and overlays that it knows nothing of are removed"
+    )
+
+    uri: str = ""
+    uuid: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DomainMerge(LiveMerge):
+    """Have libvirt merge layers that a running domain has open, all disks at once."""
+
+    kind: ClassVar[str] = "domain-merge"
+    crash: ClassVar[str] = (
+        "pull: the upper layer holds more clusters and shows the same; commit: the lower layer is half-merged and is "
+        "read only through the one above; the job runs on, and recovery waits for it; when the domain has stopped the "
+        "headers and its definition say how far it had come"
+    )
+
+    uri: str = ""
+    uuid: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Undefine:
     """Have libvirt forget a domain with its records, and with ``nvram`` its UEFI variables."""
 
@@ -54,12 +86,21 @@ def with_records(plan: Plan, step: WriteRecords) -> Plan:
 
     Before the point of no return nothing changes that libvirt's records speak of.
     """
-    from snaptree.planning.steps import Record, Step
+    from snaptree.planning.steps import Record
 
     steps: list[Step] = []
     for number, each in enumerate(plan.steps):
-        steps.append(each)
+        steps.append(_by_libvirt(each, step))
         if isinstance(each, Record) and number >= plan.point_of_no_return:
             steps.append(step)
     later = replace(step, renamed=())
     return replace(plan, steps=tuple(steps), then=tuple(with_records(each, later) for each in plan.then))
+
+
+def _by_libvirt(each: Step, step: WriteRecords) -> Step:
+    """What a running QEMU would be told by its monitor, as libvirt does it."""
+    if isinstance(each, LiveSnapshot):
+        return DomainSnapshot(each.cuts, each.quiesce, each.agent, step.uri, step.uuid)
+    if isinstance(each, LiveMerge):
+        return DomainMerge(each.jobs, step.uri, step.uuid)
+    return each

@@ -5,12 +5,12 @@
   branch grew from no snapshot, a placeholder stands for where it did.
 - What the current record names as its overlays, going back with virsh unlinks. So they are the active tips: as
   ``revertDisks`` when other records grew from it, as ``disks`` otherwise.
-- What any other record names as its overlay, deleting with virsh merges into its point; and when it becomes current
-  because virsh has deleted what grew from it, going back unlinks that. So it is the one layer that stands on the
-  point, in the active line, and no file at all where others stand there as well.
-- Of a record from which nothing grew deleting with virsh unlinks the point, or merges the tip into it. Where others
-  need that file, for internal snapshots in it, say, the record is guarded: virsh takes it for one whose deletion was
-  interrupted, and refuses.
+- Any other record becomes current when virsh has deleted what grew from it, and going back unlinks then what it names
+  as its overlay. So that is the one layer that stands on the point, in the active line, and no file at all where others
+  stand there as well.
+- Deleting a record from which nothing grew virsh unlinks its point; deleting another one it merges into the point what
+  stands on it in the active line, whatever the record says. Where others need these files, or internal snapshots are in
+  them, the record is guarded: virsh takes it for one whose deletion was interrupted, and refuses.
 """
 
 from __future__ import annotations
@@ -126,7 +126,16 @@ def _standing(tree: Tree, name: str, parents: Mapping[str, str | None]) -> Wante
     overlays = {disk: _nothing(place.path) for disk, place in points.items()} if grown else tips
     created = min((each.created for each in tree.named if each.created), default=1.0)
     return Wanted(
-        name, PLACEHOLDER, None, created, WHY_PLACEHOLDER, points, overlays, tips if grown else {}, current=True
+        name,
+        PLACEHOLDER,
+        None,
+        created,
+        WHY_PLACEHOLDER,
+        points,
+        overlays,
+        tips if grown else {},
+        current=True,
+        guarded=frozenset(points),
     )
 
 
@@ -163,19 +172,22 @@ def _wanted(tree: Tree, named: Snapshot | Branch, parents: Mapping[str, str | No
         guarded=frozenset(
             disk
             for disk, point in external.items()
-            if not grown and _is_shared(tree, point.layer, named.name, current=named.name == current)
+            if not _may_go(tree, named.name, point.layer, _grown(tree, named.name, parents), current)
         ),
     )
 
 
-def _is_shared(tree: Tree, layer: LayerId, name: str, *, current: bool) -> bool:
-    """Whether deleting a record from which nothing grew would take the file at its point from others, or change it.
+def _may_go(tree: Tree, name: str, layer: LayerId, grown: frozenset[str], current: str | None) -> bool:
+    """Whether virsh may delete a record: with the file at its point, or by merging into that what stands on it.
 
-    :param current: whether virsh would merge the tip into it; it unlinks it otherwise.
+    :param grown: all that grew from the record.
     """
-    if not current:
-        return not _is_alone(tree, layer, name)
-    return len(tree.children.get(layer, ())) > 1 or set(tree.names_on.get(Point(layer), ())) > {name}
+    above = tree.children.get(layer, ())
+    if not grown and name != current:
+        return _is_alone(tree, layer, name)
+    if len(above) > 1 or not set(tree.names_on.get(Point(layer), ())) <= {name}:
+        return False
+    return not above or (not tree.internals.get(above[0]) and _needed_by(tree, above[0]) <= grown | {tree.active})
 
 
 def _is_alone(tree: Tree, layer: LayerId, name: str) -> bool:

@@ -2,35 +2,73 @@
 
 from __future__ import annotations
 
-from snaptree.planning.domain_steps import Undefine, WriteRecords
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeAlias
+
+from snaptree.planning.domain_steps import DomainMerge, DomainSnapshot, Undefine, WriteRecords
+from snaptree.running.carry import domain_jobs
 from snaptree.running.context import Context
 from snaptree.store import trees
 from snaptree.store.libvirt import applying
-from snaptree.store.libvirt.calls import Libvirt
+from snaptree.store.libvirt.calls import DomainHandle, Libvirt
 
+LibvirtStep: TypeAlias = DomainSnapshot | DomainMerge | WriteRecords | Undefine
 _RECORD = "record "
 """Before the name of a record that is kept in the journal while libvirt has none of that name."""
 
 
-def do(step: WriteRecords | Undefine, context: Context) -> None:
-    """Take the step. A domain that libvirt does not know (any more) has no records."""
+@contextmanager
+def _domain(step: LibvirtStep) -> Iterator[DomainHandle | None]:
+    """The domain; ``None`` where libvirt does not know it (any more)."""
     libvirt = Libvirt(step.uri)
     try:
-        domain = libvirt.find(step.uuid)
-        if domain is None:
-            return
-        if isinstance(step, Undefine):
-            domain.undefine(nvram=step.nvram)
-            return
-        tree = trees.load_tree(context.journal.database, context.journal.machine)
-        names = (*tree.snapshots, *tree.branches)
-        kept = {name: text for name in names if (text := context.journal.noted(_RECORD + name)) is not None}
-        applying.apply(
-            domain,
-            tree,
-            dict(step.renamed),
-            keep=lambda name, text: context.journal.note(_RECORD + name, text),
-            kept=kept,
-        )
+        yield libvirt.find(step.uuid)
     finally:
         libvirt.close()
+
+
+async def do(step: LibvirtStep, context: Context) -> None:
+    """Take the step. A domain that libvirt does not know (any more) has no records, and does not run."""
+    with _domain(step) as domain:
+        match step:
+            case DomainSnapshot():
+                domain_jobs.snapshot(step, domain)
+            case DomainMerge():
+                await domain_jobs.merge(step, domain, context)
+            case WriteRecords() if domain is not None:
+                _write(step, domain, context)
+            case Undefine() if domain is not None:
+                domain.undefine(nvram=step.nvram)
+            case _:
+                pass
+
+
+def _write(step: WriteRecords, domain: DomainHandle, context: Context) -> None:
+    tree = trees.load_tree(context.journal.database, context.journal.machine)
+    names = (*tree.snapshots, *tree.branches)
+    kept = {name: text for name in names if (text := context.journal.noted(_RECORD + name)) is not None}
+    applying.apply(
+        domain,
+        tree,
+        dict(step.renamed),
+        keep=lambda name, text: context.journal.note(_RECORD + name, text),
+        kept=kept,
+    )
+
+
+def undo(step: LibvirtStep, context: Context) -> None:
+    """Take the step back: what libvirt has begun is ended, and what it has written shows the same."""
+    if isinstance(step, DomainMerge):
+        with _domain(step) as domain:
+            domain_jobs.unmerge(step, domain, context)
+
+
+def happened(step: LibvirtStep, context: Context) -> bool:
+    """Whether it has happened, or goes on, though we did not live to see it."""
+    if not isinstance(step, DomainSnapshot | DomainMerge):
+        return False
+    with _domain(step) as domain:
+        if isinstance(step, DomainSnapshot):
+            return domain_jobs.was_cut(step, domain)
+        return domain_jobs.went_on(step, domain)

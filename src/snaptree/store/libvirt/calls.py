@@ -6,8 +6,9 @@ Official calls only: nothing goes past libvirt to a QEMU that it runs.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from snaptree.errors import BusyError, NotFoundError, RefusedError, SnaptreeError, ToolError
@@ -84,6 +85,23 @@ def _explain(libvirt: Any, error: Any, doing: str) -> SnaptreeError:
     if code in (libvirt.VIR_ERR_SYSTEM_ERROR, libvirt.VIR_ERR_RPC, libvirt.VIR_ERR_INTERNAL_ERROR):
         return ToolError(said, "is libvirtd running? see 'systemctl status libvirtd' and its log")
     return ToolError(said, "see the log of libvirtd")
+
+
+COMMIT = "commit"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockJob:
+    """A block job: ``commit`` (of a tip, which is to be pivoted) or another kind; figures in bytes."""
+
+    kind: str
+    current: int
+    total: int
+
+    @property
+    def ready(self) -> bool:
+        """Whether nothing is left to be copied but what is written meanwhile."""
+        return self.total > 0 and self.current == self.total
 
 
 class Libvirt:
@@ -240,6 +258,31 @@ class DomainHandle:
                     found.append(f"a block job on {target} is under way")
         return tuple(found)
 
+    def chains(self) -> dict[str, tuple[str, ...]]:
+        """The files of each disk, top first, canonical: of what runs, or (the tips at least) of what is to be."""
+        root = xml.parse(self.definition(live=self.state() != OFF), "the domain's definition")
+        found: dict[str, tuple[str, ...]] = {}
+        for target, disk in xml.disks(root):
+            chain: list[str] = []
+            at = disk
+            while at is not None and (path := xml.path_of(at, self.connection.volume)) is not None:
+                chain.append(path)
+                at = at.find("backingStore")
+            found[target] = tuple(chain)
+        return found
+
+    def block_job(self, target: str) -> BlockJob | None:
+        """What goes on with a disk, if anything."""
+        libvirt = self._libvirt
+        try:
+            info = self._domain.blockJobInfo(target, 0)
+        except libvirt.libvirtError:
+            return None
+        if not info:
+            return None
+        kind = COMMIT if info["type"] == libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT else "other"
+        return BlockJob(kind, int(info["cur"]), int(info["end"]))
+
     # ---- telling --------------------------------------------------------------------------------------------------
 
     def define(self, text: str) -> None:
@@ -280,3 +323,76 @@ class DomainHandle:
         """Start it."""
         with _explained(f"start domain {self.name}"):
             self._domain.createWithFlags(self._libvirt.VIR_DOMAIN_START_PAUSED if paused else 0)
+
+    # ---- what runs ------------------------------------------------------------------------------------------------
+
+    def cut(self, overlays: Mapping[str, str], *, quiesce: bool) -> None:
+        """Let the disks go on in overlays that are there already, all at one instant; the others stay as they are."""
+        libvirt = self._libvirt
+        root = xml.etree().Element("domainsnapshot")
+        disks = xml.etree().SubElement(root, "disks")
+        for target in _targets(self.definition(live=True)):
+            disk = xml.etree().SubElement(
+                disks, "disk", name=target, snapshot="external" if target in overlays else "no"
+            )
+            if target in overlays:
+                disk.set("type", "file")
+                xml.etree().SubElement(disk, "driver", type="qcow2")
+                xml.etree().SubElement(disk, "source", file=overlays[target])
+        flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
+        flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT
+        flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_QUIESCE if quiesce else 0
+        with _explained(f"take a snapshot of domain {self.name}"):
+            self._domain.snapshotCreateXML(xml.text_of(root), flags)
+
+    def commit(self, target: str, base: str, top: str, speed: int, *, active: bool, relative: bool) -> None:
+        """Begin to merge layers down into the base.
+
+        :param speed: bytes a second; 0 for no limit.
+        :param active: the top is the tip: the guest goes over when it is told to (:meth:`pivot`).
+        :param relative: the backing name that is written is relative, as those that are there.
+        """
+        libvirt = self._libvirt
+        flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES
+        flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE if active else 0
+        flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_RELATIVE if relative and not active else 0
+        with _explained(f"merge {top} into {base}"):
+            self._domain.blockCommit(target, base, top, speed, flags)
+
+    def pull(self, target: str, base: str | None, speed: int) -> None:
+        """Begin to merge into the tip all that is above the base, or all."""
+        libvirt = self._libvirt
+        flags = libvirt.VIR_DOMAIN_BLOCK_REBASE_BANDWIDTH_BYTES
+        flags |= libvirt.VIR_DOMAIN_BLOCK_REBASE_RELATIVE if base is not None else 0
+        with _explained(f"merge layers into the tip of {target}"):
+            try:
+                self._domain.blockRebase(target, base, speed, flags)
+            except libvirt.libvirtError as error:
+                if base is None or error.get_error_code() != libvirt.VIR_ERR_CONFIG_UNSUPPORTED:
+                    raise
+                self._domain.blockRebase(target, base, speed, libvirt.VIR_DOMAIN_BLOCK_REBASE_BANDWIDTH_BYTES)
+
+    def pivot(self, target: str) -> None:
+        """Let the guest go over to what its tip was merged into; whether it can yet libvirt knows."""
+        libvirt = self._libvirt
+        try:
+            self._domain.blockJobAbort(target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_BLOCK_COPY_ACTIVE:
+                raise _explain(libvirt, error, f"end the merge of {target}") from error
+
+    def limit(self, target: str, speed: int) -> None:
+        """Let so many bytes a second move from now on; 0 for no limit."""
+        libvirt = self._libvirt
+        with suppress(libvirt.libvirtError):
+            self._domain.blockJobSetSpeed(target, speed, libvirt.VIR_DOMAIN_BLOCK_JOB_SPEED_BANDWIDTH_BYTES)
+
+    def abort(self, target: str) -> None:
+        """End what goes on with a disk, if anything does."""
+        with suppress(self._libvirt.libvirtError):
+            self._domain.blockJobAbort(target, 0)
+
+    def stop(self) -> None:
+        """Turn it off, as by pulling the plug."""
+        with _explained(f"turn domain {self.name} off"):
+            self._domain.destroy()
