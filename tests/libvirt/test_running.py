@@ -32,10 +32,10 @@ def shown(web: DomainScene, name: str) -> str:
 
 def test_snapshots_and_deletions_while_it_runs(web: DomainScene) -> None:
     line(web)
-    web.virsh("start", "@", "--paused")
+    web.virsh("start", "@")
     web("snapshot @ s4")
     assert web.listed() == {"s1": None, "s2": "s1", "s3": "s2", "s4": "s3"} and web.current() == "s4"
-    assert web.names()["s4"]["consistency"] == "crash" and web.show()["state"] == "paused"
+    assert web.names()["s4"]["consistency"] == "crash" and web.show()["state"] == "running"
     web.agree()
     # In the middle, at the root, at the tip; and several at once.
     web("delete @ s2")
@@ -50,6 +50,7 @@ def test_snapshots_and_deletions_while_it_runs(web: DomainScene) -> None:
     assert web.listed() == {} and web.files() == {"web.qcow2"} and shown(web, "main") == "b123...."
     web.virsh("snapshot-create-as", "@", "by-virsh", "--disk-only")
     web.virsh("destroy", "@")
+    web("verify @ --repair")
     web.sound()
     assert web.shows() == "b123...."
 
@@ -58,7 +59,7 @@ def test_other_branches_and_forks_while_it_runs(web: DomainScene) -> None:
     line(web)
     web("revert @ s1")
     web.write(".......x")
-    web.virsh("start", "@", "--paused")
+    web.virsh("start", "@")
     assert "not in active chain" in refused(web, "snapshot-delete", "@", "s2")
     web("delete @ s2")
     web.agree()
@@ -95,7 +96,7 @@ def test_going_elsewhere_turns_it_off_and_on(web: DomainScene) -> None:
 def test_two_disks_of_one_instant(domain: DomainScene) -> None:
     domain.define("vda=web.qcow2", "vdb=data.raw")
     domain("snapshot @ s1")
-    domain.virsh("start", "@", "--paused")
+    domain.virsh("start", "@")
     domain("snapshot @ s2")
     domain("snapshot @ s3 --exclude vdb")
     assert domain.record("s3").find("disks/disk[@name='vdb']").get("snapshot") == "no"
@@ -104,3 +105,18 @@ def test_two_disks_of_one_instant(domain: DomainScene) -> None:
     assert domain.files() == {"web.qcow2", "data.raw"}
     domain.virsh("destroy", "@")
     domain.sound()
+
+
+def test_what_is_merged_waits_while_it_is_paused(web: DomainScene) -> None:
+    line(web)
+    web.virsh("start", "@", "--paused")
+    assert "is paused" in web("delete @ s2").out
+    assert web.listed() == {"s1": None, "s3": "s1"} and len(web.show()["layers"]) == 4
+    web.agree()
+    web.virsh("resume", "@")
+    web("gc @")
+    web.agree()
+    assert len(web.show()["layers"]) == 3
+    web.virsh("destroy", "@")
+    web.sound()
+    assert [web.shows(each) for each in ("s1", "s3", "main")] == ["b.......", "b12.....", "b123...."]

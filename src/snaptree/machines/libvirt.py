@@ -32,6 +32,7 @@ from snaptree.machines.machine import (
     seen,
     still,
 )
+from snaptree.machines.memories import as_it_went
 from snaptree.machines.power import Power
 from snaptree.machines.survey import planned, read_survey
 from snaptree.model.live import OFF, PAUSED
@@ -129,12 +130,17 @@ class LibvirtMachine(Operated):
         """The plan for a request; takes no lock and touches nothing."""
         looked = self.look()
         self._require_possible(looked, request)
-        return self._plan(looked, looked.tree, request)
+        goes = self._going(looked, request)
+        plan = self._plan(looked, looked.tree, request, off=goes is not None)
+        return goes.told(plan) if goes is not None else plan
 
-    def _plan(self, looked: Looked, tree: Tree, request: Request) -> Plan:
+    def _plan(self, looked: Looked, tree: Tree, request: Request, *, off: bool) -> Plan:
+        """The plan for a request.
+
+        :param off: the domain is turned off for it, if it runs.
+        """
         survey = self.survey(looked, tree, folders_of(request))
-        if self._going(looked, request) is not None:
-            # It is turned off for it.
+        if off:
             survey = replace(survey, running=False, live=None)
         require_real_folders(request)
         plan = planned(tree, survey, lambda measured: verbs.plan(tree, measured, request))
@@ -151,8 +157,7 @@ class LibvirtMachine(Operated):
         plan = with_records(plan, tell)
         if isinstance(request, GcRequest):
             plan = replace(plan, steps=(*plan.steps, tell))
-        goes = self._going(looked, request)
-        return goes.told(plan) if goes is not None else plan
+        return plan
 
     def _require_possible(self, looked: Looked, request: Request) -> None:
         """See that the domain may be worked on so.
@@ -210,14 +215,18 @@ class LibvirtMachine(Operated):
             lock.extend(anchors(tree))
             before = seen(tree, request)
             goes = self._going(looked, request)
-            plan = self._plan(looked, tree, request)
+            if looked.reading.domain.state != OFF and goes is None and not loops.runs():
+                raise LoopNeededError
+            plan = self._plan(looked, tree, request, off=goes is not None)
             if confirm is not None and not confirm(plan):
                 raise CancelledError("nothing was done", "")
             if goes is not None and goes.before != OFF:
                 # What was planned rested on disks that the guest wrote to.
                 self.handle.stop()
                 looked = self.look()
-                plan = self._plan(looked, tree, request)
+                plan = self._plan(looked, tree, request, off=True)
+            if goes is not None:
+                plan = goes.told(plan)
             lock.extend(files_of(plan))
             require_same(tree, request, before)
             self._keep(tree)
@@ -239,7 +248,7 @@ class LibvirtMachine(Operated):
                 raise
         if goes is not None:
             self._start(goes.after)
-        return replace(plan, notes=(*plan.notes, *outcome.said))
+        return as_it_went(plan, outcome)
 
     def _going(self, looked: Looked, request: Request) -> Going | None:
         """What the domain does before and after a request to go elsewhere; ``None`` when it is off and stays so."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from snaptree.model.delta import diff
 from snaptree.model.layer import LayerId
+from snaptree.model.live import PAUSED
 from snaptree.model.survey import Survey
 from snaptree.planning import live_swap
 from snaptree.planning.draft import Draft, is_tip, paths_of
@@ -99,6 +100,10 @@ def _choose(draft: Draft, row: Row, way: str) -> Choice | str:
     if way != "auto":
         for each in asked:
             open_as_asked(draft, row, each, closed)
+    if draft.survey.libvirt and draft.survey.live is not None and draft.survey.live.state == PAUSED:
+        # Only with the guest running can QEMU be made to bring to disk what it has merged.
+        waits = "its domain is paused: it is merged when the domain runs, or is off, by gc"
+        closed = dict.fromkeys(("commit", "pull", "reflink"), waits)
     facts = draft.survey.rows[row]
     choices = [Choice(row, each, facts, down=each == "commit") for each in asked if each not in closed]
     if not choices:

@@ -7,10 +7,12 @@ the definition, which libvirt changes with it, and the headers.
 from __future__ import annotations
 
 import asyncio
+import os
 
 from snaptree.errors import CancelledError, ToolError
 from snaptree.images import durable
 from snaptree.images.facts import read_facts
+from snaptree.images.measure import holds
 from snaptree.model.live import OFF
 from snaptree.planning.domain_steps import DomainMerge, DomainSnapshot
 from snaptree.planning.live_steps import LiveJob
@@ -18,7 +20,7 @@ from snaptree.planning.steps import Move
 from snaptree.qemu.jobs import JobProgress
 from snaptree.running.carry import moving
 from snaptree.running.carry.by_qemu import bytes_moved
-from snaptree.running.carry.live_merge import finish, header_says, move_job
+from snaptree.running.carry.live_merge import finish, header_says, holds_all, move_job
 from snaptree.running.context import Context
 from snaptree.store.libvirt.calls import COMMIT, BlockJob, DomainHandle
 
@@ -72,6 +74,7 @@ async def merge(step: DomainMerge, domain: DomainHandle | None, context: Context
         raise
     for job in jobs:
         context.journal.moved += job.bytes
+    await _bring_to_disk(step, domain, context)
     for job in step.jobs:
         for path, _ in (job.target, *([job.child] if job.child is not None else [])):
             durable.sync_file(path)
@@ -142,6 +145,25 @@ async def _require_merged(job: LiveJob, domain: DomainHandle) -> None:
     )
 
 
+async def _bring_to_disk(step: DomainMerge, domain: DomainHandle, context: Context) -> None:
+    """Have QEMU bring to disk the tables that say what it has merged, before anything that it was merged from goes.
+
+    It writes the header first, and keeps the tables until somebody flushes: it does when it stops the guest.
+
+    :raise ToolError: they are not there.
+    """
+    for job in step.jobs:
+        if job.active or await holds_all(job):
+            continue
+        paused = domain.flush()
+        context.paused = max(context.paused or 0.0, paused)
+        if not await holds_all(job):
+            raise ToolError(
+                f"{job.target[0]} has not all on disk that was merged into it",
+                "let the domain run, or shut it down, then run 'snaptree recover'",
+            )
+
+
 def went_on(step: DomainMerge, domain: DomainHandle | None) -> bool:
     """Whether a merge that was left has come so far that it is finished, not undone: its jobs run, or one has ended."""
     if domain is None or domain.state() == OFF:
@@ -153,7 +175,13 @@ def _was_merged(job: LiveJob, domain: DomainHandle | None) -> bool:
     """Whether a job had come to its end when the domain stopped: its definition says it, or the header."""
     if job.active:
         return domain is not None and domain.chains().get(job.disk, ("",))[0] == job.row[0][0]
-    return header_says(job)
+    return header_says(job) and not _lacks(job)
+
+
+def _lacks(job: LiveJob) -> bool:
+    """Whether the target lacks some of what was merged: QEMU may have been killed before it had brought it to disk."""
+    sources = job.row[1:] if job.way == "commit" else job.row[:-1]
+    return all(os.path.exists(path) for path, _ in sources) and not holds(job.target, sources)
 
 
 async def _without_domain(step: DomainMerge, domain: DomainHandle | None, context: Context) -> None:

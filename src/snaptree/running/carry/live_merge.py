@@ -134,11 +134,11 @@ async def _flush(qemu: RunningQemu, graph: BlockGraph, job: LiveJob) -> None:
     """
     path, _ = job.target
     await qemu.flush(node_of(graph, path).name, path)
-    if not await _holds_all(job):
+    if not await holds_all(job):
         raise ToolError(f"QEMU reported success, but {path} has not all that was to be moved", "try it with QEMU off")
 
 
-async def _holds_all(job: LiveJob) -> bool:
+async def holds_all(job: LiveJob) -> bool:
     """Whether the target has on disk what was to be moved.
 
     The tables of a tip that the guest writes to may change while they are read; then they are read again.
