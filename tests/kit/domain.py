@@ -219,9 +219,16 @@ def record_schema() -> Any:
 
 
 def _without_what_is_remembered(shown: Any) -> Any:
-    """The order of layers follows their ids, which are only remembered; and so is why something is pending."""
-    layers = sorted(shown["layers"], key=lambda each: (each["disk"], each["path"]))
-    return {**shown, "layers": layers, "pending": []}
+    """The order of layers follows their ids, which are only remembered, and so is why something is pending; what files
+    occupy changes while a guest writes."""
+    moving = ("allocated", "frees") if shown["state"] == "running" else ()
+
+    def still(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{key: value for key, value in row.items() if key not in moving} for row in rows]
+
+    layers = still(sorted(shown["layers"], key=lambda each: (each["disk"], each["path"])))
+    named = {key: still(shown[key]) for key in ("snapshots", "branches")}
+    return {**shown, **named, "layers": layers, "pending": []}
 
 
 @contextlib.contextmanager
