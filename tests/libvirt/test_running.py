@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 from tests.kit import images
-from tests.kit.domain import DomainScene, refused
+from tests.kit.domain import URI, DomainScene, refused
+from tests.kit.images import MiB
 from tests.kit.scene import word_of
 
 pytestmark = pytest.mark.root
@@ -120,3 +130,96 @@ def test_what_is_merged_waits_while_it_is_paused(web: DomainScene) -> None:
     web.virsh("destroy", "@")
     web.sound()
     assert [web.shows(each) for each in ("s1", "s3", "main")] == ["b.......", "b12.....", "b123...."]
+
+
+@contextmanager
+def merging(web: DomainScene, line: str) -> Iterator[subprocess.Popen[str]]:
+    """A command in a process of its own, as soon as libvirt is at work for it."""
+    words = [sys.executable, "-c", "import sys; from snaptree.cli.main import run; sys.exit(run(sys.argv[1:]))"]
+    process = subprocess.Popen(
+        [*words, *shlex.split(line.replace("@", web.name))],
+        env={**os.environ, URI: web.own.uri, "SNAPTREE_STATE": str(web.state)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        until = time.monotonic() + 30
+        while not web.virsh("blockjob", "@", "vda", "--info").strip():
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def large(web: DomainScene) -> dict[str, str]:
+    """``s1``, ``s2``, ``s3`` with 8 MiB of their own after each; what they show."""
+    images.create(web.disks / "large.qcow2", 32 * MiB)
+    web.define("vda=large.qcow2")
+    for number in range(1, 4):
+        web(f"snapshot @ s{number}")
+        path, form = web.source()
+        images.io(path, form, f"write -P {48 + number} {number * 8 * MiB} {8 * MiB if number < 3 else 4 * MiB}")
+    return {name: web.shows(name) for name in web.names()}
+
+
+def as_it_was(web: DomainScene, before: dict[str, str], gone: str) -> None:
+    assert {name: web.shows(name) for name in web.names()} == {
+        name: word for name, word in before.items() if name != gone
+    }
+
+
+@pytest.mark.parametrize("gone", ["s2", pytest.param("s3", marks=pytest.mark.slow)])
+def test_qemu_and_snaptree_are_killed_while_it_merges(domain: DomainScene, gone: str) -> None:
+    web = domain
+    before = large(web)
+    web.virsh("start", "@")
+    with merging(web, f"delete @ {gone} --limit 2MiB/s") as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert web(f"show {web.name} --json").json["pending"]
+        web.virsh("destroy", "@")
+    web("recover @")
+    web("gc @")
+    web.sound()
+    as_it_was(web, before, gone)
+    assert len(web.show()["layers"]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gone", ["s2", "s3"])
+def test_snaptree_is_killed_and_goes_on_with_what_libvirt_does(domain: DomainScene, gone: str) -> None:
+    web = domain
+    before = large(web)
+    web.virsh("start", "@")
+    with merging(web, f"delete @ {gone} --limit 2MiB/s") as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    web("recover @")
+    web.agree()
+    assert len(web.show()["layers"]) == 3 and web.virsh("blockjob", "@", "vda", "--info").strip() == ""
+    web.virsh("destroy", "@")
+    web.sound()
+    as_it_was(web, before, gone)
+
+
+def test_it_is_stopped_and_gc_goes_on(domain: DomainScene) -> None:
+    web = domain
+    before = large(web)
+    web.virsh("start", "@")
+    with merging(web, "delete @ s2 --limit 2MiB/s") as process:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    assert web.virsh("blockjob", "@", "vda", "--info").strip() == "" and "s2" not in web.listed()
+    # A job of somebody else's is not to be meddled with.
+    web.virsh("blockpull", "@", "vda", "--bandwidth", "1")
+    assert "libvirt is at work" in web("gc @", status=5).err
+    web.virsh("blockjob", "@", "vda", "--abort")
+    web("gc @")
+    web.agree()
+    web.virsh("destroy", "@")
+    web.sound()
+    as_it_was(web, before, "s2")
+    assert len(web.show()["layers"]) == 3
