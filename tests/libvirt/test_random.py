@@ -176,7 +176,7 @@ class Walk:
 
 def test_a_few(domain: DomainScene) -> None:
     walk = Walk(domain, 3)
-    walk.go(4)
+    walk.go(2)
 
 
 @pytest.mark.slow

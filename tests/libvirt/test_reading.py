@@ -85,6 +85,7 @@ def test_nothing_is_current(web: DomainScene) -> None:
     web.sound()
 
 
+@pytest.mark.slow
 def test_what_a_running_domain_has_merged(web: DomainScene) -> None:
     by_virsh(web, "s1", "s2", "s3")
     web.virsh("start", "@", "--paused")

@@ -65,6 +65,7 @@ def test_snapshots_and_deletions_while_it_runs(web: DomainScene) -> None:
     assert web.shows() == "b123...."
 
 
+@pytest.mark.slow
 def test_other_branches_and_forks_while_it_runs(web: DomainScene) -> None:
     line(web)
     web("revert @ s1")
@@ -88,6 +89,7 @@ def test_other_branches_and_forks_while_it_runs(web: DomainScene) -> None:
     web.sound()
 
 
+@pytest.mark.slow
 def test_going_elsewhere_turns_it_off_and_on(web: DomainScene) -> None:
     line(web)
     web.virsh("start", "@")
@@ -117,6 +119,7 @@ def test_two_disks_of_one_instant(domain: DomainScene) -> None:
     domain.sound()
 
 
+@pytest.mark.slow
 def test_what_is_merged_waits_while_it_is_paused(web: DomainScene) -> None:
     line(web)
     web.virsh("start", "@", "--paused")
@@ -171,7 +174,8 @@ def as_it_was(web: DomainScene, before: dict[str, str], gone: str) -> None:
     }
 
 
-@pytest.mark.parametrize("gone", ["s2", pytest.param("s3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("gone", ["s2", "s3"])
 def test_qemu_and_snaptree_are_killed_while_it_merges(domain: DomainScene, gone: str) -> None:
     web = domain
     before = large(web)
@@ -205,6 +209,7 @@ def test_snaptree_is_killed_and_goes_on_with_what_libvirt_does(domain: DomainSce
     as_it_was(web, before, gone)
 
 
+@pytest.mark.slow
 def test_it_is_stopped_and_gc_goes_on(domain: DomainScene) -> None:
     web = domain
     before = large(web)

@@ -63,6 +63,7 @@ def test_b2_gone_back_to_it(web: DomainScene) -> None:
     goes_on(web, "s3")
 
 
+@pytest.mark.slow
 def test_b3_in_the_middle_of_another_branch(web: DomainScene) -> None:
     grown(web, "s1", "s2", "s3", "s4")
     web.virsh("snapshot-revert", "@", "s1")
@@ -115,6 +116,7 @@ def test_b5_and_b6_internal_and_external_together(web: DomainScene) -> None:
     assert web.shows() == "bi2i...." and web.files() == {"web.qcow2"}
 
 
+@pytest.mark.slow
 def test_b8_after_a_manual_blockcommit(web: DomainScene) -> None:
     grown(web, "s1", "s2", "s3")
     base, top = web.path("s1"), web.path("s2")
@@ -130,6 +132,7 @@ def test_b8_after_a_manual_blockcommit(web: DomainScene) -> None:
     goes_on(web, "s3")
 
 
+@pytest.mark.slow
 def test_b8_after_a_metadata_only_deletion(web: DomainScene) -> None:
     grown(web, "s1", "s2", "s3")
     web.virsh("snapshot-delete", "@", "s2", "--metadata")
@@ -141,6 +144,7 @@ def test_b8_after_a_metadata_only_deletion(web: DomainScene) -> None:
     goes_on(web, "s1")
 
 
+@pytest.mark.slow
 def test_b9_a_deletion_that_was_interrupted(web: DomainScene) -> None:
     grown(web, "s1", "s2", "s3")
     record = web.virsh("snapshot-dumpxml", "@", "s1", "--security-info")
@@ -177,6 +181,7 @@ def test_b10_a_disk_that_was_unplugged(domain: DomainScene) -> None:
     domain.sound()
 
 
+@pytest.mark.slow
 def test_b12_twice_within_a_second(web: DomainScene) -> None:
     grown(web, "s1")
     for letter in "xyz":
@@ -186,6 +191,7 @@ def test_b12_twice_within_a_second(web: DomainScene) -> None:
     web.sound()
 
 
+@pytest.mark.slow
 def test_b13_a_disk_that_was_left_out(domain: DomainScene) -> None:
     domain.define("vda=web.qcow2", "vdb=data.qcow2")
     domain("snapshot @ s1 --exclude vdb")
@@ -213,6 +219,7 @@ def test_b14_a_domain_with_snapshots_is_removed(web: DomainScene) -> None:
     assert web("list --json").json == [] or web.name not in {each["machine"] for each in web("list --json").json}
 
 
+@pytest.mark.slow
 def test_c14_and_c15_virsh_does_no_harm_to_what_snaptree_has_written(web: DomainScene) -> None:
     web("snapshot @ s1")
     web.write(".1")

@@ -6,6 +6,7 @@ file has of a domain is what it was like when snaptree last worked on it: ids of
 A verb puts the tree that was read into the state file, under the machine's lock, and is planned and carried out as for
 a standalone machine. The journal's row is the commit point; a step of its own kind follows each change of the tree and
 tells libvirt, repeatably. Meanwhile an operation that was killed is what the state file says, not libvirt's records.
+Of a domain that runs libvirt has QEMU's monitor: what QEMU does, libvirt's own calls have it do.
 """
 
 from __future__ import annotations
