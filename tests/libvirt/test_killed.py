@@ -26,12 +26,13 @@ def killed(real):
         left -= 1
         if left == 0 and {before}:
             os.kill(os.getpid(), signal.SIGKILL)
-        real(*words, **more)
+        answer = real(*words, **more)
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
+        return answer
     return call
 
-for name in ("define", "redefine", "forget_record", "undefine"):
+for name in ("define", "redefine", "forget_record", "undefine", "cut", "commit", "pull", "pivot", "flush"):
     setattr(DomainHandle, name, killed(getattr(DomainHandle, name)))
 sys.exit(run(sys.argv[1:]))
 """
@@ -124,3 +125,22 @@ def test_started_on_the_old_disk_after_a_kill(web: DomainScene) -> None:
 @pytest.mark.parametrize("line", VERBS, ids=lambda line: line.replace("@ ", "").replace(" ", "-"))
 def test_killed_at_everything_that_libvirt_is_told(web: DomainScene, line: str, when: int, before: bool) -> None:
     one(web, line, when, before=before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("when", range(1, 8))
+@pytest.mark.parametrize("line", ["snapshot @ s9", "delete @ s2", "delete @ s3", "delete @ s1 s2 s3"])
+def test_killed_at_everything_that_libvirt_is_told_while_it_runs(
+    web: DomainScene, line: str, when: int, before: bool
+) -> None:
+    shown = prepared(web)
+    web.virsh("start", "@")
+    if killed(web, line, when, before=before):
+        web("recover @")
+        web("gc @")
+    web.agree()
+    web.virsh("destroy", "@")
+    web.sound()
+    is_whole(web, {"s9": shown["main"], **shown})
+    assert web.shows() == shown["main"]

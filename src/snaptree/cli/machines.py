@@ -12,7 +12,7 @@ import click
 from snaptree.cli.connecting import connect_option, connection
 from snaptree.cli.output import carry_out, done, print_json, print_plan, say
 from snaptree.cli.parsing import absolute, changing, disk_options, json_option, machine_argument
-from snaptree.errors import NotFoundError, UsageError
+from snaptree.errors import NotFoundError, SnaptreeError, UsageError
 from snaptree.machines.machine import Machine
 from snaptree.machines.options import AddOptions
 from snaptree.machines.standalone import existing
@@ -198,7 +198,15 @@ def list_command(as_json: bool) -> None:
     """List the machines that were added, and libvirt's domains."""
     door = connection()
     machines = [*(door.machine(name) for name in door.names()), *door.domains()]
-    rows = [_row(machine) for machine in machines]
+    rows: list[dict[str, Any]] = []
+    for machine in machines:
+        try:
+            rows.append(_row(machine))
+        except SnaptreeError as error:
+            if machine.config.provider != "libvirt":
+                raise
+            # One domain that cannot be read does not hide the others.
+            say(f"{machine.name} is left out: {error.message}", err=True)
     if as_json:
         print_json(rows)
         return
