@@ -304,9 +304,14 @@ def _with_looks(tree: Tree, known: Tree | None, merging: set[str]) -> Tree:
 
 
 def _same_place(tree: Tree, known: Tree, number: LayerId) -> bool:
-    """Whether a layer holds what it held: the same names need it, and it stands on the same file."""
+    """Whether a layer holds what it held: the same names need it or what is in it, and it stands on the same file."""
     now, before = tree.layers[number], known.layers[number]
     under = (tree.layers[now.parent].path if now.parent is not None else None) == (
         known.layers[before.parent].path if before.parent is not None else None
     )
-    return under and set(tree.names_on.get(Point(number), ())) == set(known.names_on.get(Point(number), ()))
+    return under and _names_in(tree, number) == _names_in(known, number)
+
+
+def _names_in(tree: Tree, number: LayerId) -> dict[Point, set[str]]:
+    points = (Point(number), *(Point(number, tag) for tag in tree.internals.get(number, ())))
+    return {point: set(tree.names_on.get(point, ())) for point in points}
