@@ -7,8 +7,14 @@ from pathlib import Path
 
 import pytest
 from tests.kit import images
-from tests.kit.domain import DomainScene, refused
+from tests.kit.domain import DomainScene, of_libvirt, refused
 from tests.kit.scene import SLOT, SLOTS
+from tests.libvirt.test_killed import killed
+
+from snaptree.errors import BusyError
+from snaptree.machines.connection import Connection
+from snaptree.planning.create import SnapshotRequest
+from snaptree.planning.plan import Plan
 
 pytestmark = pytest.mark.root
 REFUSED = 6
@@ -126,6 +132,7 @@ def test_two_names_for_one_thing(web: DomainScene) -> None:
     other = web.image("other.qcow2", word="o")
     web(f"add {web.name} --disk vda={other}")
     assert web.show()["provider"] == "standalone"
+    assert "none of libvirt's" in web(f"verify {web.name} --repair", status=REFUSED).err
     web(f"snapshot {web.uuid} s1")
     shown = web(f"show {web.uuid} --json").json
     assert shown["provider"] == "libvirt" and [each["name"] for each in shown["snapshots"]] == ["s1"]
@@ -134,3 +141,30 @@ def test_two_names_for_one_thing(web: DomainScene) -> None:
     assert rows[web.name] == "standalone" and rows[web.uuid] == "libvirt"
     web(f"remove {web.name}")
     assert Path(web("path @").out.strip()) == web.source()[0]
+
+
+def test_virsh_comes_between_plan_and_doing(web: DomainScene) -> None:
+    def confirm(plan: Plan) -> bool:
+        web.virsh("snapshot-create-as", "@", "theirs", "--disk-only")
+        return True
+
+    with of_libvirt(web.own.uri), pytest.raises(BusyError, match="has been changed since it was planned"):
+        Connection(str(web.state)).machine(web.name).run(SnapshotRequest("mine"), confirm=confirm)
+    assert set(web.listed()) == {"theirs"} and set(web.names()) == {"theirs", "main"}
+    web("snapshot @ mine")
+    assert web.listed() == {"theirs": None, "mine": "theirs"}
+    web.sound()
+
+
+def test_virsh_comes_after_a_kill(web: DomainScene) -> None:
+    web("snapshot @ s1")
+    web.write(".1")
+    assert killed(web, "delete @ s1 --merge commit", 3, before=True)
+    web.virsh("snapshot-create-as", "@", "theirs", "--disk-only")
+    web.write("..2")
+    said = web("recover @", status=5)
+    assert "somebody else has made so" in said.err and web.virsh_shows() == "b12....."
+    web.virsh("snapshot-delete", "@", "theirs")
+    web("recover @")
+    assert web.shows() == "b12....." and web.files() == {"web.qcow2"}
+    web.sound()

@@ -146,7 +146,9 @@ class LibvirtMachine(Operated):
         require_real_folders(request)
         plan = planned(tree, survey, lambda measured: verbs.plan(tree, measured, request))
         assert self.config.uri is not None and self.config.uuid is not None
-        tell = WriteRecords(self.config.uri, self.config.uuid)
+        known = tuple(sorted(each.name for each in looked.reading.records))
+        tips = tuple((disk.target, disk.path) for disk in looked.reading.domain.disks)
+        tell = WriteRecords(self.config.uri, self.config.uuid, known=known, tips=tips)
         if isinstance(request, RemoveRequest):
             undefine = Undefine(tell.uri, tell.uuid, looked.reading.domain.name, nvram=request.delete_files)
             steps: tuple[Step, ...] = (undefine, *plan.steps)
@@ -230,6 +232,9 @@ class LibvirtMachine(Operated):
                 plan = goes.told(plan)
             lock.extend(files_of(plan))
             require_same(tree, request, before)
+            if read(self.handle) != looked.reading:
+                hint = "see what did it, and try again"
+                raise BusyError(f"domain {self.name} has been changed since it was planned", hint)
             self._keep(tree)
             off = looked.reading.domain.state == OFF
             try:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from snaptree.errors import NotFoundError, OutrunError, SnaptreeError
+from snaptree.errors import NotFoundError, OutrunError, RefusedError, SnaptreeError
 from snaptree.images import durable
 from snaptree.images.locks import MachineLock
 from snaptree.machines.finding import find_disk
@@ -40,7 +40,7 @@ from snaptree.planning.create import SnapshotRequest
 from snaptree.planning.health import ailments
 from snaptree.planning.live import require_possible
 from snaptree.planning.plan import Plan
-from snaptree.planning.verbs import RenameRequest, Request, SetRequest
+from snaptree.planning.verbs import RenameRequest, RepairRequest, Request, SetRequest
 from snaptree.running import loops
 from snaptree.running.control import Control
 from snaptree.running.listening import heard
@@ -130,6 +130,9 @@ class Standalone(Operated):
 
     def plan_with(self, tree: Tree, power: Power, request: Request) -> Plan:
         """The plan for a request on a machine that is known to do this."""
+        if isinstance(request, RepairRequest):
+            hint = f"see what is wrong with 'snaptree verify {self.name}'"
+            raise RefusedError(f"machine {self.name} is none of libvirt's, whose records could be put right", hint)
         if not isinstance(request, RenameRequest | SetRequest):
             power.require_known(self.name)
             if power.live is not None:

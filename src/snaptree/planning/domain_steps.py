@@ -17,7 +17,9 @@ class WriteRecords:
     """Let libvirt's records, the domain's definition and its metadata say what the tree says.
 
     The tree is the one that is recorded when the step is taken, so that it can be taken any number of times.
-    ``renamed`` are the names that a record had and has now.
+    ``renamed`` are the names that a record had and has now, ``known`` the records that there were: one that has come
+    since is somebody else's, and is not dropped. ``tips`` are the files that the disks began on: where the domain has
+    others by now, and not those that it is to have, somebody has changed it since.
     """
 
     kind: ClassVar[str] = "write-records"
@@ -29,6 +31,8 @@ class WriteRecords:
     uri: str
     uuid: str
     renamed: tuple[tuple[str, str], ...] = ()
+    known: tuple[str, ...] = ()
+    tips: tuple[tuple[str, str], ...] = ()
 
     @property
     def summary(self) -> str:
@@ -93,7 +97,13 @@ def with_records(plan: Plan, step: WriteRecords) -> Plan:
         steps.append(_by_libvirt(each, step))
         if isinstance(each, Record) and number >= plan.point_of_no_return:
             steps.append(step)
-    later = replace(step, renamed=())
+    # What the first operation has written is known to those that follow.
+    later = replace(
+        step,
+        renamed=(),
+        known=tuple(sorted({*step.known, *plan.after.snapshots, *plan.after.branches})),
+        tips=(*step.tips, *plan.paths_after.items()),
+    )
     return replace(plan, steps=tuple(steps), then=tuple(with_records(each, later) for each in plan.then))
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeAlias
 
+from snaptree.errors import BusyError
+from snaptree.model.tree import Tree
 from snaptree.planning.domain_steps import DomainMerge, DomainSnapshot, Undefine, WriteRecords
 from snaptree.running.carry import domain_jobs
 from snaptree.running.context import Context
@@ -46,6 +48,7 @@ async def do(step: LibvirtStep, context: Context) -> None:
 
 def _write(step: WriteRecords, domain: DomainHandle, context: Context) -> None:
     tree = trees.load_tree(context.journal.database, context.journal.machine)
+    _require_untouched(step, domain, tree)
     names = (*tree.snapshots, *tree.branches)
     kept = {name: text for name in names if (text := context.journal.noted(_RECORD + name)) is not None}
     applying.apply(
@@ -54,7 +57,24 @@ def _write(step: WriteRecords, domain: DomainHandle, context: Context) -> None:
         dict(step.renamed),
         keep=lambda name, text: context.journal.note(_RECORD + name, text),
         kept=kept,
+        known=step.known,
     )
+
+
+def _require_untouched(step: WriteRecords, domain: DomainHandle, tree: Tree) -> None:
+    """See that nobody else has given the domain other disks since it was planned.
+
+    :raise BusyError: somebody has, while the operation was not at its end: what would go now may be needed.
+    """
+    chains = domain.chains()
+    for disk, tip in tree.active_branch.tips.items():
+        path = chains.get(disk, ("",))[0]
+        mine = {tree.layers[tip.layer].path, *(each for target, each in step.tips if target == disk)}
+        if step.tips and path and path not in mine:
+            hint = (
+                f"undo what was done to {domain.name} meanwhile, with virsh, then run 'snaptree recover {tree.machine}'"
+            )
+            raise BusyError(f"{disk} of domain {domain.name} is {path} by now, which somebody else has made so", hint)
 
 
 def undo(step: LibvirtStep, context: Context) -> None:

@@ -8,7 +8,7 @@ record changes others (libvirt gives them the parent's files), and so does anoth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from snaptree.errors import ToolError
@@ -54,11 +54,13 @@ def difference(
     tree: Tree,
     renamed: Mapping[str, str] | None = None,
     kept: Mapping[str, str] | None = None,
+    known: Collection[str] | None = None,
 ) -> Difference:
     """What libvirt has to be told of the tree.
 
     :param renamed: names by the names that records had before.
     :param kept: XML of records that were dropped to be written anew, by name.
+    :param known: the records that may be dropped, besides a placeholder; all without it.
     """
     resolve = handle.connection.volume
     definition = xml.parse(handle.definition(secure=True), "the domain's definition")
@@ -88,7 +90,13 @@ def difference(
         definition=None if xml.same(domain, definition) else xml.text_of(domain),
         records=tuple(changed),
         current=current if current != handle.current() else None,
-        gone=tuple(sorted(there - {each.name for each in wanted})),
+        gone=tuple(
+            sorted(
+                name
+                for name in there - {each.name for each in wanted}
+                if known is None or name in known or writing.is_placeholder(before[name])
+            )
+        ),
         again=frozenset(again),
     )
 
@@ -115,16 +123,18 @@ def apply(
     *,
     keep: Keep = lambda name, text: None,
     kept: Mapping[str, str] | None = None,
+    known: Collection[str] | None = None,
 ) -> None:
     """Tell libvirt what the tree says.
 
     :param keep: keeps, durably, a record that must be dropped before it can be written anew.
     :param kept: what was kept so, by a process that was killed.
+    :param known: the records that may be dropped, besides a placeholder; all without it.
     :raise ToolError: libvirt refuses something, or does not keep what it is told.
     """
     kept = dict(kept or {})
     for _ in range(ROUNDS):
-        found = difference(handle, tree, renamed, kept)
+        found = difference(handle, tree, renamed, kept, known)
         if not found:
             return
         if found.definition is not None:
@@ -140,6 +150,6 @@ def apply(
             handle.redefine(handle.records(secure=True)[found.current], found.current, current=True)
         for name in found.gone:
             handle.forget_record(name)
-    left = difference(handle, tree, renamed, kept)
+    left = difference(handle, tree, renamed, kept, known)
     if left:
         raise ToolError(f"libvirt does not keep what it is told: {left.sentences()[0]}", "see the log of libvirtd")

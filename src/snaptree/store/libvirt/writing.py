@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from snaptree.errors import UnhealthyError
+from snaptree.model.domain import PLACEHOLDER
 from snaptree.model.tree import Tree
 from snaptree.planning.records import Wanted
 from snaptree.store.libvirt import xml
@@ -175,6 +176,12 @@ def _rows_of(element: Element, resolve: Resolve) -> list[Row]:
         file = (path, xml.format_of(disk)) if path is not None else None
         found.append((disk.get("name", ""), kind, file, disk.find("snapshotDeleteInProgress") is not None))
     return sorted(found, key=lambda row: row[0])
+
+
+def is_placeholder(record: Element) -> bool:
+    """Whether a record is one of ours that stands for no snapshot."""
+    mark = xml.own(record.find("domain"), "record")
+    return mark is not None and mark.get("kind") == PLACEHOLDER
 
 
 def _mark(wanted: Wanted) -> Element:
