@@ -182,7 +182,9 @@ def test_no_such_domain_no_libvirt_no_driver_of_ours(web: DomainScene, tmp_path:
     ):
         with of_libvirt(uri):
             found = command("tree", web.name, state=web.state)
+            listed = command("list", state=web.state)
         assert (found.status, words in found.err) == (status, True), (uri, found)
+        assert listed.status == 0 and "domains are left out" in listed.err
         found = command("tree", "--connect", uri, web.name, state=web.state)
         assert found.status == status and words in found.err
         found = command("--connect", uri, "list", state=web.state)

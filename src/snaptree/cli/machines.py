@@ -197,7 +197,14 @@ def _ask(question: str, *, yes: bool) -> None:
 def list_command(as_json: bool) -> None:
     """List the machines that were added, and libvirt's domains."""
     door = connection()
-    machines = [*(door.machine(name) for name in door.names()), *door.domains()]
+    machines = [door.machine(name) for name in door.names()]
+    try:
+        machines += door.domains()
+    except SnaptreeError as error:
+        if door.uri is not None:
+            raise
+        # The environment names a connection that is of no use here: no reason to hide what was added.
+        say(f"libvirt's domains are left out: {error.message}", err=True)
     rows: list[dict[str, Any]] = []
     for machine in machines:
         try:
