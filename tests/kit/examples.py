@@ -16,6 +16,7 @@ from snaptree.model.survey import Start
 from snaptree.model.tree import Tree
 from snaptree.planning.create import BranchRequest, SnapshotRequest
 from snaptree.planning.delete import DeleteRequest
+from snaptree.planning.domain_steps import WriteRecords, with_records
 from snaptree.planning.plan import Plan
 from snaptree.planning.revert import RevertRequest, SwitchRequest
 from snaptree.planning.sweep import SquashRequest
@@ -147,3 +148,6 @@ def examples() -> Iterator[tuple[str, Plan]]:
     yield "squash", loose.plan(SquashRequest("vda"))
     yield "gc", loose.plan(GcRequest())
     yield "remove --delete-files", _line().plan(RemoveRequest(True))
+    tell = WriteRecords("qemu:///system", "the domain")
+    yield "snapshot of a libvirt domain", with_records(Machine().plan(SnapshotRequest("s1")), tell)
+    yield "delete the middle of a line of a libvirt domain", with_records(_line().plan(DeleteRequest(("s2",))), tell)

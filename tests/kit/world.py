@@ -67,7 +67,7 @@ class World:
 
     @property
     def machine(self) -> Standalone:
-        return self.connection.machine(self.name)
+        return self.connection.standalone(self.name)
 
     @property
     def tree(self) -> Tree:

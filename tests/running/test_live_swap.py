@@ -172,13 +172,14 @@ def test_stopped_by_its_user_at_a_command(
         target, stop = line.begin(), threading.Event()
         with monkeypatch.context() as patched:
             came = at_command(patched, number, stop.set, after=False)
-            machine = Connection(str(line.still.state)).machine("web1")
+            connection = Connection(str(line.still.state))
+            machine = connection.machine("web1")
             try:
                 machine.run(DeleteRequest((target,), merge="reflink"), cancelled=stop)
             except SnaptreeError as error:
                 assert error.code == "cancelled", error
                 stopped += 1
-        machine.database.close()
+        connection.database.close()
         if not came():
             break
         assert not any("interrupted" in each for each in line.still.show()["pending"])

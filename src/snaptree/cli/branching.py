@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from snaptree.cli.connecting import connection
 from snaptree.cli.output import carry_out
 from snaptree.cli.parsing import (
     branch_argument,
@@ -14,7 +15,6 @@ from snaptree.cli.parsing import (
     powered,
     remembered,
 )
-from snaptree.machines.connection import Connection
 from snaptree.planning.create import BranchRequest
 from snaptree.planning.revert import SwitchRequest
 from snaptree.planning.verbs import RenameRequest
@@ -38,7 +38,7 @@ def branch_command(
     wait: float,
 ) -> None:
     """Grow a branch with tips of its own."""
-    found = Connection().machine(machine)
+    found = connection().machine(machine)
     request = BranchRequest(branch, source, file_options(files))
     carry_out(found, request, only_plan=only_plan, as_json=as_json, wait=wait)
     if switch and not only_plan:
@@ -64,7 +64,7 @@ def switch_command(
 ) -> None:
     """Work on another branch; the one of now is parked as it is."""
     request = SwitchRequest(branch, file_options(files), power, memory)
-    carry_out(Connection().machine(machine), request, only_plan=only_plan, as_json=as_json, wait=wait)
+    carry_out(connection().machine(machine), request, only_plan=only_plan, as_json=as_json, wait=wait)
 
 
 @click.command("rename")
@@ -74,5 +74,5 @@ def switch_command(
 @changing
 def rename_command(machine: str, old: str, new: str, only_plan: bool, as_json: bool, wait: float) -> None:
     """Give a snapshot or a branch another name."""
-    found = Connection().machine(machine)
+    found = connection().machine(machine)
     carry_out(found, RenameRequest(old, new), only_plan=only_plan, as_json=as_json, wait=wait)

@@ -6,11 +6,11 @@ import time
 
 import click
 
+from snaptree.cli.connecting import connection
 from snaptree.cli.output import print_json, say
 from snaptree.cli.parsing import json_option, machine_argument
 from snaptree.errors import NotFoundError
 from snaptree.machines import report
-from snaptree.machines.connection import Connection
 from snaptree.model.sizes import readable
 
 
@@ -20,7 +20,7 @@ from snaptree.model.sizes import readable
 @json_option
 def tree_command(machine: str, svg: str | None, as_json: bool) -> None:
     """Draw the tree with "you are here", and what deleting each name would free."""
-    view = Connection().machine(machine).view()
+    view = connection().machine(machine).view()
     if as_json:
         print_json(report.show(view))
     elif svg is not None:
@@ -41,12 +41,11 @@ def tree_command(machine: str, svg: str | None, as_json: bool) -> None:
 @json_option
 def show_command(machine: str, snapshot: str | None, xml: str | None, as_json: bool) -> None:
     """Show a machine, or one of its snapshots or branches."""
-    view = Connection().machine(machine).view()
+    found = connection().machine(machine)
     if xml is not None:
-        from snaptree.machines.libvirt_xml import snapshot_xml
-
-        click.echo(snapshot_xml(view, xml), nl=False)
+        click.echo(found.snapshot_xml(xml), nl=False)
         return
+    view = found.view()
     everything = report.show(view)
     if snapshot is not None:
         named = [each for each in (*everything["snapshots"], *everything["branches"]) if each["name"] == snapshot]
@@ -85,6 +84,8 @@ def show_command(machine: str, snapshot: str | None, xml: str | None, as_json: b
         say(f"  {'memory':14} {of}  {memory['path']}{health}")
     for line in everything["pending"]:
         say(f"  pending: {line}")
+    for line in everything["notes"]:
+        say(f"  note: {line}")
 
 
 @click.command("log")
@@ -92,7 +93,7 @@ def show_command(machine: str, snapshot: str | None, xml: str | None, as_json: b
 @json_option
 def log_command(machine: str, as_json: bool) -> None:
     """List the machine's operations so far."""
-    entries = Connection().machine(machine).log()
+    entries = connection().machine(machine).log()
     if as_json:
         keys = ("id", "operation", "summary", "state", "started", "ended", "bytes", "detail")
         print_json([{key: getattr(entry, key) for key in keys} for entry in entries])
@@ -110,7 +111,7 @@ def log_command(machine: str, as_json: bool) -> None:
 @json_option
 def branches_command(machine: str, as_json: bool) -> None:
     """List the branches and their tips."""
-    view = Connection().machine(machine).view()
+    view = connection().machine(machine).view()
     branches = report.show(view)["branches"]
     if as_json:
         print_json(branches)

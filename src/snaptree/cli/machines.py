@@ -9,10 +9,11 @@ from typing import Any
 
 import click
 
+from snaptree.cli.connecting import connect_option, connection
 from snaptree.cli.output import carry_out, done, print_json, print_plan, say
 from snaptree.cli.parsing import absolute, changing, disk_options, json_option, machine_argument
-from snaptree.errors import NotFoundError, UsageError
-from snaptree.machines.connection import Connection
+from snaptree.errors import NotFoundError, SnaptreeError, UsageError
+from snaptree.machines.machine import Machine
 from snaptree.machines.options import AddOptions
 from snaptree.machines.standalone import existing
 from snaptree.planning.adopt import DetachRequest
@@ -82,7 +83,7 @@ def add_command(
         adopt=adopt or from_xml is not None,
         from_xml=absolute(from_xml),
     )
-    plan = Connection().add(options, only_plan=only_plan, wait=wait)
+    plan = connection().add(options, only_plan=only_plan, wait=wait)
     if only_plan:
         print_plan(plan, as_json=as_json)
     else:
@@ -111,7 +112,7 @@ def set_command(
     wait: float,
 ) -> None:
     """Change what is remembered of a machine. An empty value forgets it."""
-    found = Connection().machine(machine)
+    found = connection().standalone(machine)
     changes: dict[str, Any] = {}
     if bases:
         changes["bases"] = tuple(dict.fromkeys((*found.config.bases, *(absolute(base) or "" for base in bases))))
@@ -148,7 +149,7 @@ def attach_command(
     """Look after one more disk of a machine. While it runs, it must have the disk plugged in already."""
     if "=" not in disk:
         raise UsageError(f"{disk!r} is not TARGET=PATH", "use vdb=PATH")
-    found = Connection().machine(machine)
+    found = connection().standalone(machine)
     allowed = tuple(absolute(base) or "" for base in bases)
     request = found.attach_request(disk_options([disk])[0], allowed, adopt=adopt)
     carry_out(found, request, only_plan=only_plan, as_json=as_json, wait=wait)
@@ -164,7 +165,7 @@ def detach_command(
     machine: str, target: str, delete_files: bool, yes: bool, only_plan: bool, as_json: bool, wait: float
 ) -> None:
     """Let a disk go. Its files stay where they are unless --delete-files."""
-    found = Connection().machine(machine)
+    found = connection().machine(machine)
     request = DetachRequest(target, delete_files)
     if delete_files and not only_plan:
         _ask(f"Remove the files of disk {target} of {machine}?", yes=yes)
@@ -178,7 +179,7 @@ def detach_command(
 @changing
 def remove_command(machine: str, delete_files: bool, yes: bool, only_plan: bool, as_json: bool, wait: float) -> None:
     """Forget a machine. Its files stay where they are unless --delete-files."""
-    found = Connection().machine(machine)
+    found = connection().machine(machine)
     if delete_files and not only_plan:
         _ask(f"Remove all files of machine {machine}?", yes=yes)
     carry_out(found, RemoveRequest(delete_files), only_plan=only_plan, as_json=as_json, wait=wait)
@@ -191,25 +192,28 @@ def _ask(question: str, *, yes: bool) -> None:
 
 
 @click.command("list")
+@connect_option
 @json_option
 def list_command(as_json: bool) -> None:
-    """List the machines."""
-    connection = Connection()
+    """List the machines that were added, and libvirt's domains."""
+    door = connection()
+    machines = [door.machine(name) for name in door.names()]
+    try:
+        machines += door.domains()
+    except SnaptreeError as error:
+        if door.uri is not None:
+            raise
+        # The environment names a connection that is of no use here: no reason to hide what was added.
+        say(f"libvirt's domains are left out: {error.message}", err=True)
     rows: list[dict[str, Any]] = []
-    for name in connection.names():
-        machine = connection.machine(name)
-        tree = machine.tree()
-        rows.append(
-            {
-                "machine": name,
-                "provider": machine.config.provider,
-                "disks": list(tree.disks),
-                "snapshots": len(tree.snapshots),
-                "branches": len(tree.branches),
-                "active_branch": tree.active,
-                "pending": list(machine.unfinished()),
-            }
-        )
+    for machine in machines:
+        try:
+            rows.append(_row(machine))
+        except SnaptreeError as error:
+            if machine.config.provider != "libvirt":
+                raise
+            # One domain that cannot be read does not hide the others.
+            say(f"{machine.name} is left out: {error.message}", err=True)
     if as_json:
         print_json(rows)
         return
@@ -225,13 +229,26 @@ def list_command(as_json: bool) -> None:
         )
 
 
+def _row(machine: Machine) -> dict[str, Any]:
+    tree = machine.tree()
+    return {
+        "machine": machine.name,
+        "provider": machine.config.provider,
+        "disks": list(tree.disks),
+        "snapshots": len(tree.snapshots),
+        "branches": len(tree.branches),
+        "active_branch": tree.active,
+        "pending": list(machine.unfinished()),
+    }
+
+
 @click.command("path")
 @machine_argument
 @click.argument("disk", required=False)
 @json_option
 def path_command(machine: str, disk: str | None, as_json: bool) -> None:
     """Print where the active tip of a disk is: the file to start the machine with."""
-    found = Connection().machine(machine)
+    found = connection().machine(machine)
     for line in found.unfinished():
         say(f"note: {line}; before that the path may be another", err=True)
     tree = found.tree()

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from snaptree import __version__
+from snaptree.cli.connecting import connect_option
 from snaptree.errors import IoError, SnaptreeError, UsageError
 
 COMMANDS = {
@@ -61,6 +62,7 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@connect_option
 @click.version_option(__version__, prog_name="snaptree")
 def cli() -> None:
     """Snapshots of QEMU machines as a tree: take, go back, branch, and delete any of them in any order."""

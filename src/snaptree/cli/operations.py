@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
+from snaptree.cli.connecting import connection
 from snaptree.cli.output import print_json, say
 from snaptree.cli.parsing import bytes_a_second, json_option, machine_argument
-from snaptree.machines.connection import Connection
 from snaptree.model.sizes import readable
 
 
@@ -63,7 +63,7 @@ def _print(found: tuple[dict[str, Any], ...], *, as_json: bool) -> None:
 @json_option
 def operations_command(machine: str | None, as_json: bool) -> None:
     """List what is going on, by which process, how far it is, and what waits; on one machine or on all."""
-    found = Connection().operations(machine)
+    found = connection().operations(machine)
     _print(found, as_json=as_json)
     if not found and not as_json:
         say("nothing is going on" + (f" on machine {machine}" if machine else ""))
@@ -79,7 +79,7 @@ def cancel_command(machine: str, everything: bool, as_json: bool) -> None:
     A pull or a reflink is undone, a commit pauses and 'snaptree gc' goes on with it. Where nothing runs yet, what waits
     for its turn is cancelled.
     """
-    found = Connection().cancel(machine, everything=everything, told=lambda sentence: say(sentence, err=True))
+    found = connection().cancel(machine, everything=everything, told=lambda sentence: say(sentence, err=True))
     if as_json:
         print_json(list(found))
         return
@@ -99,7 +99,7 @@ def cancel_command(machine: str, everything: bool, as_json: bool) -> None:
 @json_option
 def pause_command(machine: str, as_json: bool) -> None:
     """Let what runs on a machine move no data until it is resumed. It keeps the machine to itself meanwhile."""
-    _print(Connection().pause(machine), as_json=as_json)
+    _print(connection().pause(machine), as_json=as_json)
 
 
 @click.command("resume")
@@ -107,7 +107,7 @@ def pause_command(machine: str, as_json: bool) -> None:
 @json_option
 def resume_command(machine: str, as_json: bool) -> None:
     """Let what was paused on a machine go on."""
-    _print(Connection().resume(machine), as_json=as_json)
+    _print(connection().resume(machine), as_json=as_json)
 
 
 @click.command("limit")
@@ -117,4 +117,4 @@ def resume_command(machine: str, as_json: bool) -> None:
 def limit_command(machine: str, rate: str, as_json: bool) -> None:
     """Let what runs on a machine move no more than RATE from now on, such as 200MiB/s; 'none' lifts the limit."""
     speed = 0.0 if rate == "none" else bytes_a_second(rate)
-    _print(Connection().limit(machine, speed), as_json=as_json)
+    _print(connection().limit(machine, speed), as_json=as_json)

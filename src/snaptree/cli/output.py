@@ -17,7 +17,7 @@ from snaptree.model.names import visible
 from snaptree.model.sizes import readable as size
 
 if TYPE_CHECKING:
-    from snaptree.machines.standalone import Standalone
+    from snaptree.machines.machine import Machine
     from snaptree.planning.plan import Plan
     from snaptree.planning.verbs import Request
     from snaptree.running.pace import Pace
@@ -128,7 +128,7 @@ def progress_bar(*, wanted: bool) -> Iterator[Report]:
 
 
 def carry_out(
-    machine: Standalone, request: Request, *, only_plan: bool, as_json: bool, wait: float, pace: Pace | None = None
+    machine: Machine, request: Request, *, only_plan: bool, as_json: bool, wait: float, pace: Pace | None = None
 ) -> None:
     """Plan a request and carry it out, or only print the plan; then say what was done."""
     from snaptree.running.control import Control

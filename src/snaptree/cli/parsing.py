@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from snaptree.cli.connecting import connect_option, connection
 from snaptree.errors import UsageError
 from snaptree.machines.options import DiskOption
 from snaptree.model.names import check_target
@@ -66,20 +67,18 @@ def absolute(path: str | None) -> str | None:
 
 
 def _complete_machine(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    from snaptree.machines.connection import Connection
-
     try:
-        return [CompletionItem(name) for name in Connection().names() if name.startswith(incomplete)]
+        door = connection()
+        names = (*door.names(), *(each.name for each in door.domains()))
+        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
     except Exception:
         return []
 
 
 def _complete_name(kind: str) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
     def complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        from snaptree.machines.connection import Connection
-
         try:
-            tree = Connection().machine(context.params["machine"]).tree()
+            tree = connection().machine(context.params["machine"]).tree()
         except Exception:
             return []
         names = [*(tree.snapshots if kind != "branch" else ()), *(tree.branches if kind != "snapshot" else ())]
@@ -88,7 +87,11 @@ def _complete_name(kind: str) -> Callable[[click.Context, click.Parameter, str],
     return complete
 
 
-machine_argument = click.argument("machine", shell_complete=_complete_machine)
+def machine_argument(function: F) -> F:
+    """The machine, completed from those that there are, and the connection to libvirt that may have it."""
+    return click.argument("machine", shell_complete=_complete_machine)(connect_option(function))
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 file_option = click.option(
     "--file", "files", multiple=True, metavar="TARGET=PATH", help="Where the new layer of a disk goes."

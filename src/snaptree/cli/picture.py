@@ -9,7 +9,7 @@ from snaptree.machines.report import frees, moment, nodes, saying
 from snaptree.model.snapshot import Snapshot
 
 if TYPE_CHECKING:
-    from snaptree.machines.standalone import View
+    from snaptree.machines.machine import View
 
 ROW, STEP, LEFT, TOP = 34, 26, 28, 64
 _STYLE = (

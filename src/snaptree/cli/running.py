@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
+from snaptree.cli.connecting import connection
 from snaptree.cli.output import print_json, print_plan, say
 from snaptree.cli.parsing import changing, machine_argument
 from snaptree.machines import switching
-from snaptree.machines.connection import Connection
 from snaptree.planning.plan import Plan
 
 
@@ -26,7 +26,7 @@ def _print_plan(plan: Plan, *, as_json: bool) -> None:
 @changing
 def start_command(machine: str, only_plan: bool, as_json: bool, wait: float) -> None:
     """Start a machine from its stored command (add --start), on its active tips."""
-    found = Connection().machine(machine)
+    found = connection().standalone(machine)
     if only_plan:
         _print_plan(switching.start_plan(found), as_json=as_json)
         return
@@ -51,7 +51,7 @@ def start_command(machine: str, only_plan: bool, as_json: bool, wait: float) -> 
 @changing
 def stop_command(machine: str, force: bool, within: float, only_plan: bool, as_json: bool, wait: float) -> None:
     """Ask a machine to shut down, and turn it off when it has not done so in time."""
-    found = Connection().machine(machine)
+    found = connection().standalone(machine)
     if only_plan:
         _print_plan(switching.stop_plan(found, force=force), as_json=as_json)
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from snaptree.cli.connecting import connection
 from snaptree.cli.output import carry_out
 from snaptree.cli.parsing import (
     changing,
@@ -18,7 +19,6 @@ from snaptree.cli.parsing import (
     snapshot_argument,
 )
 from snaptree.errors import UsageError
-from snaptree.machines.connection import Connection
 from snaptree.planning.create import SnapshotRequest
 from snaptree.planning.delete import DeleteRequest
 from snaptree.planning.revert import RevertRequest
@@ -55,7 +55,7 @@ def snapshot_command(
     place = real_path(memory_file) if memory_file is not None else None
     chosen = file_options(files)
     request = SnapshotRequest(snapshot, internal, exclude, chosen, description, memory, place, quiesce)
-    carry_out(Connection().machine(machine), request, only_plan=only_plan, as_json=as_json, wait=wait)
+    carry_out(connection().machine(machine), request, only_plan=only_plan, as_json=as_json, wait=wait)
 
 
 @click.command("delete")
@@ -85,7 +85,7 @@ def delete_command(
     idle: bool,
 ) -> None:
     """Delete snapshots: the names go at once, then layers that nothing needs by themselves are merged."""
-    found = Connection().machine(machine)
+    found = connection().machine(machine)
     if branch is not None:
         if snapshots or children or children_only or with_branches or memory_only:
             raise UsageError("--branch deletes a branch and nothing else", "leave out the snapshots and their options")
@@ -128,5 +128,5 @@ def revert_command(
     """Go back to a snapshot. The work of now is parked as a branch unless --discard."""
     request = RevertRequest(snapshot, discard, keep_as, delete, children, file_options(files), power, memory)
     carry_out(
-        Connection().machine(machine), request, only_plan=only_plan, as_json=as_json, wait=wait, pace=Pace(limit, idle)
+        connection().machine(machine), request, only_plan=only_plan, as_json=as_json, wait=wait, pace=Pace(limit, idle)
     )

@@ -6,13 +6,13 @@ import os
 
 import click
 
+from snaptree.cli.connecting import connection
 from snaptree.cli.output import carry_out, print_json, say
 from snaptree.cli.parsing import changing, json_option, machine_argument, merge_option, paced
 from snaptree.errors import FindingsError, UsageError
-from snaptree.machines.connection import Connection
 from snaptree.planning.accept import AcceptRequest
 from snaptree.planning.sweep import SquashRequest
-from snaptree.planning.verbs import GcRequest
+from snaptree.planning.verbs import GcRequest, RepairRequest
 from snaptree.running.pace import Pace
 
 
@@ -41,23 +41,30 @@ def squash_command(
     lowest = os.path.realpath(base) if base is not None else None
     request = SquashRequest(disk, highest, lowest, merge)
     carry_out(
-        Connection().machine(machine), request, only_plan=only_plan, as_json=as_json, wait=wait, pace=Pace(limit, idle)
+        connection().machine(machine), request, only_plan=only_plan, as_json=as_json, wait=wait, pace=Pace(limit, idle)
     )
 
 
 @click.command("verify")
 @machine_argument
 @click.option("--accept", metavar="PATH", help="Take a frozen layer that was changed from outside for what it is now.")
+@click.option("--repair", is_flag=True, help="Of a libvirt domain: put libvirt's records right, by the files.")
 @changing
-def verify_command(machine: str, accept: str | None, only_plan: bool, as_json: bool, wait: float) -> None:
-    """Check the machine's files against its tree."""
+def verify_command(machine: str, accept: str | None, repair: bool, only_plan: bool, as_json: bool, wait: float) -> None:
+    """Check the machine's files against its tree, and libvirt's records of a domain against both."""
+    if repair:
+        if accept is not None:
+            raise UsageError("--repair and --accept exclude each other", "give one of them")
+        found = connection().machine(machine)
+        carry_out(found, RepairRequest(), only_plan=only_plan, as_json=as_json, wait=wait)
+        return
     if accept is not None:
         request = AcceptRequest(os.path.realpath(accept))
-        carry_out(Connection().machine(machine), request, only_plan=only_plan, as_json=as_json, wait=wait)
+        carry_out(connection().machine(machine), request, only_plan=only_plan, as_json=as_json, wait=wait)
         return
     if only_plan:
-        raise UsageError("--plan goes with --accept: without it verify changes nothing", "leave it out")
-    findings = Connection().machine(machine).verify()
+        raise UsageError("--plan goes with --accept and --repair: without them verify changes nothing", "leave it out")
+    findings = connection().machine(machine).verify()
     errors = [each for each in findings if each.severity == "error"]
     if as_json:
         keys = ("kind", "path", "detail", "affects", "hint", "severity")
@@ -82,7 +89,7 @@ def verify_command(machine: str, accept: str | None, only_plan: bool, as_json: b
 @json_option
 def recover_command(machine: str | None, wait: float, as_json: bool) -> None:
     """Finish or undo what was killed, on one machine or on all."""
-    sentences = Connection().recover(machine, wait=wait)
+    sentences = connection().recover(machine, wait=wait)
     if as_json:
         print_json({"recovered": list(sentences)})
         return
@@ -101,5 +108,5 @@ def gc_command(
     machine: str, delete: bool, only_plan: bool, as_json: bool, wait: float, limit: float, idle: bool
 ) -> None:
     """Do the merges that wait, and list the files that nothing needs."""
-    found = Connection().machine(machine)
+    found = connection().machine(machine)
     carry_out(found, GcRequest(delete), only_plan=only_plan, as_json=as_json, wait=wait, pace=Pace(limit, idle))

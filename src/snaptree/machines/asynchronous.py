@@ -97,13 +97,17 @@ class Operation:
 class Machine:
     """One machine, by name. The verbs are those of the command line, with the same meaning and errors."""
 
-    def __init__(self, state: str | None, name: str) -> None:
+    def __init__(self, state: str | None, name: str, uri: str | None = None) -> None:
         self._state = state
+        self._uri = uri
         self.name = name
+
+    def _door(self) -> Connection:
+        return Connection(self._state, self._uri)
 
     async def show(self) -> dict[str, Any]:
         """The machine as ``show --json`` prints it."""
-        return await asyncio.to_thread(lambda: report.show(Connection(self._state).machine(self.name).view()))
+        return await asyncio.to_thread(lambda: report.show(self._door().machine(self.name).view()))
 
     async def start(self, *, wait: float = 0.0) -> str:
         """Start the machine from its stored command, on its active tips; what it does then, ``running`` or ``paused``.
@@ -118,7 +122,7 @@ class Machine:
         def work() -> str:
             from snaptree.machines import switching
 
-            return switching.start(Connection(self._state).machine(self.name), wait=wait)
+            return switching.start(self._door().standalone(self.name), wait=wait)
 
         return await asyncio.to_thread(work)
 
@@ -134,23 +138,24 @@ class Machine:
         def work() -> str:
             from snaptree.machines import switching
 
-            return switching.stop(Connection(self._state).machine(self.name), seconds=within, force=force, wait=wait)
+            machine = self._door().standalone(self.name)
+            return switching.stop(machine, seconds=within, force=force, wait=wait)
 
         return await asyncio.to_thread(work)
 
     async def verify(self) -> tuple[Finding, ...]:
         """What in the machine's files is not as its tree says."""
-        return await asyncio.to_thread(lambda: Connection(self._state).machine(self.name).verify())
+        return await asyncio.to_thread(lambda: self._door().machine(self.name).verify())
 
     async def plan(self, request: Request) -> Plan:
         """The plan for a request; nothing is touched."""
-        return await asyncio.to_thread(lambda: Connection(self._state).machine(self.name).plan(request))
+        return await asyncio.to_thread(lambda: self._door().machine(self.name).plan(request))
 
     def operate(self, request: Request, *, wait: float = 0.0, pace: Pace = FREELY) -> Operation:
         """Carry out a request; the verbs below make it."""
 
         def work(tell: Report, control: Control) -> Plan:
-            machine = Connection(self._state).machine(self.name)
+            machine = self._door().machine(self.name)
             return machine.run(request, wait=wait, progress=tell, control=control)
 
         return Operation(work, Control(self.name, pace=pace))
@@ -247,7 +252,7 @@ class Machine:
         """Look after one more disk."""
 
         def work(tell: Report, control: Control) -> Plan:
-            machine = Connection(self._state).machine(self.name)
+            machine = self._door().standalone(self.name)
             return machine.run(machine.attach_request(disk, bases, adopt=adopt), progress=tell, control=control)
 
         return Operation(work, Control(self.name))
@@ -262,11 +267,11 @@ class Machine:
 
     def recover(self) -> asyncio.Future[tuple[str, ...]]:
         """Finish or undo what was killed; a sentence for each operation."""
-        return asyncio.ensure_future(asyncio.to_thread(lambda: Connection(self._state).machine(self.name).recover()))
+        return asyncio.ensure_future(asyncio.to_thread(lambda: self._door().machine(self.name).recover()))
 
     async def operations(self) -> tuple[dict[str, Any], ...]:
         """What goes on and what waits on the machine, in whatever process, as ``operations --json`` prints it."""
-        return await asyncio.to_thread(lambda: Connection(self._state).operations(self.name))
+        return await asyncio.to_thread(lambda: self._door().operations(self.name))
 
     async def cancel(self, *, everything: bool = False) -> tuple[dict[str, Any], ...]:
         """Stop what runs on the machine, in whatever process, and wait until it has; how each ended.
@@ -276,26 +281,33 @@ class Machine:
         :raise RefusedError: it has come to its end, or must.
         :raise BusyError: its process does not answer.
         """
-        return await asyncio.to_thread(lambda: Connection(self._state).cancel(self.name, everything=everything))
+        return await asyncio.to_thread(lambda: self._door().cancel(self.name, everything=everything))
 
     async def pause(self) -> tuple[dict[str, Any], ...]:
         """Let what runs on the machine, in whatever process, move no data; where it stands then. Errors as above."""
-        return await asyncio.to_thread(lambda: Connection(self._state).pause(self.name))
+        return await asyncio.to_thread(lambda: self._door().pause(self.name))
 
     async def resume(self) -> tuple[dict[str, Any], ...]:
         """Let what was paused go on."""
-        return await asyncio.to_thread(lambda: Connection(self._state).resume(self.name))
+        return await asyncio.to_thread(lambda: self._door().resume(self.name))
 
     async def limit(self, bytes_per_second: float) -> tuple[dict[str, Any], ...]:
         """Let what runs on the machine move so many bytes a second from now on; 0 for no limit."""
-        return await asyncio.to_thread(lambda: Connection(self._state).limit(self.name, bytes_per_second))
+        return await asyncio.to_thread(lambda: self._door().limit(self.name, bytes_per_second))
 
 
 class Machines:
-    """The machines of one state folder; an asynchronous context."""
+    """The machines of one state folder, and libvirt's domains; an asynchronous context.
 
-    def __init__(self, state: str | None = None) -> None:
+    :param uri: the connection to libvirt; without it ``LIBVIRT_DEFAULT_URI``, or a daemon of the system's that runs.
+    """
+
+    def __init__(self, state: str | None = None, uri: str | None = None) -> None:
         self._state = state
+        self._uri = uri
+
+    def _door(self) -> Connection:
+        return Connection(self._state, self._uri)
 
     async def __aenter__(self) -> Machines:
         return self
@@ -306,23 +318,24 @@ class Machines:
         return None
 
     def __iter__(self) -> Iterator[str]:
-        return iter(Connection(self._state).names())
+        door = self._door()
+        return iter((*door.names(), *(each.name for each in door.domains())))
 
     def __getitem__(self, name: str) -> Machine:
         """A machine by name; that there is one is found out by what is done with it."""
-        return Machine(self._state, name)
+        return Machine(self._state, name, self._uri)
 
     async def operations(self) -> tuple[dict[str, Any], ...]:
         """What goes on and what waits on all machines, in whatever process, as ``operations --json`` prints it."""
-        return await asyncio.to_thread(lambda: Connection(self._state).operations())
+        return await asyncio.to_thread(lambda: self._door().operations())
 
     async def add(self, options: AddOptions) -> Machine:
         """Look after a machine.
 
         :raise SnaptreeError: its disks are not what they should be, or the name is taken.
         """
-        await asyncio.to_thread(lambda: Connection(self._state).add(options))
-        return Machine(self._state, options.name)
+        await asyncio.to_thread(lambda: self._door().add(options))
+        return Machine(self._state, options.name, self._uri)
 
 
 __all__ = ["Machine", "Machines", "Operation", "SnaptreeError"]

@@ -1,4 +1,4 @@
-"""The door to all machines of a state folder."""
+"""The door to all machines: those of a state folder, and the domains of libvirt."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from snaptree.errors import BusyError, ExistsError
+from snaptree.errors import BusyError, ExistsError, NotFoundError, RefusedError, SnaptreeError
 from snaptree.images.locks import MachineLock
 from snaptree.machines.finding import find_disk
 from snaptree.machines.free import require_free, without_others
+from snaptree.machines.machine import Machine
 from snaptree.machines.options import AddOptions
 from snaptree.machines.standalone import Standalone, existing
 from snaptree.machines.survey import read_survey
@@ -23,23 +24,73 @@ from snaptree.running.listening import heard
 from snaptree.store import operations, trees
 from snaptree.store.database import Database, default_state
 
+STANDALONE = "standalone"
+
 
 class Connection:
-    """The machines of one state folder (``$SNAPTREE_STATE`` or the default). Making the object reads nothing."""
+    """The machines of one state folder (``$SNAPTREE_STATE`` or the default), and libvirt's domains.
 
-    def __init__(self, state: str | None = None) -> None:
+    Making the object reads nothing.
+
+    :param uri: the connection to libvirt; without it ``LIBVIRT_DEFAULT_URI``, or a daemon of the system's that runs.
+    """
+
+    def __init__(self, state: str | None = None, uri: str | None = None) -> None:
         self.database = Database(os.path.abspath(state) if state else default_state())
+        self.uri = uri
 
     def names(self) -> tuple[str, ...]:
         """The machines that were added, sorted."""
-        return trees.names(self.database)
+        return trees.names(self.database, STANDALONE)
 
-    def machine(self, name: str) -> Standalone:
+    def domains(self) -> tuple[Machine, ...]:
+        """libvirt's domains, by name; none where no libvirt can be asked.
+
+        :raise SnaptreeError: the connection that was named cannot be used.
+        """
+        from snaptree.machines import domains
+
+        try:
+            return domains.every(self.database, self.uri)
+        except SnaptreeError:
+            if domains.is_named(self.uri):
+                raise
+            return ()
+
+    def machine(self, name: str) -> Machine:
+        """A machine that was added, or a domain by name, UUID or id.
+
+        :raise NotFoundError: there is none of that name.
+        :raise SnaptreeError: it is a domain, and libvirt cannot be asked.
+        """
+        if name in self.names():
+            return Standalone(self.database, name)
+        from snaptree.machines import domains
+
+        why = domains.why_none(self.uri)
+        try:
+            found = domains.find(self.database, name, self.uri)
+        except SnaptreeError as error:
+            if domains.is_named(self.uri) or trees.find_config(self.database, name) is not None:
+                raise
+            found, why = None, error.message
+        if found is not None:
+            return found
+        known = ", ".join(self.names()) or "none yet"
+        more = f" ({why})" if why else ", or see libvirt's domains with 'virsh list --all'"
+        raise NotFoundError(f"there is no machine {name!r}", f"machines: {known}; add one with 'snaptree add'{more}")
+
+    def standalone(self, name: str) -> Standalone:
         """A machine that was added.
 
         :raise NotFoundError: there is none of that name.
+        :raise RefusedError: it is a domain.
         """
-        return Standalone(self.database, name)
+        found = self.machine(name)
+        if not isinstance(found, Standalone):
+            hint = f"use virsh for it: 'virsh start {name}', 'shutdown', 'edit', 'attach-disk', 'detach-disk'"
+            raise RefusedError(f"{name} is a libvirt domain, and this is libvirt's to do", hint)
+        return found
 
     def add(self, options: AddOptions, *, only_plan: bool = False, wait: float = 0.0) -> Plan:
         """Look after a machine.
@@ -74,7 +125,7 @@ class Connection:
         return plan
 
     def _plan_add(self, options: AddOptions) -> Plan:
-        if options.name in self.names():
+        if options.name in trees.names(self.database):
             raise ExistsError(f"there is a machine {options.name!r} already", "choose another name, or remove it first")
         found = (find_disk(option, options.bases, adopt=options.adopt) for option in options.disks)
         disks = tuple(without_others(self.database, disk) for disk in found)
@@ -105,7 +156,7 @@ class Connection:
         :raise BusyError: one of them is under way, and of a machine of this name.
         """
         for machine in dict.fromkeys(each.machine for each in operations.unfinished(self.database)):
-            if machine in self.names():
+            if machine in trees.names(self.database):
                 continue
             try:
                 self._recover_forgotten(machine, wait if machine == name else 0.0)
@@ -161,11 +212,12 @@ class Connection:
     def recover(self, name: str | None = None, *, wait: float = 0.0) -> tuple[str, ...]:
         """Finish or undo what was killed, on one machine or on all; a sentence for each operation."""
         waiting = dict.fromkeys(each.machine for each in operations.unfinished(self.database))
-        if name is not None and (name not in waiting or name in self.names()):
+        known = trees.names(self.database)
+        if name is not None and (name not in waiting or name in known):
             return self.machine(name).recover(wait=wait)
         said: list[str] = []
         for each in [name] if name is not None else waiting:
-            if each in self.names():
+            if each in known:
                 said += self.machine(each).recover(wait=wait)
             else:
                 said += self._recover_forgotten(each, wait)

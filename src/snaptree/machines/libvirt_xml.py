@@ -16,7 +16,7 @@ from snaptree.model.tree import Tree
 from snaptree.planning.adopt import FoundSnapshot
 
 if TYPE_CHECKING:
-    from snaptree.machines.standalone import View
+    from snaptree.machines.machine import View
 
 MAX_FILES = 10_000
 MAX_BYTES = 16 << 20

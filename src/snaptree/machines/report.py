@@ -16,7 +16,7 @@ from snaptree.model.tree import Tree
 from snaptree.planning.settle import role
 
 if TYPE_CHECKING:
-    from snaptree.machines.standalone import View
+    from snaptree.machines.machine import View
 
 VERSION = 1
 
@@ -97,6 +97,7 @@ def show(view: View) -> dict[str, Any]:
             for memory in tree.memories.values()
         ],
         "pending": list(view.pending),
+        "notes": list(view.notes),
     }
 
 
@@ -240,6 +241,7 @@ def draw(view: View) -> list[str]:
     ]
     lines += [click.style(visible(f"! {view.why}"), fg="yellow")] if view.why else []
     lines += [click.style(visible(f"… {line}"), fg="yellow") for line in view.pending]
+    lines += [visible(f"· {line}") for line in view.notes]
     return lines
 
 

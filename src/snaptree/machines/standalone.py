@@ -3,47 +3,48 @@
 from __future__ import annotations
 
 import os
-import threading
-import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from snaptree.errors import BusyError, NotFoundError, OutrunError, RefusedError, SnaptreeError, ToolError
+from snaptree.errors import NotFoundError, OutrunError, RefusedError, SnaptreeError, ToolError
 from snaptree.images import durable
 from snaptree.images.locks import MachineLock
 from snaptree.machines.finding import find_disk
 from snaptree.machines.findings import Finding
 from snaptree.machines.free import require_free, require_plugged_in, without_others
 from snaptree.machines.going import going
+from snaptree.machines.machine import (
+    Operated,
+    View,
+    anchors,
+    folders_of,
+    require_real_folders,
+    require_same,
+    seen,
+    still,
+)
 from snaptree.machines.memories import arrive, as_it_went, merge_loose, moving, with_memory
 from snaptree.machines.options import DiskOption
 from snaptree.machines.outrun import pull_instead
 from snaptree.machines.power import LOOK_SECONDS, WORK_SECONDS, Power, monitor_of, silent
 from snaptree.machines.survey import planned, read_survey
-from snaptree.model.layer import LayerId
 from snaptree.model.live import OFF
-from snaptree.model.machine import MachineConfig
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
 from snaptree.planning import verbs
-from snaptree.planning.accept import AcceptRequest
 from snaptree.planning.adopt import AttachRequest, DetachRequest
 from snaptree.planning.create import SnapshotRequest
-from snaptree.planning.health import Ailment, ailments
+from snaptree.planning.health import ailments
 from snaptree.planning.live import require_possible
-from snaptree.planning.naming import renamed_roots
 from snaptree.planning.plan import Plan
-from snaptree.planning.settle import loose_layers
-from snaptree.planning.verbs import RenameRequest, Request, SetRequest
+from snaptree.planning.verbs import RenameRequest, RepairRequest, Request, SetRequest
 from snaptree.running import loops
-from snaptree.running.control import Control, recovering
-from snaptree.running.journal import LogEntry, log
+from snaptree.running.control import Control
 from snaptree.running.listening import heard
 from snaptree.running.loops import LoopNeededError
-from snaptree.running.pace import FREELY, Pace
 from snaptree.running.progress import Report
 from snaptree.running.progress import silent as unheard
 from snaptree.store import operations, trees
@@ -53,36 +54,12 @@ if TYPE_CHECKING:
     from snaptree.qemu.running import RunningQemu
 
 
-@dataclass(frozen=True)
-class View:
-    """A machine as it is now: what is remembered and what was read.
-
-    ``state`` is ``off``, ``running``, ``paused`` or ``unknown``.
-
-    ``pending`` says in sentences what an interrupted operation or a waiting merge has left to do.
-    """
-
-    config: MachineConfig
-    tree: Tree
-    survey: Survey
-    ailments: Mapping[LayerId, Ailment]
-    pending: tuple[str, ...]
-    state: str
-    why: str = ""
-    """What keeps snaptree from knowing more of its state, if anything."""
-
-
-class Standalone:
+class Standalone(Operated):
     """One machine that was added. Making the object reads its configuration only."""
 
     def __init__(self, database: Database, name: str) -> None:
         self.database = database
         self.config = trees.load_config(database, name)
-
-    @property
-    def name(self) -> str:
-        """The machine's name."""
-        return self.config.name
 
     def tree(self) -> Tree:
         """The tree as it is remembered; no image is read."""
@@ -135,28 +112,9 @@ class Standalone:
             tree=tree,
             survey=survey,
             ailments=found,
-            pending=self._pending(tree, survey),
+            pending=self.pending(tree, survey),
             state=power.state,
             why=power.why,
-        )
-
-    def _pending(self, tree: Tree, survey: Survey) -> tuple[str, ...]:
-        outsiders = frozenset(each.layer for each in survey.outsiders)
-        waiting = [
-            f"{tree.layers[number].path} waits to be merged ('snaptree gc {self.name}')"
-            for number in sorted(loose_layers(tree, outsiders))
-        ]
-        waiting += [
-            f"{root.path} gets the name {tree.roots[disk][0]} back when the machine has stopped"
-            for disk, root in renamed_roots(tree).items()
-        ]
-        return (*self.unfinished(), *waiting)
-
-    def unfinished(self) -> tuple[str, ...]:
-        """A sentence for each operation that is under way or was killed."""
-        return tuple(
-            f"{each.summary}: under way, or interrupted ('snaptree recover {self.name}' finishes or undoes it)"
-            for each in operations.unfinished(self.database, self.name)
         )
 
     # ---- planning and running -------------------------------------------------------------------------------------
@@ -172,49 +130,16 @@ class Standalone:
 
     def plan_with(self, tree: Tree, power: Power, request: Request) -> Plan:
         """The plan for a request on a machine that is known to do this."""
+        if isinstance(request, RepairRequest):
+            hint = f"see what is wrong with 'snaptree verify {self.name}'"
+            raise RefusedError(f"machine {self.name} is none of libvirt's, whose records could be put right", hint)
         if not isinstance(request, RenameRequest | SetRequest):
             power.require_known(self.name)
             if power.live is not None:
                 require_possible(self.name, request)
-        survey = self.survey(tree, power, _folders(request))
-        for folder in map(os.path.abspath, _folders(request)):
-            if os.path.realpath(folder) != folder:
-                hint = f"name the folder itself, {os.path.realpath(folder)}"
-                raise RefusedError(f"{folder} is or leads through a symbolic link", hint)
+        survey = self.survey(tree, power, folders_of(request))
+        require_real_folders(request)
         return planned(tree, survey, lambda measured: verbs.plan(tree, measured, request))
-
-    def run(
-        self,
-        request: Request,
-        *,
-        wait: float = 0.0,
-        pace: Pace = FREELY,
-        progress: Report | None = None,
-        confirm: Callable[[Plan], bool] | None = None,
-        cancelled: threading.Event | None = None,
-        control: Control | None = None,
-    ) -> Plan:
-        """Lock, recover, survey, plan, confirm, run.
-
-        :param wait: for how many seconds to wait while another operation has the machine.
-        :param pace: how fast data may move.
-        :param confirm: is shown the plan; when it says no, nothing is touched.
-        :param control: steers it from outside; it has ``pace`` and ``cancelled`` of its own.
-        :raise BusyError: another operation has the machine, or another process one of its images.
-        :raise CancelledError: it was stopped, or ``confirm`` said no.
-        """
-        steered = control or Control(self.name, pace=pace, cancelled=cancelled)
-
-        def work() -> Coroutine[Any, Any, Plan]:
-            return self.operate(request, wait=wait, progress=progress, confirm=confirm, control=steered)
-
-        if not loops.runs():
-            # Only what has nothing to do with a QEMU that runs can do without; nothing of it has begun.
-            with suppress(LoopNeededError):
-                return loops.without(work())
-        import asyncio
-
-        return asyncio.run(work())
 
     async def operate(
         self,
@@ -238,7 +163,7 @@ class Standalone:
             await self.settle(lock, control)
             self.config = trees.load_config(self.database, self.name)
             tree = self.tree()
-            lock.extend(_anchors(tree))
+            lock.extend(anchors(tree))
             async with self.asked(_expected(tree, request), WORK_SECONDS) as (power, qemu):
                 power = await with_memory(power, qemu, tree, request)
                 if isinstance(request, DetachRequest) and qemu is not None and request.target in tree.disks:
@@ -246,7 +171,7 @@ class Standalone:
 
                     tip = tree.active_branch.tips[request.target].layer
                     power = await without_unplugged(qemu, tree.chain(tip), _expected(tree, request))
-                seen = _seen(tree, request)
+                before = seen(tree, request)
                 moves = moving(self, request, power, tree)
                 if moves is not None and not loops.runs():
                     raise LoopNeededError
@@ -264,16 +189,13 @@ class Standalone:
                     power, qemu = Power(OFF), None
                     plan = gone.told(self.plan_with(tree, power, request))
                 lock.extend(files_of(plan))
-                moved = sorted(path for path, inode in _seen(tree, request).items() if inode != seen[path])
-                if moved:
-                    hint = "see what did it, and try again"
-                    raise BusyError(f"{moved[0]} has been replaced since it was planned", hint)
+                require_same(tree, request, before)
                 run = partial(
                     executor.run, self.database, self.name, lock=lock, report=progress or unheard, control=control
                 )
-                still = _still(tree, request) if power.live is None and moves is None else ()
+                held = still(tree, request) if power.live is None and moves is None else ()
                 try:
-                    outcome = await run(plan, qemu=qemu, still=still)
+                    outcome = await run(plan, qemu=qemu, still=held)
                 except OutrunError as error:
                     outcome = await pull_instead(self, error, plan, request, partial(run, qemu=qemu), lock, qemu)
                 except BaseException as error:
@@ -319,33 +241,6 @@ class Standalone:
             if qemu is not None:
                 await qemu.close()
 
-    @contextmanager
-    def locked(self, wait: float, cancelled: threading.Event | None = None) -> Iterator[MachineLock]:
-        """Have the machine to ourselves: no other snaptree works on it meanwhile."""
-        lock = MachineLock()
-        try:
-            deadline = time.monotonic() + wait
-            anchors: dict[str, tuple[int, int]] = {}
-            # While it waited, the one before may have moved the machine to other files, removed these, or put others
-            # in their place.
-            while (now := _anchors(self.tree())) != anchors:
-                with suppress(NotFoundError):
-                    lock.acquire(now, max(0.0, deadline - time.monotonic()), cancelled)
-                    anchors = now
-            yield lock
-        finally:
-            lock.release()
-
-    def recover(self, *, wait: float = 0.0) -> tuple[str, ...]:
-        """Finish or undo what was killed; a sentence for each operation."""
-        import asyncio
-
-        if not operations.unfinished(self.database, self.name):
-            return ()
-        control = recovering(self.name)
-        with heard(self.database.folder, control), self.locked(wait) as lock:
-            return asyncio.run(self.settle(lock, control))
-
     # ---- looking --------------------------------------------------------------------------------------------------
 
     def attach_request(self, disk: DiskOption, bases: tuple[str, ...] = (), *, adopt: bool = False) -> AttachRequest:
@@ -369,28 +264,14 @@ class Standalone:
         tree = self.tree()
         return verify(tree, self.survey(tree, self.power(tree)), self.unfinished())
 
-    def log(self) -> tuple[LogEntry, ...]:
-        """The machine's operations, oldest first."""
-        return log(self.database, self.name)
+    def snapshot_xml(self, name: str) -> str:
+        """One snapshot as libvirt's domainsnapshot XML.
 
+        :raise NotFoundError: there is no such snapshot.
+        """
+        from snaptree.machines.libvirt_xml import snapshot_xml
 
-def _anchors(tree: Tree) -> dict[str, tuple[int, int]]:
-    """The images that stand for the machine, the owned roots and the active tips, and what is there (device, inode).
-
-    Whoever works on the machine, from whatever state folder, locks these first.
-    """
-    found: set[str] = set()
-    for point in tree.active_branch.tips.values():
-        found.add(tree.layers[point.layer].path)
-        root = tree.owned_root(point.layer)
-        if root is not None:
-            found.add(root.path)
-    there: dict[str, tuple[int, int]] = {}
-    for path in sorted(found):
-        with suppress(OSError):
-            status = os.stat(path)
-            there[path] = (status.st_dev, status.st_ino)
-    return there
+        return snapshot_xml(self.view(), name)
 
 
 def _expected(tree: Tree, request: Request) -> Tree:
@@ -400,35 +281,6 @@ def _expected(tree: Tree, request: Request) -> Tree:
     active = tree.active_branch
     tips = {disk: tip for disk, tip in active.tips.items() if disk != request.target}
     return tree.with_branches(replace(active, tips=tips))
-
-
-def _folders(request: Request) -> list[str]:
-    files: Mapping[str, str] = getattr(request, "files", {})
-    memory: str | None = getattr(request, "memory_file", None)
-    return [os.path.dirname(path) for path in (*files.values(), *([memory] if memory is not None else []))]
-
-
-def _still(tree: Tree, request: Request) -> list[str]:
-    """What nobody may begin to write to meanwhile: the active tips, where the machine has to be off, and a layer that
-    is taken for what it is."""
-    if isinstance(request, RenameRequest | SetRequest):
-        return []
-    tips = [tree.layers[tip.layer].path for tip in tree.branches[tree.active].tips.values()]
-    return [*tips, request.path] if isinstance(request, AcceptRequest) else tips
-
-
-def _seen(tree: Tree, request: Request) -> dict[str, tuple[int, int] | None]:
-    """What is at each path that a plan rests on (device and inode): the layers, and the folders of new files."""
-    folders = _folders(request)
-    found: dict[str, tuple[int, int] | None] = {}
-    for path in (*(layer.path for layer in tree.layers.values()), *folders):
-        try:
-            status = os.stat(path) if path in folders else os.lstat(path)
-        except OSError:
-            found[path] = None
-        else:
-            found[path] = (status.st_dev, status.st_ino)
-    return found
 
 
 def existing(path: str | None) -> str | None:

@@ -48,7 +48,7 @@ def read_survey(
     return Survey(
         layers=facts,
         file_systems=_file_systems(facts.values()),
-        outsiders=_outsiders(database, tree, facts, beside=beside),
+        outsiders=_outsiders(database, config, tree, facts, beside=beside),
         strays=_strays(database, tree) if beside else (),
         names=_names(places),
         running=power is not None and power.state != OFF,
@@ -124,12 +124,16 @@ def _free(folders: Iterable[str]) -> dict[str, int]:
 
 
 def _outsiders(
-    database: Database, tree: Tree, facts: dict[LayerId, LayerFacts], *, beside: bool
+    database: Database, config: MachineConfig, tree: Tree, facts: dict[LayerId, LayerFacts], *, beside: bool
 ) -> tuple[Outsider, ...]:
     """What stands on owned layers from outside: other machines that were added, and overlays beside the layers."""
     owned = {layer.path: layer for layer in tree.layers.values() if layer.owned}
     found: dict[tuple[LayerId, str], Outsider] = {}
+    # What is remembered of a domain may be long gone: libvirt is asked instead.
+    old = trees.names(database, config.provider) if config.provider != "standalone" else ()
     for machine, path in trees.others_on(database, tree.machine, tuple(owned)):
+        if machine in old:
+            continue
         layer = owned[path]
         found[layer.id, machine] = Outsider(layer.id, f"machine {machine!r}")
     if not beside:

@@ -12,7 +12,8 @@ class MachineConfig:
     ``bases`` are foreign files outside the disks' folders that the user allowed with ``--base``. ``nvram`` and ``tpm``
     are the machine's firmware state, ``qmp`` the monitor socket of a machine that somebody else starts, ``start`` the
     command that starts it, and ``folder`` the folder that it is run in. ``agent`` is the socket of its guest's
-    agent, where its QEMU does not tell it.
+    agent, where its QEMU does not tell it. Of a libvirt domain ``uri`` is the connection that has it, and ``uuid`` says
+    which it is.
     """
 
     name: str
@@ -25,6 +26,8 @@ class MachineConfig:
     folder: str | None = None
     created: float = 0.0
     agent: str | None = None
+    uri: str | None = None
+    uuid: str | None = None
 
     @property
     def firmware(self) -> tuple[tuple[str, str], ...]:

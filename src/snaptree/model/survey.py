@@ -196,5 +196,8 @@ class Survey:
     memories: Mapping[int, str] = field(default_factory=dict)
     """What is wrong with the file of each memory that is not as it was written, as a sentence."""
     start: Start | None = None
+    libvirt: bool = False
+    """Whether libvirt has the machine: each snapshot needs layers of its own then, for virsh would merge into one that
+    two have together, and while it runs data is pulled into the tips only."""
     monitor: str = ""
     """Where the monitor of a machine is that snaptree starts."""

@@ -141,7 +141,7 @@ def snapshot(tree: Tree, survey: Survey, request: SnapshotRequest) -> Plan:
                 f"{disk} is {layer.format}, which cannot hold internal snapshots: it gets an external point"
             )
         parent = layer.parent
-        if parent is not None and tree.layers[parent].owned and draft.unwritten(tip):
+        if not survey.libvirt and parent is not None and tree.layers[parent].owned and draft.unwritten(tip):
             points[disk] = Point(parent)
             if draft.chosen.pop(disk, None):
                 draft.notes.append(f"nothing was written to {disk} since the last snapshot: no new file was needed")

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from snaptree.model.delta import diff
 from snaptree.model.layer import LayerId
+from snaptree.model.live import PAUSED
 from snaptree.model.survey import Survey
 from snaptree.planning import live_swap
 from snaptree.planning.draft import Draft, is_tip, paths_of
@@ -88,6 +89,8 @@ def _choose(draft: Draft, row: Row, way: str) -> Choice | str:
     if reason := _uneven(draft, row):
         closed |= {"commit": reason, "pull": reason}
     closed |= _forgotten(draft, row)
+    if draft.survey.libvirt and not is_tip(tree, row[-1]):
+        closed.setdefault("pull", f"libvirt pulls nothing into {tree.layers[row[-1]].path}, which is not the tip")
     rooted = is_owned_root(tree, row[0])
     if rooted and "pull" not in closed and len(tree.children.get(row[0], ())) == 1:
         closed["pull"] = (
@@ -98,6 +101,10 @@ def _choose(draft: Draft, row: Row, way: str) -> Choice | str:
     if way != "auto":
         for each in asked:
             open_as_asked(draft, row, each, closed)
+    if draft.survey.libvirt and draft.survey.live is not None and draft.survey.live.state == PAUSED:
+        # Only with the guest running can QEMU be made to bring to disk what it has merged.
+        waits = "its domain is paused: it is merged when the domain runs, or is off, by gc"
+        closed = dict.fromkeys(("commit", "pull", "reflink"), waits)
     facts = draft.survey.rows[row]
     choices = [Choice(row, each, facts, down=each == "commit") for each in asked if each not in closed]
     if not choices:

@@ -13,6 +13,7 @@ from snaptree.model.delta import Delta
 from snaptree.model.layer import LayerId
 from snaptree.model.machine import MachineConfig
 from snaptree.model.sizes import readable
+from snaptree.planning.domain_steps import DomainMerge, DomainSnapshot, Undefine, WriteRecords
 from snaptree.planning.live_steps import LiveMerge, LiveOpen, LiveSettle, LiveSnapshot, LiveSwap
 from snaptree.planning.memory_steps import GoOver, SaveMemory
 
@@ -393,6 +394,10 @@ Step: TypeAlias = (
     | RemoveFirmware
     | Register
     | Forget
+    | DomainSnapshot
+    | DomainMerge
+    | WriteRecords
+    | Undefine
 )
 
 STEPS: tuple[type[Step], ...] = get_args(Step)

@@ -51,6 +51,11 @@ class SetRequest:
 
 
 @dataclass(frozen=True)
+class RepairRequest:
+    """``snaptree verify NAME --repair``: libvirt's records say again what the tree says."""
+
+
+@dataclass(frozen=True)
 class RemoveRequest:
     """``snaptree remove NAME``."""
 
@@ -72,6 +77,7 @@ Request: TypeAlias = (
     | PutBackRequest
     | RemoveRequest
     | RenameRequest
+    | RepairRequest
     | SetRequest
 )
 
@@ -126,6 +132,8 @@ def plan(tree: Tree, survey: Survey, request: Request) -> Plan:
             return accept.accept(tree, survey, request)
         case SetRequest():
             return _set(tree, request)
+        case RepairRequest():
+            return Plan("repair", f"repair the records of machine {tree.machine!r}", (), 0, tree)
 
 
 def _gc(tree: Tree, survey: Survey, request: GcRequest) -> Plan:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from snaptree.images.locks import MachineLock
+from snaptree.planning.domain_steps import WriteRecords
 from snaptree.planning.live_steps import LiveSettle
 from snaptree.planning.steps import BuildMerged, Move, PutInPlace, Record, Step, Unlink
 from snaptree.running import carry
@@ -34,6 +35,7 @@ async def recover(
     lock: MachineLock,
     qemu: RunningQemu | None = None,
     control: Control | None = None,
+    spared: Collection[tuple[int, int]] = (),
 ) -> tuple[str, ...]:
     """Bring every operation of the machine that was killed to an end, under the machine's lock.
 
@@ -42,6 +44,7 @@ async def recover(
 
     :param qemu: the monitor of the machine, if it runs.
     :param control: how fast data may move; it is told how far it is.
+    :param spared: the files (device and inode) that the machine has open, where it is not we who talk to it.
     :return: a sentence for each operation.
     :raise SnaptreeError: a step failed again; the operation stays in the journal and can be tried again.
     """
@@ -50,7 +53,7 @@ async def recover(
         # Its last word may have been written, but not synced: a power cut must not leave what is done now without it.
         database.sync()
     control = control or Control(machine)
-    return tuple([await _settle(database, each, lock, qemu, control) for each in waiting])
+    return tuple([await _settle(database, each, lock, qemu, control, spared) for each in waiting])
 
 
 async def _settle(
@@ -59,10 +62,11 @@ async def _settle(
     lock: MachineLock,
     qemu: RunningQemu | None,
     control: Control,
+    spared: Collection[tuple[int, int]],
 ) -> str:
     steps = operations.steps_of(database, operation.id)
     journal = Journal.resume(database, operation)
-    holding = Holding(patience=DYING_SECONDS, spared=await qemu.open_files() if qemu is not None else ())
+    holding = Holding(patience=DYING_SECONDS, spared=await qemu.open_files() if qemu is not None else spared)
     control.take(0, operation.id)
     context = Context(journal, holding, lock, control.limiter, recovering=True, qemu=qemu)
     try:
@@ -72,7 +76,7 @@ async def _settle(
             state = await undo_all(begun, context, "it was killed and has been recovered")
             how = "waits to go on" if state == operations.PAUSED else "was undone"
             return f"{operation.summary}: it had been killed, and {how}"
-        first, spared = _restart(database, operation, steps, journal)
+        first, kept = _restart(database, operation, steps, journal)
         holding.take_steps(steps[first:])
         for number in range(first, len(steps)):
             step = steps[number]
@@ -80,7 +84,7 @@ async def _settle(
                 journal.take(number)
                 context.recovering = number <= operation.step
             context.moved = _reporter(control, Progress("recover", number + 1, len(steps), step.summary))
-            if not (isinstance(step, Unlink) and step.path in spared):
+            if not (isinstance(step, Unlink) and step.path in kept):
                 await take(step, context)
         close(context, "it was killed and has been recovered")
         how = f"was undone: {context.failed.message}" if context.failed is not None else "was finished"
@@ -129,7 +133,9 @@ def _restart(
         for path, looks in moving.sources(steps[number])
         if looks and operations.note_of(database, operation.id, number, path) not in (None, looks)
     }
-    recorded = any(isinstance(step, Record) for step in steps[move : operation.step])
+    # A domain starts from what libvirt was told last.
+    said = WriteRecords if any(isinstance(step, WriteRecords) for step in steps) else Record
+    recorded = any(isinstance(step, said) for step in steps[move : operation.step])
     if not changed or recorded:
         return operation.step, frozenset(changed)
     return move, frozenset()

@@ -8,7 +8,7 @@ from typing import Any
 
 from snaptree.errors import ExistsError, NotFoundError
 from snaptree.model.branch import Branch
-from snaptree.model.delta import Delta
+from snaptree.model.delta import Delta, diff
 from snaptree.model.layer import Identity, Layer, LayerId
 from snaptree.model.machine import MachineConfig
 from snaptree.model.memory import Memory
@@ -18,9 +18,22 @@ from snaptree.store.codec import dump, load
 from snaptree.store.database import Database
 
 
-def names(database: Database) -> tuple[str, ...]:
-    """The machines that were added, sorted."""
-    return tuple(str(row[0]) for row in database.rows("SELECT name FROM machine ORDER BY name"))
+def names(database: Database, provider: str | None = None) -> tuple[str, ...]:
+    """The machines that are remembered, sorted; those of one provider, if it is named.
+
+    Those that were added are ``standalone``; of a ``libvirt`` domain only what it was like when it was last worked on
+    is remembered.
+    """
+    rows = database.rows("SELECT name, config FROM machine ORDER BY name")
+    return tuple(str(name) for name, config in rows if provider is None or load(str(config)).provider == provider)
+
+
+def find_config(database: Database, name: str) -> MachineConfig | None:
+    """What is remembered of a machine besides its tree; ``None`` when there is none of that name."""
+    rows = database.rows("SELECT config FROM machine WHERE name=?", (name,))
+    config = load(str(rows[0][0])) if rows else None
+    assert config is None or isinstance(config, MachineConfig)
+    return config
 
 
 def load_config(database: Database, name: str) -> MachineConfig:
@@ -28,12 +41,10 @@ def load_config(database: Database, name: str) -> MachineConfig:
 
     :raise NotFoundError: no such machine was added.
     """
-    rows = database.rows("SELECT config FROM machine WHERE name=?", (name,))
-    if not rows:
+    config = find_config(database, name)
+    if config is None:
         known = ", ".join(names(database)) or "none yet"
         raise NotFoundError(f"there is no machine {name!r}", f"machines: {known}; add one with 'snaptree add'")
-    config = load(str(rows[0][0]))
-    assert isinstance(config, MachineConfig)
     return config
 
 
@@ -141,6 +152,11 @@ def register(connection: sqlite3.Connection, config: MachineConfig, *, new: bool
             "INSERT OR REPLACE INTO branch VALUES (?, 'main', ?)",
             (config.name, dump(Branch("main", None, {}, config.created))),
         )
+
+
+def put_tree(connection: sqlite3.Connection, name: str, tree: Tree) -> None:
+    """Remember this tree of a machine instead of the one that is remembered."""
+    apply_delta(connection, name, diff(_read(connection, name), tree))
 
 
 def forget(connection: sqlite3.Connection, name: str) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from snaptree.planning.domain_steps import DomainMerge, DomainSnapshot, Undefine, WriteRecords
 from snaptree.planning.steps import (
     ApplyInternal,
     BuildFromPoint,
@@ -31,9 +32,17 @@ from snaptree.running.carry import firmware, headers, internals, making, sharing
 from snaptree.running.carry import moving as moving
 from snaptree.running.context import Context
 
+LIBVIRTS = (DomainSnapshot, DomainMerge, WriteRecords, Undefine)
+"""Those that libvirt takes."""
+
 
 async def do(step: Step, context: Context) -> None:
     """Take the step."""
+    if isinstance(step, LIBVIRTS):
+        from snaptree.running.carry import by_libvirt
+
+        await by_libvirt.do(step, context)
+        return
     if isinstance(step, LiveStep):
         from snaptree.running.carry import by_running
 
@@ -88,6 +97,11 @@ async def undo(step: Step, context: Context) -> None:
     What has no way back there needs none: zeroes in the top show the same to everything, and a mark that a layer is
     being written to stays true.
     """
+    if isinstance(step, LIBVIRTS):
+        from snaptree.running.carry import by_libvirt
+
+        by_libvirt.undo(step, context)
+        return
     if isinstance(step, LiveStep):
         from snaptree.running.carry import by_running
 
@@ -115,6 +129,10 @@ async def happened(steps: tuple[Step, ...], context: Context) -> bool:
     the step is taken once more, and finds that it is done.
     """
     step = steps[context.journal.step]
+    if isinstance(step, LIBVIRTS):
+        from snaptree.running.carry import by_libvirt
+
+        return by_libvirt.happened(step, context)
     if not isinstance(step, LiveStep):
         return False
     from snaptree.running.carry import by_running

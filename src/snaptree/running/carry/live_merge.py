@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from snaptree.errors import RefusedError, SnaptreeError, ToolError, UnhealthyError
@@ -77,13 +77,13 @@ def _reporter(step: LiveMerge, jobs: Mapping[LiveJob, Merging], context: Context
         for job in jobs:
             # QEMU leaves what it copies in the page cache; all of it would be waited for when it is flushed.
             write_back.begin_file(job.target[0])
-        parts = (bytes_moved(_move_job(job), state.get(merging.id)) for job, merging in jobs.items())
+        parts = (bytes_moved(move_job(job), state.get(merging.id)) for job, merging in jobs.items())
         context.moved(done + sum(parts), total)
 
     return report
 
 
-def _move_job(job: LiveJob, *, by_qemu: str = "") -> MoveJob:
+def move_job(job: LiveJob, *, by_qemu: str = "") -> MoveJob:
     """The same merge as one that is done with the machine off."""
     name = f"{job.way}-{job.disk}"
     return MoveJob(name, job.way, job.disk, job.row, job.below, job.bytes, job.zeroes, job.profile, by_qemu)
@@ -137,11 +137,11 @@ async def _flush(qemu: RunningQemu, graph: BlockGraph, job: LiveJob) -> None:
     """
     path, _ = job.target
     await qemu.flush(node_of(graph, path).name, path)
-    if not await _holds_all(job):
+    if not await holds_all(job):
         raise ToolError(f"QEMU reported success, but {path} has not all that was to be moved", "try it with QEMU off")
 
 
-async def _holds_all(job: LiveJob) -> bool:
+async def holds_all(job: LiveJob) -> bool:
     """Whether the target has on disk what was to be moved.
 
     The tables of a tip that the guest writes to may change while they are read; then they are read again.
@@ -206,11 +206,11 @@ def _sync(step: LiveMerge) -> None:
 def _require_merged(graph: BlockGraph, step: LiveMerge) -> None:
     for job in step.jobs:
         written = any(is_top(graph, path) for path, _ in job.gone)
-        if written or not is_merged(graph, job) or not _header_says(job):
+        if written or not is_merged(graph, job) or not header_says(job):
             raise ToolError(f"QEMU reported success, but {job.target[0]} has not taken the place of what was merged")
 
 
-def _header_says(job: LiveJob) -> bool:
+def header_says(job: LiveJob) -> bool:
     """Whether the header says that the merge is done. Where the guest has gone over there is none to say it."""
     if job.active:
         return True
@@ -245,14 +245,19 @@ def _was_merged(job: LiveJob, context: Context) -> bool:
     """Whether a job had been finalized when QEMU died: the header says it, or the journal where the guest went over."""
     if job.active:
         return context.journal.noted(job.row[0][0]) == PIVOT
-    return _header_says(job)
+    return header_says(job)
 
 
 async def _without_qemu(step: LiveMerge, context: Context) -> None:
-    """Finish what QEMU has left: by the mover, or what that cannot do by a storage daemon."""
-    left = [job for job in step.jobs if not _was_merged(job, context)]
+    """Finish what QEMU has left."""
+    await finish([job for job in step.jobs if not _was_merged(job, context)], context)
+    _sync(step)
+
+
+async def finish(left: Sequence[LiveJob], context: Context) -> None:
+    """Do the merges with the machine off: by the mover, or what that cannot do by a storage daemon."""
     if left:
-        moves = (_move_job(job, by_qemu=foreseen(job.row, job.below).by_qemu) for job in left)
+        moves = (move_job(job, by_qemu=foreseen(job.row, job.below).by_qemu) for job in left)
         await moving.move(Move(tuple(moves)), context)
     for job in left:
         if job.way == "pull":
@@ -260,7 +265,6 @@ async def _without_qemu(step: LiveMerge, context: Context) -> None:
             headers.repoint(Repoint(job.row[-1][0], *below), context)
         elif job.child is not None:
             headers.repoint(Repoint(job.child[0], *job.row[0]), context)
-    _sync(step)
 
 
 async def unmerge(step: LiveMerge, context: Context) -> None:
@@ -269,4 +273,4 @@ async def unmerge(step: LiveMerge, context: Context) -> None:
     What was written stays: it shows the same, or is read only through what is above.
     """
     if context.qemu is None:
-        moving.unmove(Move(tuple(_move_job(job) for job in step.jobs)), context)
+        moving.unmove(Move(tuple(move_job(job) for job in step.jobs)), context)

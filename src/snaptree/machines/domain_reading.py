@@ -1,0 +1,114 @@
+"""Reading a libvirt domain: its definition, libvirt's records, and the headers of all images that they name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from snaptree.errors import SnaptreeError
+from snaptree.images import gate
+from snaptree.images.facts import read_facts
+from snaptree.model.domain import Domain, Record
+from snaptree.model.live import OFF, Live
+from snaptree.model.survey import LayerFacts, Outsider
+from snaptree.model.tree import Tree
+from snaptree.planning.domain_tree import FoundTree, tree_of
+from snaptree.store.libvirt.calls import DomainHandle
+from snaptree.store.libvirt.reading import domain_of, record_of
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A domain as libvirt has it at one moment."""
+
+    domain: Domain
+    records: tuple[Record, ...]
+    current: str | None
+
+
+def read(handle: DomainHandle) -> Reading:
+    """Ask libvirt. Of a domain that runs, the disks are those that it runs on."""
+    state = handle.state()
+    resolve = handle.connection.volume
+    domain = domain_of(
+        handle.definition(live=state != OFF),
+        handle.connection.uri,
+        state,
+        resolve,
+        persistent=handle.is_persistent(),
+        saved=handle.is_saved(),
+    )
+    if state != OFF and domain.persistent:
+        # What snaptree notes is kept with what the domain is started from next.
+        domain = replace(domain, hints=domain_of(handle.definition(), "", state, resolve).hints)
+    records = tuple(record_of(text, resolve) for text in handle.records().values())
+    return Reading(domain, records, handle.current())
+
+
+def found_tree(reading: Reading, name: str, known: Tree | None) -> FoundTree:
+    """The domain's tree.
+
+    :param name: by which the machine is known here.
+    """
+    files = {(disk.path, disk.format) for disk in reading.domain.disks}
+    files |= {place for record in reading.records for place in record.points.values()}
+    sizes: dict[str, int] = {}
+    for record in reading.records:
+        if record.memory is not None:
+            with suppress(OSError):
+                sizes[record.memory] = os.stat(record.memory).st_size
+    domain = replace(reading.domain, name=name)
+    return tree_of(domain, reading.records, reading.current, facts_of(sorted(files)), known, sizes)
+
+
+def facts_of(files: Iterable[tuple[str, str | None]]) -> dict[str, LayerFacts]:
+    """What each image is, and each beneath it, by path; only headers are read, and nothing is raised.
+
+    What cannot be followed has a ``problem``, and nothing beneath it.
+    """
+    found: dict[str, LayerFacts] = {}
+    waiting = list(files)
+    while waiting:
+        path, image_format = waiting.pop()
+        if path in found:
+            continue
+        facts = read_facts(path, image_format)
+        if facts.backing is not None:
+            try:
+                facts = replace(facts, backing=gate.resolve_backing(path, facts.backing))
+            except SnaptreeError as error:
+                facts = replace(facts, backing=None, problem=facts.problem or "changed", detail=error.message)
+        found[path] = facts
+        if facts.backing is not None:
+            waiting.append((facts.backing, facts.backing_format))
+    return found
+
+
+def live_of(reading: Reading, tree: Tree) -> Live | None:
+    """The QEMU of a domain that runs, as far as its disks are concerned."""
+    if reading.domain.state == OFF:
+        return None
+    tips = tree.active_branch.tips.values()
+    opened = frozenset(layer.id for tip in tips for layer in tree.chain(tip.layer))
+    return Live(reading.domain.state, 0, opened)
+
+
+def other_domains_on(handle: DomainHandle, tree: Tree) -> tuple[Outsider, ...]:
+    """The other domains of the connection that stand on layers of this one, by their disks or their snapshots."""
+    owned = {layer.path: layer.id for layer in tree.layers.values() if layer.owned}
+    found: list[Outsider] = []
+    for other in handle.connection.domains():
+        if other.uuid == handle.uuid:
+            continue
+        try:
+            reading = read(other)
+        except SnaptreeError:
+            # It has just been undefined, or is being changed; what is on its disks is seen by the files beside ours.
+            continue
+        files = {(disk.path, disk.format) for disk in reading.domain.disks}
+        files |= {place for record in reading.records for place in record.points.values()}
+        for path in set(facts_of(sorted(files))) & set(owned):
+            found.append(Outsider(owned[path], f"domain {reading.domain.name!r}"))
+    return tuple(found)

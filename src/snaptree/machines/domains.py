@@ -1,0 +1,68 @@
+"""Finding libvirt's domains by name, UUID or id."""
+
+from __future__ import annotations
+
+from snaptree.errors import ToolError
+from snaptree.machines.libvirt import PROVIDER, LibvirtMachine
+from snaptree.model.machine import MachineConfig
+from snaptree.store import trees
+from snaptree.store.database import Database
+from snaptree.store.libvirt.calls import DomainHandle, Libvirt, binding, chosen_uri, usual_uri
+
+
+def connect(uri: str | None, kept: MachineConfig | None = None) -> Libvirt | None:
+    """The connection that was named; otherwise the one that a domain was last reached by, or that of a running daemon.
+
+    ``None`` where nothing was named and no libvirt can be asked.
+
+    :raise SnaptreeError: the one that was named cannot be used.
+    """
+    named = chosen_uri(uri) or (kept.uri if kept is not None else None)
+    if named is not None:
+        return Libvirt(named)
+    usual = usual_uri()
+    if usual is None:
+        return None
+    try:
+        binding()
+    except ToolError:
+        return None
+    return Libvirt(usual)
+
+
+def find(database: Database, word: str, uri: str | None) -> LibvirtMachine | None:
+    """A domain by name, UUID or id; ``None`` when there is none, or no libvirt can be asked.
+
+    :raise SnaptreeError: libvirt cannot be asked, and should be.
+    """
+    kept = trees.find_config(database, word)
+    libvirt = connect(uri, kept)
+    if libvirt is None:
+        return None
+    handle = libvirt.find((kept.uuid if kept is not None and not uri else None) or word) or libvirt.find(word)
+    return LibvirtMachine(database, handle, _name(database, handle)) if handle is not None else None
+
+
+def every(database: Database, uri: str | None) -> tuple[LibvirtMachine, ...]:
+    """All domains of the connection, by name; none where no libvirt can be asked."""
+    libvirt = connect(uri)
+    handles = libvirt.domains() if libvirt is not None else ()
+    return tuple(LibvirtMachine(database, each, _name(database, each)) for each in handles)
+
+
+def is_named(uri: str | None) -> bool:
+    """Whether the user has named a connection."""
+    return chosen_uri(uri) is not None
+
+
+def why_none(uri: str | None) -> str:
+    """Why no libvirt was asked for a domain; empty where one was."""
+    return "" if is_named(uri) or usual_uri() is not None else "no libvirt runs here"
+
+
+def _name(database: Database, handle: DomainHandle) -> str:
+    """By what the domain is known here: its name, unless that means something else already."""
+    kept = trees.find_config(database, handle.name)
+    if kept is None or (kept.provider == PROVIDER and (handle.uuid == kept.uuid or kept.uri == handle.connection.uri)):
+        return handle.name
+    return handle.uuid

@@ -1,0 +1,346 @@
+"""libvirt's domains: machines without being added.
+
+The tree is read from libvirt's own records and the images' headers each time; no second truth is kept. What the state
+file has of a domain is what it was like when snaptree last worked on it: ids of layers, and what frozen ones look like.
+
+A verb puts the tree that was read into the state file, under the machine's lock, and is planned and carried out as for
+a standalone machine. The journal's row is the commit point; a step of its own kind follows each change of the tree and
+tells libvirt, repeatably. Meanwhile an operation that was killed is what the state file says, not libvirt's records.
+Of a domain that runs libvirt has QEMU's monitor: what QEMU does, libvirt's own calls have it do.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from snaptree.errors import BusyError, CancelledError, RefusedError
+from snaptree.images import durable
+from snaptree.images.locks import MachineLock
+from snaptree.machines.domain_reading import Reading, found_tree, live_of, other_domains_on, read
+from snaptree.machines.findings import Finding
+from snaptree.machines.going import Going
+from snaptree.machines.machine import (
+    Operated,
+    View,
+    anchors,
+    folders_of,
+    require_real_folders,
+    require_same,
+    seen,
+    still,
+)
+from snaptree.machines.memories import as_it_went
+from snaptree.machines.power import Power
+from snaptree.machines.survey import planned, read_survey
+from snaptree.model.live import OFF, PAUSED
+from snaptree.model.machine import MachineConfig
+from snaptree.model.survey import Survey
+from snaptree.model.tree import Tree
+from snaptree.planning import verbs
+from snaptree.planning.adopt import AttachRequest, DetachRequest
+from snaptree.planning.create import SnapshotRequest
+from snaptree.planning.domain_steps import Undefine, WriteRecords, with_records
+from snaptree.planning.health import ailments
+from snaptree.planning.plan import Plan
+from snaptree.planning.revert import RevertRequest, SwitchRequest, memory_moves
+from snaptree.planning.steps import DeleteInternal, Step
+from snaptree.planning.verbs import GcRequest, RemoveRequest, RenameRequest, RepairRequest, Request, SetRequest
+from snaptree.running import loops
+from snaptree.running.control import Control
+from snaptree.running.listening import heard
+from snaptree.running.loops import LoopNeededError
+from snaptree.running.progress import Report
+from snaptree.running.progress import silent as unheard
+from snaptree.store import operations, trees
+from snaptree.store.database import Database
+from snaptree.store.libvirt import applying
+from snaptree.store.libvirt.calls import DomainHandle
+
+PROVIDER = "libvirt"
+
+
+@dataclass(frozen=True)
+class Looked:
+    """A domain as it was just read, and its tree."""
+
+    reading: Reading
+    tree: Tree
+    notes: tuple[str, ...] = ()
+
+
+class LibvirtMachine(Operated):
+    """One domain. Making the object asks libvirt nothing.
+
+    :param name: by which it is known here: the domain's name, or its UUID where something else has the name.
+    """
+
+    def __init__(self, database: Database, handle: DomainHandle, name: str) -> None:
+        self.database = database
+        self.handle = handle
+        self.config = MachineConfig(name, PROVIDER, uri=handle.connection.uri, uuid=handle.uuid)
+
+    def look(self) -> Looked:
+        """Read the domain and its tree."""
+        reading = read(self.handle)
+        self.config = replace(self.config, nvram=reading.domain.nvram)
+        kept = trees.find_config(self.database, self.name)
+        known = None
+        if kept is not None and kept.uuid == self.config.uuid:
+            known = trees.load_tree(self.database, self.name)
+            if operations.unfinished(self.database, self.name):
+                return Looked(reading, known)
+        found = found_tree(reading, self.name, known)
+        left = [f"disk {disk} is left alone: {why}" for disk, why in sorted(reading.domain.left.items())]
+        return Looked(reading, found.tree, (*found.notes, *left))
+
+    def tree(self) -> Tree:
+        """The tree as it is now."""
+        return self.look().tree
+
+    def survey(self, looked: Looked, tree: Tree, folders: Iterable[str] = (), *, beside: bool = True) -> Survey:
+        """Read the machine's files and what surrounds them."""
+        power = Power(looked.reading.domain.state, live_of(looked.reading, tree))
+        survey = read_survey(self.database, self.config, tree, folders, beside=beside, power=power)
+        others = other_domains_on(self.handle, tree) if beside else ()
+        return replace(survey, libvirt=True, outsiders=(*survey.outsiders, *others))
+
+    def view(self, *, deep: bool = False) -> View:
+        """The machine as it is now; takes no lock.
+
+        :param deep: also look for overlays beside the layers, and for other domains on them.
+        """
+        looked = self.look()
+        survey = self.survey(looked, looked.tree, beside=deep)
+        return View(
+            config=self.config,
+            tree=looked.tree,
+            survey=survey,
+            ailments=ailments(looked.tree, survey),
+            pending=self.pending(looked.tree, survey),
+            state=looked.reading.domain.state,
+            notes=looked.notes,
+        )
+
+    # ---- planning and running -------------------------------------------------------------------------------------
+
+    def plan(self, request: Request) -> Plan:
+        """The plan for a request; takes no lock and touches nothing."""
+        looked = self.look()
+        self._require_possible(looked, request)
+        goes = self._going(looked, request)
+        plan = self._plan(looked, looked.tree, request, off=goes is not None)
+        return goes.told(plan) if goes is not None else plan
+
+    def _plan(self, looked: Looked, tree: Tree, request: Request, *, off: bool) -> Plan:
+        """The plan for a request.
+
+        :param off: the domain is turned off for it, if it runs.
+        """
+        survey = self.survey(looked, tree, folders_of(request))
+        if off:
+            survey = replace(survey, running=False, live=None)
+        require_real_folders(request)
+        plan = planned(tree, survey, lambda measured: verbs.plan(tree, measured, request))
+        if survey.live is not None:
+            self._require_by_libvirt(plan, {tree.layers[each].path for each in survey.live.open})
+        assert self.config.uri is not None and self.config.uuid is not None
+        known = tuple(sorted(each.name for each in looked.reading.records))
+        tips = tuple((disk.target, disk.path) for disk in looked.reading.domain.disks)
+        tell = WriteRecords(self.config.uri, self.config.uuid, known=known, tips=tips)
+        if isinstance(request, RemoveRequest):
+            undefine = Undefine(tell.uri, tell.uuid, looked.reading.domain.name, nvram=request.delete_files)
+            steps: tuple[Step, ...] = (undefine, *plan.steps)
+            return replace(plan, steps=steps)
+        if isinstance(request, RepairRequest):
+            return replace(plan, steps=(tell,))
+        if isinstance(request, RenameRequest):
+            tell = replace(tell, renamed=((request.old, request.new),))
+        plan = with_records(plan, tell)
+        if isinstance(request, GcRequest):
+            plan = replace(plan, steps=(*plan.steps, tell))
+        return plan
+
+    def _require_by_libvirt(self, plan: Plan, opened: Collection[str]) -> None:
+        """See that libvirt has a call for all that QEMU would have to do.
+
+        :param opened: what the domain's QEMU has open.
+        :raise RefusedError: it has none.
+        """
+        for step in (step for each in plan.every() for step in each.steps):
+            if isinstance(step, DeleteInternal) and step.path in opened:
+                hint = f"shut it down first: 'virsh shutdown {self.name}'"
+                raise RefusedError(
+                    f"domain {self.name} is running on {step.path}, whose internal snapshots libvirt does not delete "
+                    "by themselves",
+                    hint,
+                )
+
+    def _require_possible(self, looked: Looked, request: Request) -> None:
+        """See that the domain may be worked on so.
+
+        :raise RefusedError: says what is in the way, and what to do.
+        :raise BusyError: libvirt is at something with it.
+        """
+        domain = looked.reading.domain
+        if isinstance(request, SetRequest | AttachRequest | DetachRequest):
+            hint = f"use 'virsh attach-disk {domain.name}', 'virsh detach-disk' or 'virsh edit'"
+            raise RefusedError(f"{domain.name} is a libvirt domain: its disks and settings are libvirt's", hint)
+        if jobs := self.handle.jobs():
+            hint = f"see 'virsh domjobinfo {domain.name}' and 'virsh blockjob'; wait for its end, or abort it"
+            raise BusyError(f"libvirt is at work on domain {domain.name}: {jobs[0]}", hint)
+        if domain.saved:
+            hint = f"start it, or drop what was saved with 'virsh managedsave-remove {domain.name}'"
+            raise RefusedError(f"domain {domain.name} has a managed save, which would start it on its old disks", hint)
+        if not domain.persistent:
+            hint = "make it persistent with 'virsh define'"
+            raise RefusedError(f"domain {domain.name} is transient: libvirt forgets it when it stops", hint)
+        if isinstance(request, SnapshotRequest) and (request.memory or request.memory_file is not None):
+            hint = f"leave out --memory, or use 'virsh snapshot-create-as {domain.name} --memspec'"
+            raise RefusedError("the memory of a libvirt domain is not saved yet", hint)
+        whole = isinstance(request, SnapshotRequest) and request.internal
+        if domain.state != OFF and (whole or isinstance(request, RemoveRequest)):
+            hint = f"shut it down first: 'virsh shutdown {domain.name}'"
+            raise RefusedError(f"domain {domain.name} is {domain.state}, and has to be off for this", hint)
+        if memory_moves(looked.tree, domain.state, request) is not None:
+            hint = "leave the memory alone with --no-memory, or go back with 'virsh snapshot-revert'"
+            raise RefusedError("the memory of a libvirt domain is not loaded yet", hint)
+
+    async def operate(
+        self,
+        request: Request,
+        *,
+        wait: float = 0.0,
+        progress: Report | None = None,
+        confirm: Callable[[Plan], bool] | None = None,
+        control: Control,
+    ) -> Plan:
+        """As :meth:`run`, in an event loop that runs already."""
+        from snaptree.running import executor
+        from snaptree.running.holding import files_of
+
+        self.database.open()
+        with (
+            durable.explained(f"a file of domain {self.name}", "use"),
+            heard(self.database.folder, control),
+            self.locked(wait, control.cancelled) as lock,
+        ):
+            await self.settle(lock, control)
+            looked = self.look()
+            self._require_possible(looked, request)
+            tree = _begun(looked.tree)
+            lock.extend(anchors(tree))
+            before = seen(tree, request)
+            goes = self._going(looked, request)
+            if looked.reading.domain.state != OFF and goes is None and not loops.runs():
+                raise LoopNeededError
+            plan = self._plan(looked, tree, request, off=goes is not None)
+            if confirm is not None and not confirm(plan):
+                raise CancelledError("nothing was done", "")
+            if goes is not None and goes.before != OFF:
+                # What was planned rested on disks that the guest wrote to.
+                self.handle.stop()
+                looked = self.look()
+                plan = self._plan(looked, tree, request, off=True)
+            if goes is not None:
+                plan = goes.told(plan)
+            lock.extend(files_of(plan))
+            require_same(tree, request, before)
+            if read(self.handle) != looked.reading:
+                hint = "see what did it, and try again"
+                raise BusyError(f"domain {self.name} has been changed since it was planned", hint)
+            self._keep(tree)
+            off = looked.reading.domain.state == OFF
+            try:
+                outcome = await executor.run(
+                    self.database,
+                    self.name,
+                    plan,
+                    lock=lock,
+                    still=still(tree, request) if off else (),
+                    spared=self._opened(),
+                    report=progress or unheard,
+                    control=control,
+                )
+            except BaseException:
+                if goes is not None and not operations.unfinished(self.database, self.name):
+                    self._start(goes.before)
+                raise
+        if goes is not None:
+            self._start(goes.after)
+        return as_it_went(plan, outcome)
+
+    def _going(self, looked: Looked, request: Request) -> Going | None:
+        """What the domain does before and after a request to go elsewhere; ``None`` when it is off and stays so."""
+        if not isinstance(request, RevertRequest | SwitchRequest):
+            return None
+        before = looked.reading.domain.state
+        after = request.power or before
+        return None if before == after == OFF else Going(before, after)
+
+    def _start(self, state: str) -> None:
+        if state != OFF and not self._runs():
+            self.handle.start(paused=state == PAUSED)
+
+    def _keep(self, tree: Tree) -> None:
+        """Put the tree that was read into the state file: steps change what is there."""
+        kept = trees.find_config(self.database, self.name)
+        config = self.config if kept is None else replace(self.config, created=kept.created)
+        with self.database.transaction() as connection:
+            trees.register(connection, replace(config, created=config.created or time.time()), new=kept is None)
+            trees.put_tree(connection, self.name, tree)
+
+    async def settle(self, lock: MachineLock, control: Control | None = None) -> tuple[str, ...]:
+        """Finish or undo what was killed, under the machine's lock."""
+        if not operations.unfinished(self.database, self.name):
+            return ()
+        if not loops.runs():
+            raise LoopNeededError
+        from snaptree.running import recovery
+
+        lock.extend(recovery.files_of(self.database, self.name))
+        return await recovery.recover(self.database, self.name, lock, None, control, self._opened())
+
+    def _opened(self) -> frozenset[tuple[int, int]]:
+        """The files (device and inode) that its QEMU has open, by what libvirt says."""
+        found: set[tuple[int, int]] = set()
+        for path in (path for chain in self.handle.chains().values() for path in chain) if self._runs() else ():
+            with suppress(OSError):
+                status = os.stat(path)
+                found.add((status.st_dev, status.st_ino))
+        return frozenset(found)
+
+    def _runs(self) -> bool:
+        return self.handle.state() != OFF
+
+    # ---- looking --------------------------------------------------------------------------------------------------
+
+    def verify(self) -> tuple[Finding, ...]:
+        """Check the files against the tree, and libvirt's records against both."""
+        from snaptree.machines.verify import verify
+
+        looked = self.look()
+        found = list(verify(looked.tree, self.survey(looked, looked.tree), self.unfinished()))
+        hint = f"'snaptree verify {self.name} --repair' puts them right"
+        if not self.unfinished():
+            said = applying.difference(self.handle, looked.tree).sentences()
+            found += [Finding("records", "", each, (), hint, "warning") for each in said]
+        found += [Finding("note", "", each, (), "", "warning") for each in looked.notes]
+        return tuple(found)
+
+    def snapshot_xml(self, name: str) -> str:
+        """libvirt's own record of a snapshot.
+
+        :raise NotFoundError: there is no such snapshot.
+        """
+        return self.handle.record(name)
+
+
+def _begun(tree: Tree) -> Tree:
+    """The tree whose active branch has a beginning, which libvirt asks of each record: that of a domain which snaptree
+    has not worked on yet is not known."""
+    active = tree.active_branch
+    return tree if active.created else tree.with_branches(replace(active, created=time.time()))

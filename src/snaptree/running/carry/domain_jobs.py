@@ -1,0 +1,198 @@
+"""What libvirt does with the disks of a domain that runs: freezing them under overlays, and merging their layers.
+
+libvirt's own view says how far it has come: where the domain runs the chain of each disk, where it has stopped since
+the definition, which libvirt changes with it, and the headers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+from snaptree.errors import CancelledError, ToolError
+from snaptree.images import durable
+from snaptree.images.facts import read_facts
+from snaptree.images.measure import holds
+from snaptree.model.live import OFF
+from snaptree.planning.domain_steps import DomainMerge, DomainSnapshot
+from snaptree.planning.live_steps import LiveJob
+from snaptree.planning.steps import Move
+from snaptree.qemu.jobs import JobProgress
+from snaptree.running.carry import moving
+from snaptree.running.carry.by_qemu import bytes_moved
+from snaptree.running.carry.live_merge import finish, header_says, holds_all, move_job
+from snaptree.running.context import Context
+from snaptree.store.libvirt.calls import COMMIT, BlockJob, DomainHandle
+
+POLL_SECONDS = 0.02
+SETTLE_SECONDS = 10.0
+"""So long libvirt's view may lag behind a job that has ended."""
+HELD = 1
+"""Bytes a second while nothing is to move: libvirt knows no slower."""
+
+
+# ---- snapshots ----------------------------------------------------------------------------------------------------
+
+
+def snapshot(step: DomainSnapshot, domain: DomainHandle | None) -> None:
+    """Let the guest go on in the overlays. Where the domain has stopped they show what the tips show, or are tips."""
+    if domain is None or domain.state() == OFF or _are_tips(step, domain):
+        return
+    domain.cut({cut.disk: cut.overlay for cut in step.cuts}, quiesce=step.quiesce)
+    if not _are_tips(step, domain):
+        raise ToolError(f"libvirt reported success, but {step.cuts[0].overlay} is not what the guest writes to now")
+
+
+def was_cut(step: DomainSnapshot, domain: DomainHandle | None) -> bool:
+    """Whether the guest writes to the overlays, or did when it stopped."""
+    return domain is not None and _are_tips(step, domain)
+
+
+def _are_tips(step: DomainSnapshot, domain: DomainHandle) -> bool:
+    chains = domain.chains()
+    return all(chains.get(cut.disk, ("",))[0] == cut.overlay for cut in step.cuts)
+
+
+# ---- merges -------------------------------------------------------------------------------------------------------
+
+
+async def merge(step: DomainMerge, domain: DomainHandle | None, context: Context) -> None:
+    """Have libvirt merge, and see that it has; where the domain has stopped, the rest is done without it."""
+    if domain is None or domain.state() == OFF:
+        await _without_domain(step, domain, context)
+        return
+    jobs = [job for job in step.jobs if not _is_merged(job, domain)]
+    known = {job.disk for job in jobs if domain.block_job(job.disk) is not None}
+    try:
+        for job in jobs:
+            if job.disk not in known:
+                _begin(job, domain, context)
+        await _follow(step, jobs, domain, context)
+    except BaseException:
+        for job in jobs:
+            domain.abort(job.disk)
+        raise
+    for job in jobs:
+        context.journal.moved += job.bytes
+    await _bring_to_disk(step, domain, context)
+    for job in step.jobs:
+        for path, _ in (job.target, *([job.child] if job.child is not None else [])):
+            durable.sync_file(path)
+
+
+def _begin(job: LiveJob, domain: DomainHandle, context: Context) -> None:
+    speed = int(context.limiter.speed)
+    if job.way == "pull":
+        domain.pull(job.disk, job.below[0][0] if job.below else None, speed)
+        return
+    above = job.child[0] if job.child is not None else None
+    name = read_facts(above, "qcow2").backing if above is not None else None
+    relative = name is not None and not name.startswith("/")
+    domain.commit(job.disk, job.row[0][0], job.row[-1][0], speed, active=job.active, relative=relative)
+
+
+async def _follow(step: DomainMerge, jobs: list[LiveJob], domain: DomainHandle, context: Context) -> None:
+    """Wait until each job has ended; the guest goes over to what its tip has been merged into."""
+    waiting = {job.disk: job for job in jobs}
+    total = sum(job.bytes for job in step.jobs)
+    done = total - sum(job.bytes for job in jobs)
+    speed = context.limiter.speed
+    while waiting:
+        if context.cancelled.is_set():
+            raise CancelledError(f"stopped: {step.summary}")
+        now = float(HELD) if context.limiter.held else context.limiter.speed
+        moved = 0
+        for disk, job in list(waiting.items()):
+            state = domain.block_job(disk)
+            if state is None:
+                await _require_merged(job, domain)
+                del waiting[disk]
+                done += job.bytes
+                continue
+            if now != speed:
+                domain.limit(disk, int(now))
+            moved += _moved(job, state)
+            if job.active and state.kind == COMMIT and state.ready:
+                domain.pivot(disk)
+        speed = now
+        context.moved(min(done + moved, total), total)
+        if waiting:
+            await asyncio.sleep(POLL_SECONDS)
+
+
+def _moved(job: LiveJob, state: BlockJob) -> int:
+    return bytes_moved(move_job(job), JobProgress(state.current, state.total, "running"))
+
+
+def _is_merged(job: LiveJob, domain: DomainHandle) -> bool:
+    """Whether the domain has what was merged in its chain no more."""
+    chain = domain.chains().get(job.disk, ())
+    return job.target[0] in chain and not any(path in chain for path, _ in job.gone)
+
+
+async def _require_merged(job: LiveJob, domain: DomainHandle) -> None:
+    """See that a job that has ended has done its work.
+
+    :raise ToolError: it was ended by somebody, or has failed.
+    """
+    for _ in range(int(SETTLE_SECONDS / POLL_SECONDS)):
+        if domain.state() == OFF or _is_merged(job, domain):
+            return
+        await asyncio.sleep(POLL_SECONDS)
+    raise ToolError(
+        f"libvirt has ended the {job.way} of {job.disk}, and {job.row[-1][0]} has not been merged",
+        "see libvirtd's log and 'virsh domblkerror', then go on with 'snaptree gc'",
+    )
+
+
+async def _bring_to_disk(step: DomainMerge, domain: DomainHandle, context: Context) -> None:
+    """Have QEMU bring to disk the tables that say what it has merged, before anything that it was merged from goes.
+
+    It writes the header first, and keeps the tables until somebody flushes: it does when it stops the guest.
+
+    :raise ToolError: they are not there.
+    """
+    for job in step.jobs:
+        if job.active or await holds_all(job):
+            continue
+        paused = domain.flush()
+        context.paused = max(context.paused or 0.0, paused)
+        if not await holds_all(job):
+            raise ToolError(
+                f"{job.target[0]} has not all on disk that was merged into it",
+                "let the domain run, or shut it down, then run 'snaptree recover'",
+            )
+
+
+def went_on(step: DomainMerge, domain: DomainHandle | None) -> bool:
+    """Whether a merge that was left has come so far that it is finished, not undone: its jobs run, or one has ended."""
+    if domain is None or domain.state() == OFF:
+        return any(_was_merged(job, domain) for job in step.jobs)
+    return any(_is_merged(job, domain) or domain.block_job(job.disk) is not None for job in step.jobs)
+
+
+def _was_merged(job: LiveJob, domain: DomainHandle | None) -> bool:
+    """Whether a job had come to its end when the domain stopped: its definition says it, or the header."""
+    if job.active:
+        return domain is not None and domain.chains().get(job.disk, ("",))[0] == job.row[0][0]
+    return header_says(job) and not _lacks(job)
+
+
+def _lacks(job: LiveJob) -> bool:
+    """Whether the target lacks some of what was merged: QEMU may have been killed before it had brought it to disk."""
+    sources = job.row[1:] if job.way == "commit" else job.row[:-1]
+    return all(os.path.exists(path) for path, _ in sources) and not holds(job.target, sources)
+
+
+async def _without_domain(step: DomainMerge, domain: DomainHandle | None, context: Context) -> None:
+    """Finish what a domain that has stopped has left: by the mover, or what that cannot do by a storage daemon."""
+    await finish([job for job in step.jobs if not _was_merged(job, domain)], context)
+
+
+def unmerge(step: DomainMerge, domain: DomainHandle | None, context: Context) -> None:
+    """End what goes on. What was written stays: it shows the same, or is read only through what is above."""
+    if domain is None or domain.state() == OFF:
+        moving.unmove(Move(tuple(move_job(job) for job in step.jobs)), context)
+        return
+    for job in step.jobs:
+        domain.abort(job.disk)

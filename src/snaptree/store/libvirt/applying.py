@@ -1,0 +1,155 @@
+"""Making libvirt's records, the domain's definition and its metadata say what the tree says; repeatable.
+
+The order is such that at any moment each record's files are there, and that a name which goes is still there when what
+hangs on it has moved: new and changed records, parents first, the current one as such; then what goes. Dropping a
+record changes others (libvirt gives them the parent's files), and so does another one's becoming current (it drops
+``revertDisks``), so that all is compared once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+from snaptree.errors import ToolError
+from snaptree.model.tree import Tree
+from snaptree.planning.records import Wanted, wanted_records
+from snaptree.store.libvirt import writing, xml
+from snaptree.store.libvirt.calls import DomainHandle
+from snaptree.store.libvirt.xml import Element
+
+ROUNDS = 4
+"""So often all is compared until nothing differs."""
+Keep = Callable[[str, str], None]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What libvirt has to be told.
+
+    ``records`` are the records to write, parents first; ``current`` is the name of the one that must become current.
+    """
+
+    definition: str | None
+    records: tuple[tuple[str, str], ...]
+    current: str | None
+    gone: tuple[str, ...]
+    again: frozenset[str] = frozenset()
+    """Those that libvirt takes only in the place of one that is not there: their memory has gone."""
+
+    def __bool__(self) -> bool:
+        return bool(self.definition or self.records or self.current or self.gone)
+
+    def sentences(self) -> tuple[str, ...]:
+        """What differs, for people."""
+        said = ["the domain's definition does not say what the tree says"] if self.definition else []
+        said += [f"libvirt's record of {name!r} does not say what the tree says" for name, _ in self.records]
+        said += [f"libvirt does not take {self.current!r} for the current snapshot"] if self.current else []
+        said += [f"libvirt has a record of {name!r}, which is not in the tree" for name in self.gone]
+        return tuple(said)
+
+
+def difference(
+    handle: DomainHandle,
+    tree: Tree,
+    renamed: Mapping[str, str] | None = None,
+    kept: Mapping[str, str] | None = None,
+    known: Collection[str] | None = None,
+) -> Difference:
+    """What libvirt has to be told of the tree.
+
+    :param renamed: names by the names that records had before.
+    :param kept: XML of records that were dropped to be written anew, by name.
+    :param known: the records that may be dropped, besides a placeholder; all without it.
+    """
+    resolve = handle.connection.volume
+    definition = xml.parse(handle.definition(secure=True), "the domain's definition")
+    texts = handle.records(secure=True)
+    there = set(texts)
+    texts = {**(kept or {}), **texts}
+    before = {name: xml.parse(text, f"the record of {name!r}") for name, text in texts.items()}
+    wanted = wanted_records(tree)
+    sources = dict(before)
+    for old, new in (renamed or {}).items():
+        if old in before and new not in there:
+            sources[new] = before[old]
+    changed: list[tuple[str, str]] = []
+    again: set[str] = set()
+    for each in wanted:
+        source = sources.get(each.name)
+        now = writing.record(source, definition, each, tree, resolve)
+        if each.name in there and _lost_memory(before[each.name], each):
+            again.add(each.name)
+        if each.name in again or (source is not None and _lost_memory(source, each)):
+            _drop_memory(now)
+        if each.name not in there or not xml.same(now, before[each.name]):
+            changed.append((each.name, xml.text_of(now)))
+    domain = writing.definition(definition, tree, before.values(), resolve)
+    current = next((each.name for each in wanted if each.current), None)
+    return Difference(
+        definition=None if xml.same(domain, definition) else xml.text_of(domain),
+        records=tuple(changed),
+        current=current if current != handle.current() else None,
+        gone=tuple(
+            sorted(
+                name
+                for name in there - {each.name for each in wanted}
+                if known is None or name in known or writing.is_placeholder(before[name])
+            )
+        ),
+        again=frozenset(again),
+    )
+
+
+def _lost_memory(before: Element, wanted: Wanted) -> bool:
+    memory = before.find("memory")
+    return wanted.memory is None and memory is not None and memory.get("snapshot") == "external"
+
+
+def _drop_memory(record: Element) -> None:
+    """Let a record be one of disks only: libvirt goes back to it as to a machine that was switched off."""
+    memory = record.find("memory")
+    if memory is not None:
+        memory.attrib.clear()
+        memory.set("snapshot", "no")
+    xml.put_text(record, "state", "disk-snapshot")
+    xml.put_text(record, "cookie", None)
+
+
+def apply(
+    handle: DomainHandle,
+    tree: Tree,
+    renamed: Mapping[str, str] | None = None,
+    *,
+    keep: Keep = lambda name, text: None,
+    kept: Mapping[str, str] | None = None,
+    known: Collection[str] | None = None,
+) -> None:
+    """Tell libvirt what the tree says.
+
+    :param keep: keeps, durably, a record that must be dropped before it can be written anew.
+    :param kept: what was kept so, by a process that was killed.
+    :param known: the records that may be dropped, besides a placeholder; all without it.
+    :raise ToolError: libvirt refuses something, or does not keep what it is told.
+    """
+    kept = dict(kept or {})
+    for _ in range(ROUNDS):
+        found = difference(handle, tree, renamed, kept, known)
+        if not found:
+            return
+        if found.definition is not None:
+            handle.define(found.definition)
+        texts = dict(found.records)
+        for name in found.again:
+            keep(name, texts[name])
+            kept[name] = texts[name]
+            handle.forget_record(name)
+        for name, text in found.records:
+            handle.redefine(text, name, current=name == found.current)
+        if found.current is not None and found.current not in texts:
+            handle.redefine(handle.records(secure=True)[found.current], found.current, current=True)
+        for name in found.gone:
+            handle.forget_record(name)
+    left = difference(handle, tree, renamed, kept, known)
+    if left:
+        raise ToolError(f"libvirt does not keep what it is told: {left.sentences()[0]}", "see the log of libvirtd")

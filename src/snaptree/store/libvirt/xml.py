@@ -1,0 +1,214 @@
+"""libvirt's XML: elements of a domain and of a record, found and changed in place.
+
+What is right already is not touched, so that a record that says what it should is not written again.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from snaptree.errors import ToolError, UnhealthyError
+
+NAMESPACES = {"domain": "urn:snaptree:domain:1", "record": "urn:snaptree:record:1"}
+"""Those of the elements which snaptree keeps in ``<metadata>``: libvirt keeps one element of each namespace."""
+FORMATS = ("qcow2", "raw")
+Element = Any
+"""An element of lxml's; its types are as loose."""
+Resolve = Callable[[str, str], str | None]
+"""Gives the path of a volume of a storage pool."""
+
+
+def etree() -> Any:
+    """lxml, which is loaded only when there is XML to read.
+
+    :raise ToolError: it is not installed.
+    """
+    try:
+        from lxml import etree as found
+    except ImportError as error:
+        raise ToolError("lxml is not installed, and libvirt's XML needs it", "install snaptree[libvirt]") from error
+    return found
+
+
+def parse(text: str, what: str) -> Element:
+    """The root element of an XML text.
+
+    :param what: what it is, for the message.
+    :raise UnhealthyError: it is not XML.
+    """
+    parser = etree().XMLParser(resolve_entities=False, no_network=True, load_dtd=False, remove_blank_text=True)
+    try:
+        return etree().fromstring(text.encode(), parser)
+    except etree().XMLSyntaxError as error:
+        raise UnhealthyError(f"{what} is not XML: {error}") from error
+
+
+def text_of(element: Element) -> str:
+    """The element as text."""
+    return str(etree().tostring(element, pretty_print=True, encoding="unicode"))
+
+
+def same(one: Element, other: Element) -> bool:
+    """Whether two elements say the same."""
+    return bool(etree().tostring(one, method="c14n") == etree().tostring(other, method="c14n"))
+
+
+def clone(element: Element) -> Element:
+    """A copy of the element that stands by itself."""
+    return copy.deepcopy(element)
+
+
+# ---- disks --------------------------------------------------------------------------------------------------------
+
+
+def disks(domain: Element | None) -> Iterator[tuple[str, Element]]:
+    """The disks of a ``<domain>`` (or ``<inactiveDomain>``) by target."""
+    for disk in domain.findall("devices/disk") if domain is not None else ():
+        target = disk.find("target")
+        if target is not None and target.get("dev"):
+            yield target.get("dev"), disk
+
+
+def path_of(disk: Element, resolve: Resolve) -> str | None:
+    """The canonical path of the file that a disk, of a domain or of a record, begins on; ``None`` for other sources."""
+    source = disk.find("source")
+    if source is None:
+        return None
+    path = source.get("file") or source.get("dev")
+    if path is None and source.get("volume") is not None and source.get("pool") is not None:
+        path = resolve(source.get("pool"), source.get("volume"))
+    return os.path.realpath(path) if path is not None else None
+
+
+def format_of(disk: Element) -> str:
+    """The image format that a disk is given; libvirt takes one that has none for raw."""
+    driver = disk.find("driver")
+    return (driver.get("type") if driver is not None else None) or "raw"
+
+
+def why_left(disk: Element, resolve: Resolve) -> str:
+    """Why a domain's disk is none that snaptree looks after; empty where it is."""
+    device = disk.get("device", "disk")
+    if device != "disk":
+        return {"cdrom": "it is a CD-ROM", "floppy": "it is a floppy", "lun": "it is passed through raw"}.get(
+            device, f"it is a {device}"
+        )
+    if disk.find("readonly") is not None:
+        return "it is read-only"
+    if disk.find("shareable") is not None:
+        return "other machines share it"
+    if disk.find("transient") is not None:
+        return "what is written to it goes when the machine stops"
+    if disk.get("type") == "network":
+        source = disk.find("source")
+        protocol = source.get("protocol") if source is not None else None
+        return f"it is on network storage ({protocol or 'of some kind'})"
+    if path_of(disk, resolve) is None:
+        return f"its source is no file that can be found (type {disk.get('type', 'file')!r})"
+    if format_of(disk) not in FORMATS:
+        return f"its format is {format_of(disk)}, and only qcow2 and raw are handled"
+    return ""
+
+
+def strip_chain(disk: Element) -> None:
+    """Take away what libvirt has noted of the chain beneath a disk: it would believe that rather than the headers."""
+    for each in disk.findall("backingStore"):
+        disk.remove(each)
+
+
+def put_source(disk: Element, path: str, image_format: str, resolve: Resolve) -> None:
+    """Let a disk begin on the file; one that does already keeps the name by which it does."""
+    driver = disk.find("driver")
+    if driver is None:
+        driver = etree().Element("driver", name="qemu")
+        disk.insert(0, driver)
+    if format_of(disk) != image_format:
+        driver.set("type", image_format)
+    strip_chain(disk)
+    if path_of(disk, resolve) == path:
+        return
+    kept = [] if (source := disk.find("source")) is None else [each for each in source if each.tag == "seclabel"]
+    fresh = etree().Element("source")
+    if os.path.exists(path) and not os.path.isfile(path):
+        disk.set("type", "block")
+        fresh.set("dev", path)
+    else:
+        disk.set("type", "file")
+        fresh.set("file", path)
+    for each in kept:
+        fresh.append(each)
+    if source is None:
+        driver.addnext(fresh)
+    else:
+        disk.replace(source, fresh)
+
+
+# ---- small things -------------------------------------------------------------------------------------------------
+
+
+def put_text(parent: Element, tag: str, text: str | None, *, after: str | None = None) -> None:
+    """Let the parent have a child with the text, or none of that tag."""
+    child = parent.find(tag)
+    if text is None:
+        if child is not None:
+            parent.remove(child)
+        return
+    if child is None:
+        child = etree().Element(tag)
+        place = parent.find(after) if after is not None else None
+        if place is not None:
+            place.addnext(child)
+        else:
+            parent.append(child)
+    if (child.text or "") != text:
+        child.text = text
+
+
+def own(domain: Element | None, tag: str) -> Element | None:
+    """What snaptree keeps under the tag in the metadata of a ``<domain>``."""
+    return domain.find(f"metadata/{{{NAMESPACES[tag]}}}{tag}") if domain is not None else None
+
+
+def children(element: Element, tag: str) -> list[Element]:
+    """The children of an element of snaptree's."""
+    return list(element.findall(f"{{{etree().QName(element).namespace}}}{tag}"))
+
+
+def put_own(domain: Element, tag: str, element: Element | None) -> None:
+    """Keep an element, or none, in the metadata of a ``<domain>``."""
+    before = own(domain, tag)
+    if before is not None and element is not None and same(before, element):
+        return
+    metadata = domain.find("metadata")
+    if before is not None:
+        metadata.remove(before)
+    if element is None:
+        if metadata is not None and len(metadata) == 0:
+            domain.remove(metadata)
+        return
+    if metadata is None:
+        metadata = etree().Element("metadata")
+        place = domain.find("uuid")
+        if place is not None:
+            place.addnext(metadata)
+        else:
+            domain.append(metadata)
+    metadata.append(element)
+
+
+def new_own(tag: str, **attributes: str) -> Element:
+    """A new element of snaptree's for ``<metadata>``."""
+    found = etree().Element(f"{{{NAMESPACES[tag]}}}{tag}", nsmap={f"snaptree-{tag}": NAMESPACES[tag]})
+    for key, value in attributes.items():
+        found.set(key, value)
+    return found
+
+
+def add_own(parent: Element, tag: str, **attributes: str) -> None:
+    """Add a child to an element of snaptree's."""
+    child = etree().SubElement(parent, f"{{{etree().QName(parent).namespace}}}{tag}")
+    for key, value in attributes.items():
+        child.set(key, value)

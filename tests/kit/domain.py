@@ -1,0 +1,252 @@
+"""A libvirt domain for a scenario: driven by snaptree's command line and by virsh, its disks read slot by slot."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lxml import etree
+from tests.kit import images
+from tests.kit.libvirtd import Libvirtd
+from tests.kit.scene import SLOT, SLOTS, Said, Scene, command, word_of
+
+from snaptree.store.libvirt.calls import Libvirt
+
+SCHEMA = Path("/usr/share/libvirt/schemas/domainsnapshot.rng")
+URI = "LIBVIRT_DEFAULT_URI"
+_DOMAIN = """<domain type='qemu'><name>{name}</name><uuid>{uuid}</uuid><memory unit='MiB'>64</memory><vcpu>1</vcpu>
+<os><type arch='x86_64' machine='q35'>hvm</type></os>{more}<devices>{disks}{devices}</devices></domain>"""
+
+
+@contextlib.contextmanager
+def of_libvirt(uri: str) -> Iterator[None]:
+    """Use this connection."""
+    before = os.environ.get(URI)
+    os.environ[URI] = uri
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[URI]
+        else:
+            os.environ[URI] = before
+
+
+class VirshRefusal(Exception):
+    """virsh failed; the text is what it said."""
+
+
+class DomainScene(Scene):
+    """A folder that libvirt's user may use, with images of eight slots of 64 KiB each, and a domain on them.
+
+    ``name`` is the domain's: all tests share one libvirtd.
+    """
+
+    def __init__(self, folder: Path, own: Libvirtd) -> None:
+        super().__init__(folder)
+        self.own = own
+        self.uuid = str(uuid.uuid4())
+        self.name = f"web-{self.uuid[:8]}"
+        folder.chmod(0o755)
+        self.disks.chmod(0o755)
+
+    def __call__(self, line: str, *, status: int = 0) -> Said:
+        """Run ``snaptree LINE`` with this libvirt; ``@`` is the domain's name. It must end with the status."""
+        with of_libvirt(self.own.uri):
+            return super().__call__(line.replace("@", self.name), status=status)
+
+    def virsh(self, *words: str | Path) -> str:
+        """What virsh prints; ``@`` is the domain's name.
+
+        :raise VirshRefusal: it failed.
+        """
+        try:
+            return self.own.virsh(*(self.name if each == "@" else each for each in words))
+        except subprocess.CalledProcessError as error:
+            raise VirshRefusal(str(error.stderr).strip()) from error
+
+    def define(self, *disks: str, more: str = "", devices: str = "") -> None:
+        """Define the domain; a disk is ``TARGET=FILE`` (qcow2, or raw by its name), made if it is not there."""
+        elements = []
+        for each in disks:
+            target, _, name = each.partition("=")
+            form = "raw" if name.endswith(".raw") else "qcow2"
+            path = self.disks / name
+            if not path.exists():
+                images.create(path, SLOTS * SLOT, form)
+            elements.append(
+                f"<disk type='file' device='disk'><driver name='qemu' type='{form}'/><source file='{path}'/>"
+                f"<target dev='{target}' bus='virtio'/></disk>"
+            )
+        text = _DOMAIN.format(name=self.name, uuid=self.uuid, disks="".join(elements), more=more, devices=devices)
+        self.define_xml(text)
+
+    def define_xml(self, text: str) -> None:
+        """Define a domain by its XML."""
+        file = self.folder / "domain.xml"
+        file.write_text(text)
+        self.virsh("define", file)
+
+    # ---- what there is --------------------------------------------------------------------------------------------
+
+    def show(self, machine: str = "") -> Any:
+        return super().show(machine or self.name)
+
+    def format_of(self, path: Path | str, machine: str = "") -> str:
+        return super().format_of(path, machine or self.name)
+
+    def names(self, machine: str = "") -> dict[str, Any]:
+        return super().names(machine or self.name)
+
+    def shows(self, name: str = "main", disk: str = "vda", machine: str = "") -> str:
+        return super().shows(name, disk, machine or self.name)
+
+    def path(self, name: str, disk: str = "vda", machine: str = "") -> Path:
+        return super().path(name, disk, machine or self.name)
+
+    def chain(self, name: str = "main", disk: str = "vda", machine: str = "") -> list[str]:
+        return super().chain(name, disk, machine or self.name)
+
+    def write(self, word: str, disk: str = "vda", machine: str = "") -> None:
+        """The guest writes, while it was on for a moment, to what libvirt starts it with."""
+        path, form = self.source(disk)
+        self.fill(path, form, word)
+
+    def definition(self) -> Any:
+        """The domain's definition, as XML."""
+        return etree.fromstring(self.virsh("dumpxml", "--inactive", "@"))
+
+    def source(self, disk: str = "vda") -> tuple[Path, str]:
+        """The file that libvirt starts the domain with, and the format that it gives it."""
+        for each in self.definition().findall("devices/disk"):
+            if each.find("target").get("dev") == disk:
+                return Path(each.find("source").get("file")), each.find("driver").get("type")
+        raise AssertionError(f"the domain has no disk {disk}")
+
+    def virsh_shows(self, disk: str = "vda") -> str:
+        """What libvirt would start the domain with."""
+        return word_of(images.read(*self.source(disk)))
+
+    def listed(self) -> dict[str, str | None]:
+        """virsh's snapshots, and the parent of each."""
+        found: dict[str, str | None] = {}
+        for row in self.virsh("snapshot-list", "@", "--parent").splitlines():
+            # NAME YYYY-MM-DD HH:MM:SS +ZONE STATE [PARENT]
+            columns = row.split()
+            found[columns[0]] = columns[5] if len(columns) > 5 else None
+        return found
+
+    def current(self) -> str | None:
+        """The snapshot that virsh takes for current."""
+        try:
+            return self.virsh("snapshot-current", "@", "--name").strip()
+        except VirshRefusal:
+            return None
+
+    def record(self, name: str) -> Any:
+        """libvirt's record of a snapshot, as XML."""
+        return etree.fromstring(self.virsh("snapshot-dumpxml", "@", name))
+
+    def records(self) -> dict[str, Any]:
+        """All of them, without a virsh for each."""
+        libvirt = Libvirt(self.own.uri)
+        try:
+            found = libvirt.find(self.uuid)
+            assert found is not None
+            return {name: etree.fromstring(text) for name, text in found.records().items()}
+        finally:
+            libvirt.close()
+
+    # ---- what must hold -------------------------------------------------------------------------------------------
+
+    def agree(self) -> None:
+        """libvirt and snaptree say the same, the records are as libvirt's schema has them, and so do they stay when the
+        state file is gone."""
+        shown = self.show()
+        assert self.source()[0] == Path(shown["disks"][0]["path"])
+        for line in self.virsh("domblklist", "@").splitlines():
+            target, path = line.split(None, 1)
+            assert path.strip() in (each["path"] for each in shown["disks"] if each["target"] == target)
+        found = self(f"verify {self.name} --json").json["findings"]
+        wrong = [each for each in found if each["severity"] == "error" or each["kind"] in ("records", "note")]
+        assert wrong == [], wrong
+        listed = self.records()
+        assert all(each in self.virsh("snapshot-list", "@", "--tree") for each in list(listed)[:1])
+        parked = {each["name"] for each in shown["branches"] if not each["active"]}
+        names = {each["name"] for each in shown["snapshots"]} | parked
+        assert names <= set(listed) and set(listed) - names <= {"snaptree-placeholder"}
+        if any(each.find("disks/disk[@snapshot='external']") is not None for each in listed.values()):
+            assert self.current() is not None
+        schema = record_schema()
+        for name, record in listed.items():
+            assert record.findall(".//backingStore") == [], name
+            assert schema is None or schema.validate(record), schema.error_log
+        assert self.definition().findall("devices/disk/backingStore") == []
+        assert _without_what_is_remembered(shown) == _without_what_is_remembered(self.forgotten())
+
+    def forgotten(self) -> Any:
+        """``show --json`` with a state folder in which nothing is remembered."""
+        with of_libvirt(self.own.uri):
+            said = command("show", self.name, "--json", state=self.folder / "no-state")
+        assert said.status == 0, said.err
+        return said.json
+
+    def sound(self, *machines: str) -> None:
+        with of_libvirt(self.own.uri):
+            super().sound(*(machines or (self.name,)))
+        self.agree()
+
+    def remove(self) -> None:
+        """Take the domain away."""
+        with contextlib.suppress(VirshRefusal):
+            self.virsh("destroy", "@")
+        with contextlib.suppress(VirshRefusal):
+            self.virsh("undefine", "@", "--snapshots-metadata", "--managed-save", "--nvram", "--checkpoints-metadata")
+
+
+@functools.cache
+def record_schema() -> Any:
+    """libvirt's schema of a record; ``None`` where it is not installed."""
+    return etree.RelaxNG(etree.parse(str(SCHEMA))) if SCHEMA.exists() else None
+
+
+def _without_what_is_remembered(shown: Any) -> Any:
+    """The order of layers follows their ids, which are only remembered, and so is why something is pending; what files
+    occupy changes while a guest writes."""
+    moving = ("allocated", "frees") if shown["state"] == "running" else ()
+
+    def still(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{key: value for key, value in row.items() if key not in moving} for row in rows]
+
+    layers = still(sorted(shown["layers"], key=lambda each: (each["disk"], each["path"])))
+    named = {key: still(shown[key]) for key in ("snapshots", "branches")}
+    return {**shown, **named, "layers": layers, "pending": []}
+
+
+@contextlib.contextmanager
+def domain_scene(own: Libvirtd) -> Iterator[DomainScene]:
+    """A scene in a folder that every user may look into; pytest's own are private."""
+    folder = Path(tempfile.mkdtemp(prefix="snaptree-domain-", dir=images.SCRATCH))
+    scene = DomainScene(folder, own)
+    try:
+        yield scene
+    finally:
+        scene.remove()
+        shutil.rmtree(folder)
+
+
+def refused(scene: DomainScene, *words: str | Path) -> str:
+    """virsh refuses this; what it says."""
+    try:
+        scene.virsh(*words)
+    except VirshRefusal as error:
+        return str(error)
+    raise AssertionError(f"virsh {' '.join(map(str, words))} did it")

@@ -1,0 +1,35 @@
+"""One libvirtd of their own for all of these tests, with images labelled as by default."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from tests.kit.domain import DomainScene, domain_scene
+from tests.kit.libvirtd import LABELLED, Libvirtd, LibvirtUnavailable, libvirtd
+
+
+@pytest.fixture(scope="session")
+def own() -> Iterator[Libvirtd]:
+    """A libvirtd."""
+    pytest.importorskip("libvirt")
+    try:
+        with libvirtd(LABELLED) as found:
+            yield found
+    except LibvirtUnavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def domain(own: Libvirtd) -> Iterator[DomainScene]:
+    """An empty folder for images; no domain yet."""
+    with domain_scene(own) as found:
+        yield found
+
+
+@pytest.fixture
+def web(domain: DomainScene) -> DomainScene:
+    """A domain with one qcow2 disk that shows ``b.......``."""
+    domain.image("web.qcow2", word="b")
+    domain.define("vda=web.qcow2")
+    return domain

@@ -1,0 +1,146 @@
+"""snaptree, killed just before or after it tells libvirt something: nothing is lost, and recovery tells the rest."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+
+import pytest
+from tests.kit.domain import URI, DomainScene
+
+pytestmark = pytest.mark.root
+
+_PROGRAM = """
+import os, signal, sys
+from snaptree.cli.main import run
+from snaptree.store.libvirt.calls import DomainHandle
+
+left = {when}
+
+def killed(real):
+    def call(*words, **more):
+        global left
+        left -= 1
+        if left == 0 and {before}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        answer = real(*words, **more)
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return answer
+    return call
+
+for name in ("define", "redefine", "forget_record", "undefine", "cut", "commit", "pull", "pivot", "flush"):
+    setattr(DomainHandle, name, killed(getattr(DomainHandle, name)))
+sys.exit(run(sys.argv[1:]))
+"""
+"""snaptree, killed around the n-th thing that it tells libvirt."""
+
+VERBS = {
+    "snapshot @ s9": "a name",
+    "delete @ s2": "the middle",
+    "delete @ s1 s2": "the root and more",
+    "revert @ s1": "parking",
+    "revert @ s3 --discard --delete": "dropping",
+    "branch @ grown --from s1": "a branch",
+    "switch @ other": "switching",
+    "rename @ s2 second": "another name",
+    "delete @ --branch other": "a branch less",
+}
+
+
+def prepared(web: DomainScene) -> dict[str, str]:
+    """``s1``, ``s2``, ``s3`` in a row and a branch ``other`` that grew from ``s2``; what each shows."""
+    for number in range(1, 4):
+        web(f"snapshot @ s{number}")
+        web.write("." * number + str(number))
+    web("branch @ other --from s2")
+    return {name: web.shows(name) for name in web.names()}
+
+
+def killed(web: DomainScene, line: str, when: int, *, before: bool) -> bool:
+    """Run a command and kill it; whether it came so far."""
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM.format(when=when, before=before), *shlex.split(line.replace("@", web.name))],
+        env={**os.environ, URI: web.own.uri, "SNAPTREE_STATE": str(web.state)},
+        cwd=web.disks,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode != 0
+
+
+def is_whole(web: DomainScene, before: dict[str, str]) -> None:
+    """All that has a name shows what it did; what was parked shows what was worked on."""
+    for name in web.names():
+        shown = web.shows(name)
+        assert shown in ({before[name], *before.values()} if name == "main" else {before.get(name, before["main"])} | (
+            {before["s2"]} if name == "second" else {before["s1"]} if name == "grown" else set()
+        )), (name, shown)  # fmt: skip
+
+
+def one(web: DomainScene, line: str, when: int, *, before: bool) -> bool:
+    """One kill, and all that must hold after it."""
+    shown = prepared(web)
+    if not killed(web, line, when, before=before):
+        web.sound()
+        return False
+    is_whole(web, shown)
+    assert web("show @ --json").json["pending"]
+    web("recover @")
+    web.sound()
+    is_whole(web, shown)
+    web("snapshot @ afterwards")
+    web.virsh("snapshot-revert", "@", "s3" if "s3" in web.names() else "afterwards")
+    return True
+
+
+@pytest.mark.parametrize(("line", "when"), [("delete @ s1 s2", 2), ("revert @ s1", 1)])
+def test_killed_between(web: DomainScene, line: str, when: int) -> None:
+    assert one(web, line, when, before=when % 2 == 0)
+
+
+@pytest.mark.slow
+def test_started_on_the_old_disk_after_a_kill(web: DomainScene) -> None:
+    """What the guest writes to a file whose data has gone down already goes down as well."""
+    web("snapshot @ s1")
+    web.write(".1")
+    before = web.source()[0]
+    # The name goes (the definition, the record), then the merged disk is to be told.
+    assert killed(web, "delete @ s1 --merge commit", 3, before=True)
+    assert web.source()[0] == before and before.name != "web.qcow2"
+    web.write("..w")
+    web("recover @")
+    assert web.shows() == "b1w....." and web.source()[0].name == "web.qcow2"
+    web.sound()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("when", range(1, 7))
+@pytest.mark.parametrize("line", VERBS, ids=lambda line: line.replace("@ ", "").replace(" ", "-"))
+def test_killed_at_everything_that_libvirt_is_told(web: DomainScene, line: str, when: int, before: bool) -> None:
+    one(web, line, when, before=before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("when", range(1, 8))
+@pytest.mark.parametrize("line", ["snapshot @ s9", "delete @ s2", "delete @ s3", "delete @ s1 s2 s3"])
+def test_killed_at_everything_that_libvirt_is_told_while_it_runs(
+    web: DomainScene, line: str, when: int, before: bool
+) -> None:
+    shown = prepared(web)
+    web.virsh("start", "@")
+    if killed(web, line, when, before=before):
+        web("recover @")
+        web("gc @")
+    web.agree()
+    web.virsh("destroy", "@")
+    web.sound()
+    is_whole(web, {"s9": shown["main"], **shown})
+    assert web.shows() == shown["main"]

@@ -1,0 +1,170 @@
+"""Domains with passwords, UEFI variables, memory, volumes of storage pools; with the machine off."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from tests.kit import images
+from tests.kit.domain import DomainScene, of_libvirt, refused
+from tests.kit.scene import SLOT, SLOTS
+from tests.libvirt.test_killed import killed
+
+from snaptree.errors import BusyError
+from snaptree.machines.connection import Connection
+from snaptree.planning.create import SnapshotRequest
+from snaptree.planning.plan import Plan
+
+pytestmark = pytest.mark.root
+REFUSED = 6
+
+
+def test_passwords_and_what_others_keep_in_the_metadata_stay(domain: DomainScene) -> None:
+    vnc = "<graphics type='vnc' port='-1' passwd='secret'/>"
+    theirs = "<metadata><app:note xmlns:app='urn:app'>theirs</app:note></metadata>"
+    domain.define("vda=web.qcow2", devices=vnc, more=theirs)
+    domain("snapshot @ s1")
+    domain.write("1")
+    domain("revert @ s1")
+    domain("rename @ s1 first")
+    domain("delete @ --branch main.1")
+    texts = [domain.virsh("dumpxml", "@", "--inactive", "--security-info")]
+    texts.append(domain.virsh("snapshot-dumpxml", "@", "first", "--security-info"))
+    for text in texts:
+        assert "passwd='secret'" in text and ">theirs<" in text
+    domain.sound()
+
+
+def test_uefi_variables_go_with_snapshots_and_branches(domain: DomainScene) -> None:
+    loader, variables = domain.folder / "code.fd", domain.folder / "vars.fd"
+    loader.write_bytes(bytes(65536))
+    variables.write_bytes(b"one" + bytes(65533))
+    domain.define("vda=web.qcow2", more="<features><acpi/></features>")
+    text = (domain.folder / "domain.xml").read_text()
+    firmware = f"<loader readonly='yes' type='pflash'>{loader}</loader><nvram>{variables}</nvram></os>"
+    domain.define_xml(text.replace("</os>", firmware))
+    domain("snapshot @ s1")
+    domain.write("1")
+    variables.write_bytes(b"two" + bytes(65533))
+    domain("revert @ s1")
+    assert variables.read_bytes()[:3] == b"one"
+    domain.agree()
+    domain("switch @ main.1")
+    assert variables.read_bytes()[:3] == b"two" and domain.shows("main.1") == "1......."
+    domain("delete @ s1")
+    domain("delete @ --branch main")
+    assert [path for path in (domain.state / "firmware").rglob("*") if path.is_file()] == []
+    domain.agree()
+
+
+def test_memory_that_virsh_has_saved(web: DomainScene) -> None:
+    web.virsh("start", "@")
+    memory = web.folder / "s1.memory"
+    web.virsh("snapshot-create-as", "@", "s1", "--memspec", f"file={memory},snapshot=external")
+    web.virsh("destroy", "@")
+    web.write(".1")
+    shown = web.names()["s1"]
+    assert shown["memory"] == str(memory) and shown["consistency"] == "memory" and memory.exists()
+    said = web("revert @ s1", status=REFUSED)
+    assert "--no-memory" in said.err
+    web("revert @ s1 --no-memory")
+    assert web.shows() == "b......." and web.shows("main.1") == "b1......"
+    web.agree()
+    web("delete @ s1 --memory-only")
+    assert not memory.exists() and web.names()["s1"]["memory"] is None
+    web.sound()
+    # What was a snapshot with memory can be gone back to all the same.
+    web.virsh("snapshot-revert", "@", "s1")
+    assert web.virsh_shows() == "b......." and web.shows("main.1") == "b1......"
+
+
+def test_a_volume_of_a_storage_pool(domain: DomainScene) -> None:
+    images.create(domain.disks / "volume.qcow2", SLOTS * SLOT)
+    pool = f"pool-{domain.name}"
+    domain.virsh("pool-create-as", pool, "dir", "--target", domain.disks)
+    try:
+        source = f"<source pool='{pool}' volume='volume.qcow2'/>"
+        disk = f"<disk type='volume' device='disk'><driver name='qemu' type='qcow2'/>{source}<target dev='vda'/></disk>"
+        domain.define("vdb=data.qcow2", devices=disk)
+        assert domain.path("main") == domain.disks / "volume.qcow2"
+        assert "without source" in refused(domain, "snapshot-create-as", "@", "s1", "--disk-only")
+        domain("snapshot @ s1")
+        domain.write("1")
+        domain("revert @ s1 --discard --delete")
+        assert domain.shows() == "........" and domain.files() == {"volume.qcow2", "data.qcow2"}
+        domain.agree()
+    finally:
+        domain.virsh("pool-destroy", pool)
+
+
+def test_owners_and_modes_are_those_of_the_disk(web: DomainScene) -> None:
+    os.chown(web.disks / "web.qcow2", 1234, 5678)
+    (web.disks / "web.qcow2").chmod(0o640)
+    web("snapshot @ s1")
+    status = web.source()[0].stat()
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (1234, 5678, 0o640)
+    # libvirt hands them to its own user while it runs, and gives them back.
+    web.virsh("start", "@", "--paused")
+    assert web.source()[0].stat().st_uid != 1234
+    web.virsh("destroy", "@")
+    assert web.source()[0].stat().st_uid == 1234
+    web.write(".1")
+    # What is beneath the disk it does not give back.
+    web("delete @ s1")
+    web.sound()
+
+
+def test_nobody_starts_it_meanwhile(web: DomainScene) -> None:
+    web("snapshot @ s1")
+    web.write(".1")
+    from tests.kit.space import held
+
+    with held(web.source()[0]):
+        assert "lock" in refused(web, "start", "@")
+        assert "is open" in web("snapshot @ s2", status=5).err
+    assert set(web.listed()) == {"s1"}
+    web.sound()
+
+
+def test_two_names_for_one_thing(web: DomainScene) -> None:
+    """A machine that was added and has the domain's name comes first; the domain goes by its UUID."""
+    other = web.image("other.qcow2", word="o")
+    web(f"add {web.name} --disk vda={other}")
+    assert web.show()["provider"] == "standalone"
+    assert "none of libvirt's" in web(f"verify {web.name} --repair", status=REFUSED).err
+    web(f"snapshot {web.uuid} s1")
+    shown = web(f"show {web.uuid} --json").json
+    assert shown["provider"] == "libvirt" and [each["name"] for each in shown["snapshots"]] == ["s1"]
+    assert web.show()["snapshots"] == [] and web.listed() == {"s1": None}
+    rows = {each["machine"]: each["provider"] for each in web("list --json").json}
+    assert rows[web.name] == "standalone" and rows[web.uuid] == "libvirt"
+    web(f"remove {web.name}")
+    assert Path(web("path @").out.strip()) == web.source()[0]
+
+
+def test_virsh_comes_between_plan_and_doing(web: DomainScene) -> None:
+    def confirm(plan: Plan) -> bool:
+        web.virsh("snapshot-create-as", "@", "theirs", "--disk-only")
+        return True
+
+    with of_libvirt(web.own.uri), pytest.raises(BusyError, match="has been changed since it was planned"):
+        Connection(str(web.state)).machine(web.name).run(SnapshotRequest("mine"), confirm=confirm)
+    assert set(web.listed()) == {"theirs"} and set(web.names()) == {"theirs", "main"}
+    web("snapshot @ mine")
+    assert web.listed() == {"theirs": None, "mine": "theirs"}
+    web.sound()
+
+
+def test_virsh_comes_after_a_kill(web: DomainScene) -> None:
+    web("snapshot @ s1")
+    web.write(".1")
+    assert killed(web, "delete @ s1 --merge commit", 3, before=True)
+    web.virsh("snapshot-create-as", "@", "theirs", "--disk-only")
+    web.write("..2")
+    said = web("recover @", status=5)
+    assert "somebody else has made so" in said.err and web.virsh_shows() == "b12....."
+    web.virsh("snapshot-delete", "@", "theirs")
+    web("recover @")
+    assert web.shows() == "b12....." and web.files() == {"web.qcow2"}
+    web.sound()

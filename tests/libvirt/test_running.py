@@ -1,0 +1,230 @@
+"""A domain that runs: its disks are frozen and their layers merged by libvirt, and virsh goes on from there."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from tests.kit import images
+from tests.kit.domain import URI, DomainScene, refused
+from tests.kit.images import MiB
+from tests.kit.scene import word_of
+
+pytestmark = pytest.mark.root
+REFUSED = 6
+
+
+def line(web: DomainScene) -> None:
+    """``s1``, ``s2`` and ``s3`` in a row, each with a slot of its own."""
+    for number in range(1, 4):
+        web(f"snapshot @ s{number}")
+        web.write("." * number + str(number))
+
+
+def shown(web: DomainScene, name: str) -> str:
+    """What a name shows while a QEMU has its files open."""
+    layers = {each["path"]: each for each in web.show()["layers"]}
+    named = web.names()[name]
+    point = (named.get("points") or named.get("tips"))["vda"]
+    at, chain = point["path"], []
+    while at is not None:
+        chain.append((at, layers[at]["format"]))
+        at = layers[at]["parent"]
+    return word_of(images.read_unlocked(chain))
+
+
+def test_snapshots_and_deletions_while_it_runs(web: DomainScene) -> None:
+    line(web)
+    web.virsh("start", "@")
+    web("snapshot @ s4")
+    assert web.listed() == {"s1": None, "s2": "s1", "s3": "s2", "s4": "s3"} and web.current() == "s4"
+    assert web.names()["s4"]["consistency"] == "crash" and web.show()["state"] == "running"
+    web.agree()
+    # In the middle, at the root, at the tip; and several at once.
+    web("delete @ s2")
+    web.agree()
+    web("delete @ s4")
+    web.agree()
+    web("delete @ s1")
+    web.agree()
+    assert web.listed() == {"s3": None} and shown(web, "s3") == "b12....." and shown(web, "main") == "b123...."
+    web("delete @ s3")
+    web.agree()
+    assert web.listed() == {} and web.files() == {"web.qcow2"} and shown(web, "main") == "b123...."
+    web.virsh("snapshot-create-as", "@", "by-virsh", "--disk-only")
+    web.virsh("destroy", "@")
+    web("verify @ --repair")
+    web.sound()
+    assert web.shows() == "b123...."
+
+
+@pytest.mark.slow
+def test_other_branches_and_forks_while_it_runs(web: DomainScene) -> None:
+    line(web)
+    web("revert @ s1")
+    web.write(".......x")
+    web.virsh("start", "@")
+    assert "not in active chain" in refused(web, "snapshot-delete", "@", "s2")
+    web("delete @ s2")
+    web.agree()
+    web("branch @ aside --from s3")
+    assert "not a leaf" in refused(web, "snapshot-delete", "@", "s1")
+    web("delete @ s1")
+    web.agree()
+    assert (shown(web, "s3"), shown(web, "main"), shown(web, "aside")) == ("b12.....", "b......x", "b12.....")
+    web("delete @ --branch aside")
+    web("delete @ s3 --with-branches")
+    web.agree()
+    assert web.files() == {"web.qcow2"} | {web.source()[0].name} and shown(web, "main") == "b......x"
+    assert "has to be off" in web("snapshot @ i1 --internal", status=REFUSED).err
+    assert "is not saved yet" in web("snapshot @ m1 --memory", status=REFUSED).err
+    web.virsh("destroy", "@")
+    web.sound()
+
+
+@pytest.mark.slow
+def test_going_elsewhere_turns_it_off_and_on(web: DomainScene) -> None:
+    line(web)
+    web.virsh("start", "@")
+    said = web("revert @ s1")
+    assert "turned off" in said.out and web.show()["state"] == "running"
+    assert shown(web, "main") == "b......." and shown(web, "main.1") == "b123...."
+    web("switch @ main.1 --stopped")
+    assert web.show()["state"] == "off" and web.virsh_shows() == "b123...."
+    web.sound()
+    web("switch @ main --paused")
+    assert web.show()["state"] == "paused"
+    web.virsh("destroy", "@")
+    web.sound()
+
+
+def test_two_disks_of_one_instant(domain: DomainScene) -> None:
+    domain.define("vda=web.qcow2", "vdb=data.raw")
+    domain("snapshot @ s1")
+    domain.virsh("start", "@")
+    domain("snapshot @ s2")
+    domain("snapshot @ s3 --exclude vdb")
+    assert domain.record("s3").find("disks/disk[@name='vdb']").get("snapshot") == "no"
+    domain("delete @ s1 s2 s3")
+    domain.agree()
+    assert domain.files() == {"web.qcow2", "data.raw"}
+    domain.virsh("destroy", "@")
+    domain.sound()
+
+
+@pytest.mark.slow
+def test_what_is_merged_waits_while_it_is_paused(web: DomainScene) -> None:
+    line(web)
+    web.virsh("start", "@", "--paused")
+    assert "is paused" in web("delete @ s2").out
+    assert web.listed() == {"s1": None, "s3": "s1"} and len(web.show()["layers"]) == 4
+    web.agree()
+    web.virsh("resume", "@")
+    web("gc @")
+    web.agree()
+    assert len(web.show()["layers"]) == 3
+    web.virsh("destroy", "@")
+    web.sound()
+    assert [web.shows(each) for each in ("s1", "s3", "main")] == ["b.......", "b12.....", "b123...."]
+
+
+@contextmanager
+def merging(web: DomainScene, line: str) -> Iterator[subprocess.Popen[str]]:
+    """A command in a process of its own, as soon as libvirt is at work for it."""
+    words = [sys.executable, "-c", "import sys; from snaptree.cli.main import run; sys.exit(run(sys.argv[1:]))"]
+    process = subprocess.Popen(
+        [*words, *shlex.split(line.replace("@", web.name))],
+        env={**os.environ, URI: web.own.uri, "SNAPTREE_STATE": str(web.state)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        until = time.monotonic() + 30
+        while not web.virsh("blockjob", "@", "vda", "--info").strip():
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def large(web: DomainScene) -> dict[str, str]:
+    """``s1``, ``s2``, ``s3`` with 8 MiB of their own after each; what they show."""
+    images.create(web.disks / "large.qcow2", 32 * MiB)
+    web.define("vda=large.qcow2")
+    for number in range(1, 4):
+        web(f"snapshot @ s{number}")
+        path, form = web.source()
+        images.io(path, form, f"write -P {48 + number} {number * 8 * MiB} {8 * MiB if number < 3 else 4 * MiB}")
+    return {name: web.shows(name) for name in web.names()}
+
+
+def as_it_was(web: DomainScene, before: dict[str, str], gone: str) -> None:
+    assert {name: web.shows(name) for name in web.names()} == {
+        name: word for name, word in before.items() if name != gone
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gone", ["s2", "s3"])
+def test_qemu_and_snaptree_are_killed_while_it_merges(domain: DomainScene, gone: str) -> None:
+    web = domain
+    before = large(web)
+    web.virsh("start", "@")
+    with merging(web, f"delete @ {gone} --limit 2MiB/s") as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert web(f"show {web.name} --json").json["pending"]
+        web.virsh("destroy", "@")
+    web("recover @")
+    web("gc @")
+    web.sound()
+    as_it_was(web, before, gone)
+    assert len(web.show()["layers"]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gone", ["s2", "s3"])
+def test_snaptree_is_killed_and_goes_on_with_what_libvirt_does(domain: DomainScene, gone: str) -> None:
+    web = domain
+    before = large(web)
+    web.virsh("start", "@")
+    with merging(web, f"delete @ {gone} --limit 2MiB/s") as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    web("recover @")
+    web.agree()
+    assert len(web.show()["layers"]) == 3 and web.virsh("blockjob", "@", "vda", "--info").strip() == ""
+    web.virsh("destroy", "@")
+    web.sound()
+    as_it_was(web, before, gone)
+
+
+@pytest.mark.slow
+def test_it_is_stopped_and_gc_goes_on(domain: DomainScene) -> None:
+    web = domain
+    before = large(web)
+    web.virsh("start", "@")
+    with merging(web, "delete @ s2 --limit 2MiB/s") as process:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    assert web.virsh("blockjob", "@", "vda", "--info").strip() == "" and "s2" not in web.listed()
+    # A job of somebody else's is not to be meddled with.
+    web.virsh("blockpull", "@", "vda", "--bandwidth", "1")
+    assert "libvirt is at work" in web("gc @", status=5).err
+    web.virsh("blockjob", "@", "vda", "--abort")
+    web("gc @")
+    web.agree()
+    web.virsh("destroy", "@")
+    web.sound()
+    as_it_was(web, before, "s2")
+    assert len(web.show()["layers"]) == 3
