@@ -135,6 +135,16 @@ def test_all_are_deleted_and_what_is_loose_then_is_merged(layered: Still) -> Non
     layered.sound()
 
 
+def test_a_mixed_subtree_goes(layered: Still) -> None:
+    """B5: external and internal children."""
+    layered("delete web1 s1 --children")
+    whole(layered, "s1", "i2", "s2", "i3")
+    layered.write("......x")
+    whole(layered, "s1", "i2", "s2", "i3", main="bjjj..x.")
+    layered("delete web1 i1")
+    whole(layered, *KEPT.keys() - {"main"}, main="bjjj..x.")
+
+
 def test_in_a_layer_that_it_has_not_open_one_is_deleted_beside_it(layered: Still) -> None:
     layered("branch web1 other --from s1")
     layered("switch web1 other")
