@@ -9,8 +9,9 @@
   as its overlay. So that is the one layer that stands on the point, in the active line, and no file at all where others
   stand there as well.
 - Deleting a record from which nothing grew virsh unlinks its point; deleting another one it merges into the point what
-  stands on it in the active line, whatever the record says. Where others need these files, or internal snapshots are in
-  them, the record is guarded: virsh takes it for one whose deletion was interrupted, and refuses.
+  stands on it in the active line, whatever the record says. Where others need these files, internal snapshots are in
+  them, or libvirt 11.3 would crash, the record is guarded: virsh takes it for one whose deletion was interrupted, and
+  refuses.
 """
 
 from __future__ import annotations
@@ -63,6 +64,37 @@ class Wanted:
         return self.memory is not None or any(each.tag is None for each in self.points.values())
 
 
+class _Family:
+    """Which record grew from which: ``parents`` by the records' names, and the one that is ``current``."""
+
+    def __init__(self, tree: Tree, parents: Mapping[str, str | None], current: str | None) -> None:
+        self.parents = parents
+        self.current = current
+        self._active = (tree.active, tree.active_branch.parent)
+        self._children: dict[str | None, list[str]] = {}
+        for each, parent in parents.items():
+            self._children.setdefault(parent, []).append(each)
+        self.line: set[str] = set()
+        """The current record and those that it grew from."""
+        while current is not None and current not in self.line:
+            self.line.add(current)
+            current = parents.get(current)
+
+    def children(self, name: str) -> int:
+        """How many records grew from the named one, in one generation."""
+        return len(self._children.get(name, ()))
+
+    def grown(self, name: str) -> frozenset[str]:
+        """All that grew from the named record, in all generations; with the active branch, if it did."""
+        found = {name}
+        waiting = [name]
+        while waiting:
+            waiting = [each for parent in waiting for each in self._children.get(parent, ()) if each not in found]
+            found.update(waiting)
+        active, parent = self._active
+        return frozenset(found - {name} | ({active} if parent in found else set()))
+
+
 def wanted_records(tree: Tree) -> tuple[Wanted, ...]:
     """The records that the tree needs, parents first."""
     parked = [each for each in tree.branches.values() if each.name != tree.active]
@@ -73,9 +105,10 @@ def wanted_records(tree: Tree) -> tuple[Wanted, ...]:
     if here is None and stands is not None:
         parents = {name: parent if parent is not None else stands for name, parent in parents.items()}
         parents[stands] = None
-    made = {each.name: _wanted(tree, each, parents, stands) for each in named}
+    family = _Family(tree, parents, stands)
+    made = {each.name: _wanted(tree, each, family) for each in named}
     if here is None and stands is not None:
-        made[stands] = _standing(tree, stands, parents)
+        made[stands] = _standing(tree, stands, family)
     found: dict[str, Wanted] = {}
 
     def put(name: str) -> None:
@@ -107,7 +140,7 @@ def _placeholder(tree: Tree) -> str:
     return name
 
 
-def _standing(tree: Tree, name: str, parents: Mapping[str, str | None]) -> Wanted:
+def _standing(tree: Tree, name: str, family: _Family) -> Wanted:
     """The placeholder: its points are what the active tips stand on.
 
     Of what is not ours it names nothing: virsh would merge a tip into it, or unlink it. libvirt wants a point of each
@@ -122,7 +155,7 @@ def _standing(tree: Tree, name: str, parents: Mapping[str, str | None]) -> Wante
             points[disk], tips[disk] = Place(below.path, below.format), _tips(tree, [disk])[disk]
         else:
             points[disk], tips[disk] = Place(*_nothing(layer.path)), _nothing(layer.path)
-    grown = any(parent == name for parent in parents.values())
+    grown = family.children(name)
     overlays = {disk: _nothing(place.path) for disk, place in points.items()} if grown else tips
     created = min((each.created for each in tree.named if each.created), default=1.0)
     return Wanted(
@@ -139,19 +172,19 @@ def _standing(tree: Tree, name: str, parents: Mapping[str, str | None]) -> Wante
     )
 
 
-def _wanted(tree: Tree, named: Snapshot | Branch, parents: Mapping[str, str | None], current: str | None) -> Wanted:
+def _wanted(tree: Tree, named: Snapshot | Branch, family: _Family) -> Wanted:
     points = {
         disk: Place(tree.layers[point.layer].path, tree.layers[point.layer].format, point.internal)
         for disk, point in _points(named).items()
     }
     external = {disk: _points(named)[disk] for disk, place in points.items() if place.tag is None}
-    grown = sum(parent == named.name for parent in parents.values())
-    line = _grown(tree, named.name, parents) if named.name != current and grown == 1 else frozenset()
-    overlays = {disk: _overlay(tree, point.layer, line) for disk, point in external.items()}
+    current, children, grown = named.name == family.current, family.children(named.name), family.grown(named.name)
+    alone = grown if children == 1 and not current else frozenset()
+    overlays = {disk: _overlay(tree, point.layer, alone) for disk, point in external.items()}
     reverts: dict[str, tuple[str, str]] = {}
-    if named.name == current:
+    if current:
         tips = _tips(tree, external)
-        if grown:
+        if children:
             reverts = tips
         else:
             overlays = tips
@@ -159,33 +192,34 @@ def _wanted(tree: Tree, named: Snapshot | Branch, parents: Mapping[str, str | No
     return Wanted(
         name=named.name,
         kind=SNAPSHOT if is_snapshot else BRANCH,
-        parent=parents[named.name],
+        parent=family.parents[named.name],
         created=named.created,
         description=named.description if isinstance(named, Snapshot) else WHY_BRANCH,
         points=points,
         overlays=overlays,
         reverts=reverts,
-        current=named.name == current,
+        current=current,
         consistency=named.consistency if isinstance(named, Snapshot) else "off",
         memory=tree.memories[named.memory].path if named.memory is not None else None,
         firmware=named.firmware,
         guarded=frozenset(
-            disk
-            for disk, point in external.items()
-            if not _may_go(tree, named.name, point.layer, _grown(tree, named.name, parents), current)
+            disk for disk, point in external.items() if not _may_go(tree, named.name, point.layer, family, grown)
         ),
     )
 
 
-def _may_go(tree: Tree, name: str, layer: LayerId, grown: frozenset[str], current: str | None) -> bool:
+def _may_go(tree: Tree, name: str, layer: LayerId, family: _Family, grown: frozenset[str]) -> bool:
     """Whether virsh may delete a record: with the file at its point, or by merging into that what stands on it.
 
     :param grown: all that grew from the record.
     """
     above = tree.children.get(layer, ())
-    if not grown and name != current:
+    if not grown and name != family.current:
         return _is_alone(tree, layer, name)
     if len(above) > 1 or not set(tree.names_on.get(Point(layer), ())) <= {name}:
+        return False
+    if not grown <= {*family.line, tree.active}:
+        # libvirt 11.3 looks at the chain of what grew from it beside the active line, and crashes unless that is short.
         return False
     return not above or (not tree.internals.get(above[0]) and _needed_by(tree, above[0]) <= grown | {tree.active})
 
@@ -209,19 +243,6 @@ def _tips(tree: Tree, disks: Iterable[str]) -> dict[str, tuple[str, str]]:
         else:
             found[disk] = _nothing(f"{tree.roots[disk][0]}" if disk in tree.roots else f"/{disk}")
     return found
-
-
-def _grown(tree: Tree, name: str, parents: Mapping[str, str | None]) -> frozenset[str]:
-    """All that grew from the named record, in all generations; with the active branch, if it did."""
-    found = {name}
-    children: dict[str | None, list[str]] = {}
-    for each, parent in parents.items():
-        children.setdefault(parent, []).append(each)
-    waiting = [name]
-    while waiting:
-        waiting = [each for parent in waiting for each in children.get(parent, ()) if each not in found]
-        found.update(waiting)
-    return frozenset(found - {name} | ({tree.active} if tree.active_branch.parent in found else set()))
 
 
 def _overlay(tree: Tree, layer: LayerId, grown: frozenset[str]) -> tuple[str, str]:
