@@ -45,6 +45,7 @@ TESTS = (
     *("tests/images/test_pitfalls_merging.py", "tests/scenarios/test_a_what_snapshots_are_for.py"),
     "tests/scenarios/test_shared_blocks.py",
     *("tests/scenarios/test_found_by_attack.py", "tests/cli/test_bad_input.py", "tests/crash/test_many_at_once.py"),
+    *(f"tests/live/test_{name}.py" for name in ("snapshot", "memory", "memory_going_back", "going_over", "quiesce")),
 )
 TRIED = (*AUDITED, "EIO of the tools")
 FIRST_CASES, QUICK_TESTS, QUICK_SECONDS = 3, 24, 3.0

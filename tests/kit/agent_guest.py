@@ -94,7 +94,7 @@ class AgentStage(Stage):
             chain.append((at, layers[at]["format"]))
             at = layers[at]["parent"]
         plain = self.folder / "plain"
-        plain.write_bytes(images.read_unlocked(chain))
+        plain.write_bytes(images.read_unlocked(chain, point["internal"]))
         needs = "needs_recovery" in images.run("dumpe2fs", "-h", plain)
         if not needs:
             images.run("e2fsck", "-f", "-n", plain)

@@ -92,6 +92,16 @@ def test_all_that_the_guest_has_written_is_in_the_snapshot(quiet: AgentStage) ->
     assert took < 30
 
 
+def test_an_internal_snapshot_is_quiesced_too(quiet: AgentStage) -> None:
+    answers(quiet)
+    written = quiet.written_lines()
+    quiet("snapshot web1 i1 --internal --quiesce")
+    quiet.goes_on()
+    found = quiet.names()["i1"]
+    assert found["consistency"] == "quiesced" and found["kind"] != "external"
+    assert quiet.lines_in("i1") >= written
+
+
 def test_one_after_the_other_and_from_a_program(quiet: AgentStage) -> None:
     import asyncio
 

@@ -16,6 +16,7 @@ from snaptree.errors import NotFoundError, SnaptreeError, UsageError
 from snaptree.machines.machine import Machine
 from snaptree.machines.options import AddOptions
 from snaptree.machines.standalone import existing
+from snaptree.model.machine import LIBVIRT
 from snaptree.planning.adopt import DetachRequest
 from snaptree.planning.launch import checked_command
 from snaptree.planning.verbs import RemoveRequest, SetRequest
@@ -210,7 +211,7 @@ def list_command(as_json: bool) -> None:
         try:
             rows.append(_row(machine))
         except SnaptreeError as error:
-            if machine.config.provider != "libvirt":
+            if machine.config.provider != LIBVIRT:
                 raise
             # One domain that cannot be read does not hide the others.
             say(f"{machine.name} is left out: {error.message}", err=True)

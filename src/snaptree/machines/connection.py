@@ -15,7 +15,7 @@ from snaptree.machines.machine import Machine
 from snaptree.machines.options import AddOptions
 from snaptree.machines.standalone import Standalone, existing
 from snaptree.machines.survey import read_survey
-from snaptree.model.machine import MachineConfig
+from snaptree.model.machine import STANDALONE, MachineConfig
 from snaptree.planning.adopt import AddRequest, FoundSnapshot, add, empty
 from snaptree.planning.launch import checked_command
 from snaptree.planning.plan import Plan
@@ -23,8 +23,6 @@ from snaptree.running.control import Control, recovering
 from snaptree.running.listening import heard
 from snaptree.store import operations, trees
 from snaptree.store.database import Database, default_state
-
-STANDALONE = "standalone"
 
 
 class Connection:
@@ -63,7 +61,8 @@ class Connection:
         :raise NotFoundError: there is none of that name.
         :raise SnaptreeError: it is a domain, and libvirt cannot be asked.
         """
-        if name in self.names():
+        kept = trees.find_config(self.database, name)
+        if kept is not None and kept.provider == STANDALONE:
             return Standalone(self.database, name)
         from snaptree.machines import domains
 
@@ -71,7 +70,7 @@ class Connection:
         try:
             found = domains.find(self.database, name, self.uri)
         except SnaptreeError as error:
-            if domains.is_named(self.uri) or trees.find_config(self.database, name) is not None:
+            if domains.is_named(self.uri) or kept is not None:
                 raise
             found, why = None, error.message
         if found is not None:

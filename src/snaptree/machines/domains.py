@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from snaptree.errors import ToolError
-from snaptree.machines.libvirt import PROVIDER, LibvirtMachine
-from snaptree.model.machine import MachineConfig
+from snaptree.machines.libvirt import LibvirtMachine
+from snaptree.model.machine import LIBVIRT, MachineConfig
 from snaptree.store import trees
 from snaptree.store.database import Database
 from snaptree.store.libvirt.calls import DomainHandle, Libvirt, binding, chosen_uri, usual_uri
@@ -63,6 +63,6 @@ def why_none(uri: str | None) -> str:
 def _name(database: Database, handle: DomainHandle) -> str:
     """By what the domain is known here: its name, unless that means something else already."""
     kept = trees.find_config(database, handle.name)
-    if kept is None or (kept.provider == PROVIDER and (handle.uuid == kept.uuid or kept.uri == handle.connection.uri)):
+    if kept is None or (kept.provider == LIBVIRT and (handle.uuid == kept.uuid or kept.uri == handle.connection.uri)):
         return handle.name
     return handle.uuid

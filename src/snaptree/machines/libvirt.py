@@ -24,7 +24,7 @@ from snaptree.machines.domain_reading import Reading, found_tree, live_of, other
 from snaptree.machines.findings import Finding
 from snaptree.machines.going import Going
 from snaptree.machines.machine import (
-    Operated,
+    Machine,
     View,
     anchors,
     folders_of,
@@ -37,7 +37,7 @@ from snaptree.machines.memories import as_it_went
 from snaptree.machines.power import Power
 from snaptree.machines.survey import planned, read_survey
 from snaptree.model.live import OFF, PAUSED
-from snaptree.model.machine import MachineConfig
+from snaptree.model.machine import LIBVIRT, MachineConfig
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
 from snaptree.planning import verbs
@@ -60,8 +60,6 @@ from snaptree.store.database import Database
 from snaptree.store.libvirt import applying
 from snaptree.store.libvirt.calls import DomainHandle
 
-PROVIDER = "libvirt"
-
 
 @dataclass(frozen=True)
 class Looked:
@@ -72,7 +70,7 @@ class Looked:
     notes: tuple[str, ...] = ()
 
 
-class LibvirtMachine(Operated):
+class LibvirtMachine(Machine):
     """One domain. Making the object asks libvirt nothing.
 
     :param name: by which it is known here: the domain's name, or its UUID where something else has the name.
@@ -81,7 +79,7 @@ class LibvirtMachine(Operated):
     def __init__(self, database: Database, handle: DomainHandle, name: str) -> None:
         self.database = database
         self.handle = handle
-        self.config = MachineConfig(name, PROVIDER, uri=handle.connection.uri, uuid=handle.uuid)
+        self.config = MachineConfig(name, LIBVIRT, uri=handle.connection.uri, uuid=handle.uuid)
 
     def look(self) -> Looked:
         """Read the domain and its tree."""

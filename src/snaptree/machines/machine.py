@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from snaptree.errors import BusyError, NotFoundError, RefusedError
 from snaptree.images.locks import MachineLock
@@ -56,61 +56,11 @@ class View:
     notes: tuple[str, ...] = ()
 
 
-class Machine(Protocol):
-    """One machine, standalone or a domain: all that the command line and programs ask of either."""
+class Machine(ABC):
+    """One machine, standalone or a domain: all that the command line and programs ask of either.
 
-    config: MachineConfig
-
-    @property
-    def name(self) -> str:
-        """The machine's name."""
-
-    def tree(self) -> Tree:
-        """The tree as it is now."""
-
-    def view(self, *, deep: bool = False) -> View:
-        """The machine as it is now; takes no lock.
-
-        :param deep: also look for overlays beside the layers.
-        """
-
-    def plan(self, request: Request) -> Plan:
-        """The plan for a request; takes no lock and touches nothing."""
-
-    def run(
-        self,
-        request: Request,
-        *,
-        wait: float = 0.0,
-        pace: Pace = FREELY,
-        progress: Report | None = None,
-        confirm: Callable[[Plan], bool] | None = None,
-        cancelled: threading.Event | None = None,
-        control: Control | None = None,
-    ) -> Plan:
-        """Lock, recover, survey, plan, confirm, run."""
-
-    def recover(self, *, wait: float = 0.0) -> tuple[str, ...]:
-        """Finish or undo what was killed; a sentence for each operation."""
-
-    def verify(self) -> tuple[Finding, ...]:
-        """Check the files against the tree."""
-
-    def log(self) -> tuple[LogEntry, ...]:
-        """The machine's operations, oldest first."""
-
-    def unfinished(self) -> tuple[str, ...]:
-        """A sentence for each operation that is under way or was killed."""
-
-    def snapshot_xml(self, name: str) -> str:
-        """One snapshot as libvirt's domainsnapshot XML.
-
-        :raise NotFoundError: there is no such snapshot.
-        """
-
-
-class Operated(ABC):
-    """What both kinds of machines do alike: one verb at a time, under the machine's lock."""
+    One verb at a time is carried out, under the machine's lock.
+    """
 
     database: Database
     config: MachineConfig
@@ -123,6 +73,28 @@ class Operated(ABC):
     @abstractmethod
     def tree(self) -> Tree:
         """The tree as it is now."""
+
+    @abstractmethod
+    def view(self, *, deep: bool = False) -> View:
+        """The machine as it is now; takes no lock.
+
+        :param deep: also look for overlays beside the layers.
+        """
+
+    @abstractmethod
+    def plan(self, request: Request) -> Plan:
+        """The plan for a request; takes no lock and touches nothing."""
+
+    @abstractmethod
+    def verify(self) -> tuple[Finding, ...]:
+        """Check the files against the tree."""
+
+    @abstractmethod
+    def snapshot_xml(self, name: str) -> str:
+        """One snapshot as libvirt's domainsnapshot XML.
+
+        :raise NotFoundError: there is no such snapshot.
+        """
 
     @abstractmethod
     async def operate(

@@ -17,7 +17,7 @@ from snaptree.machines.findings import Finding
 from snaptree.machines.free import require_free, require_plugged_in, without_others
 from snaptree.machines.going import going
 from snaptree.machines.machine import (
-    Operated,
+    Machine,
     View,
     anchors,
     folders_of,
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from snaptree.qemu.running import RunningQemu
 
 
-class Standalone(Operated):
+class Standalone(Machine):
     """One machine that was added. Making the object reads its configuration only."""
 
     def __init__(self, database: Database, name: str) -> None:

@@ -16,7 +16,7 @@ from snaptree.images.inode import is_still
 from snaptree.machines.power import Power, own_monitor
 from snaptree.model.layer import LayerId, Point
 from snaptree.model.live import OFF
-from snaptree.model.machine import MachineConfig
+from snaptree.model.machine import STANDALONE, MachineConfig
 from snaptree.model.survey import FileSystemFacts, LayerFacts, Outsider, PointFacts, RowFacts, Start, Stray, Survey
 from snaptree.model.tree import Tree
 from snaptree.planning.plan import Plan
@@ -130,7 +130,7 @@ def _outsiders(
     owned = {layer.path: layer for layer in tree.layers.values() if layer.owned}
     found: dict[tuple[LayerId, str], Outsider] = {}
     # What is remembered of a domain may be long gone: libvirt is asked instead.
-    old = trees.names(database, config.provider) if config.provider != "standalone" else ()
+    old = trees.names(database, config.provider) if config.provider != STANDALONE else ()
     for machine, path in trees.others_on(database, tree.machine, tuple(owned)):
         if machine in old:
             continue

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+STANDALONE, LIBVIRT = "standalone", "libvirt"
+"""Who runs a machine: its user, or snaptree for them, with a QEMU of its own; or libvirt."""
+
 
 @dataclass(frozen=True, slots=True)
 class MachineConfig:
@@ -17,7 +20,7 @@ class MachineConfig:
     """
 
     name: str
-    provider: str = "standalone"
+    provider: str = STANDALONE
     bases: tuple[str, ...] = ()
     nvram: str | None = None
     tpm: str | None = None

@@ -16,6 +16,7 @@ from snaptree.images import child, durable, gate
 from snaptree.model.layer import LayerId
 from snaptree.planning.launch import split_command
 from snaptree.qemu import dialling
+from snaptree.qemu.options import OWN
 from snaptree.qemu.running import RunningQemu
 
 Chain = Sequence[tuple[LayerId, str, str]]
@@ -33,7 +34,7 @@ def node_name(layer: LayerId, token: str) -> str:
 
 def is_ours(node: str) -> bool:
     """Whether a node has a name that snaptree gives: of a layer, of an overlay, or of what a merge has put in place."""
-    return re.match(r"s[tvw]\d+-[0-9a-f]", node) is not None
+    return OWN.match(node) is not None
 
 
 def command_line(command: str, disks: Mapping[str, Chain], token: str, *, loads: bool = False) -> list[str]:
