@@ -49,10 +49,8 @@ from snaptree.planning.plan import Plan
 from snaptree.planning.revert import RevertRequest, SwitchRequest, memory_moves
 from snaptree.planning.steps import DeleteInternal, Step
 from snaptree.planning.verbs import GcRequest, RemoveRequest, RenameRequest, RepairRequest, Request, SetRequest
-from snaptree.running import loops
 from snaptree.running.control import Control
 from snaptree.running.listening import heard
-from snaptree.running.loops import LoopNeededError
 from snaptree.running.progress import Report
 from snaptree.running.progress import silent as unheard
 from snaptree.store import operations, trees
@@ -235,8 +233,6 @@ class LibvirtMachine(Operated):
             lock.extend(anchors(tree))
             before = seen(tree, request)
             goes = self._going(looked, request)
-            if looked.reading.domain.state != OFF and goes is None and not loops.runs():
-                raise LoopNeededError
             plan = self._plan(looked, tree, request, off=goes is not None)
             if confirm is not None and not confirm(plan):
                 raise CancelledError("nothing was done", "")
@@ -261,7 +257,7 @@ class LibvirtMachine(Operated):
                     plan,
                     lock=lock,
                     still=still(tree, request) if off else (),
-                    spared=self._opened(),
+                    spared=self._opened,
                     report=progress or unheard,
                     control=control,
                 )
@@ -297,8 +293,6 @@ class LibvirtMachine(Operated):
         """Finish or undo what was killed, under the machine's lock."""
         if not operations.unfinished(self.database, self.name):
             return ()
-        if not loops.runs():
-            raise LoopNeededError
         from snaptree.running import recovery
 
         lock.extend(recovery.files_of(self.database, self.name))

@@ -34,7 +34,8 @@ def is_live(survey: Survey, row: Row) -> bool:
 def merge_live(draft: Draft, rows: Sequence[Row], way: str) -> tuple[Plan, ...]:
     """The plans that merge these rows, one of each disk at the most.
 
-    What is shared is shared first. Into the running tip it takes three: the guest goes on in an overlay meanwhile.
+    What is shared is shared first. Into the running tip, and wherever libvirt does it, that takes three: the guest goes
+    on in an overlay meanwhile.
 
     :raise NoSpaceError: there is no room for the data.
     """
@@ -54,17 +55,18 @@ def merge_live(draft: Draft, rows: Sequence[Row], way: str) -> tuple[Plan, ...]:
         return (replace(nothing, notes=tuple(draft.notes)),)
     plans: list[Plan] = []
     shared = [choice for choice in choices if choice.way == "reflink"]
-    frozen = [choice.row for choice in shared if is_tip(draft.tree, choice.row[-1])]
+    frozen = [choice.row for choice in shared if draft.survey.libvirt or is_tip(draft.tree, choice.row[-1])]
     over: Mapping[Row, LayerId] = {}
     if frozen:
         plan, over = live_swap.freeze(draft, frozen)
         plans.append(plan)
         draft = _after(draft, plan)
     if shared:
-        plans.append(live_swap.swap(draft, shared, over))
-        draft = _after(draft, plans[-1])
+        plan, over = live_swap.swap(draft, shared, over)
+        plans.append(plan)
+        draft = _after(draft, plan)
     moved = [choice for choice in choices if choice.way != "reflink"]
-    moved += [live_swap.back(row, layer) for row, layer in over.items()]
+    moved += [live_swap.back(draft, layer) for layer in over.values()]
     draft.fresh = frozenset(over.values())
     return (*plans, _steps(draft, moved)) if moved else tuple(plans)
 
@@ -114,7 +116,8 @@ def _choose(draft: Draft, row: Row, way: str) -> Choice | str:
 
     def dearness(choice: Choice) -> tuple[bool, int, bool, bool]:
         shares = choice.way == "reflink"
-        worth = choice.bytes + (live_swap.NOT_WORTH if shares and into_tip else 0)
+        beside = shares and (into_tip or draft.survey.libvirt)
+        worth = choice.bytes + (live_swap.NOT_WORTH if beside else 0)
         return into_tip and choice.down and "pull" not in closed, worth, shares, choice.down != rooted
 
     return min(choices, key=dearness)
