@@ -17,12 +17,14 @@ from typing import Any
 
 import pytest
 from lxml import etree
-from tests.kit import images
+from tests.kit import guest, images
 from tests.kit.disks import Disk
 from tests.kit.domain import URI, DomainScene, domain_scene, of_libvirt
+from tests.kit.guest import DISKS
 from tests.kit.images import MiB
 from tests.kit.libvirtd import LABELLED, Libvirtd, LibvirtUnavailable, libvirtd
 from tests.kit.stage import kill_and_wait, killed_at, processes_of
+from tests.libvirt.test_guest import Written
 from tests.libvirt.test_running import line, shown
 
 pytestmark = pytest.mark.root
@@ -404,3 +406,74 @@ def test_somebody_ends_the_copy(web: DomainScene, monkeypatch: pytest.MonkeyPatc
     assert run_killed(web, "delete @ s2 --merge reflink", 1, before=False)
     web.virsh("blockjob", "@", "vda", "--abort")
     recovered(web, words, running=True)
+
+
+# ---- with a guest that writes -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def initramfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The guest's first file system."""
+    guest.kernel()
+    return guest.build(tmp_path_factory.mktemp("shared-guest"))
+
+
+@pytest.mark.slow
+def test_a_guest_writes_all_the_while(domain: DomainScene, initramfs: Path) -> None:
+    written = Written(domain, initramfs)
+    web = written.web
+    written.start()
+    kept: dict[str, tuple[int, ...]] = {}
+    for number in range(1, 6):
+        web(f"snapshot @ s{number}")
+        kept[f"s{number}"] = written.holds(f"s{number}")
+        written.guest.writes_on(100)
+    # In the middle, two at once, and at the tip; the root of vdb is raw and stays so.
+    for gone in ("s2", "s3 s5", "s4"):
+        assert "reflink" in web(f"delete @ {gone} --merge reflink --plan --json").json["way"]
+        web(f"delete @ {gone} --merge reflink")
+        for name in gone.split():
+            del kept[name]
+        written.guest.writes_on(50)
+        assert {name: written.holds(name) for name in kept} == kept
+        alike(web, *DISKS)
+    web("delete @ s1")
+    written.guest.writes_on(50)
+    last = written.guest.hold()
+    web.virsh("destroy", "@")
+    web("gc @")
+    assert min(written.holds("main")) >= written.guest.flushed() and max(written.holds("main")) <= last + 1
+    assert web.files() == {"vda.qcow2", "vdb.raw"}
+    web.forgiven.add("leaks")
+    web.sound()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("qemu", [False, True], ids=["snaptree", "qemu"])
+@pytest.mark.parametrize("call", ["cut", "copy", "pivot", "commit"])
+def test_killed_while_a_guest_writes(
+    domain: DomainScene, initramfs: Path, call: str, qemu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "TOLD", (call,))
+    written = Written(domain, initramfs)
+    web = written.web
+    written.start()
+    for number in (1, 2, 3):
+        web(f"snapshot @ s{number}")
+        written.guest.writes_on(100)
+    kept = {name: written.holds(name) for name in ("s1", "s3")}
+    flushed = written.guest.flushed()
+    assert run_killed(web, "delete @ s2 --merge reflink", 1, before=False, qemu=qemu)
+    if not qemu:
+        written.guest.writes_on(50)
+    web("recover @")
+    web("gc @")
+    assert {name: written.holds(name) for name in kept} == kept
+    if not qemu:
+        written.guest.writes_on(50)
+        alike(web, *DISKS)
+        web.virsh("destroy", "@")
+        web("gc @")
+    assert min(written.holds("main")) >= max(flushed, written.guest.flushed())
+    web.forgiven.add("leaks")
+    web.sound()
