@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from tests.kit.examples import Machine
 
 from snaptree.model.invariants import violations
+from snaptree.model.survey import LayerFacts, Survey
 from snaptree.planning.create import SnapshotRequest
 from snaptree.planning.delete import DeleteRequest
 from snaptree.planning.domain_steps import DomainMerge, DomainSwap, WriteRecords, with_records
-from snaptree.planning.live_swap import NOT_WORTH
+from snaptree.planning.draft import Draft
+from snaptree.planning.live_swap import NOT_WORTH, needs_overlay
 from snaptree.planning.plan import Plan
-from snaptree.planning.steps import BuildMerged
+from snaptree.planning.steps import BuildMerged, MakeOverlay, Unlink
 
 TELL = WriteRecords("qemu:///system", "the domain")
 
@@ -27,24 +31,51 @@ def kinds(found: Plan) -> list[list[str]]:
     return [[step.kind for step in each.steps] for each in found.every()]
 
 
+DIRECT = ["make-overlay", "build-merged", "domain-swap", "record", "unlink", "unlink"]
+"""The guest goes over to another tip."""
 FREEZE = ["make-overlay", "live-snapshot", "record"]
 BACK = ["record", "live-merge", "record", "unlink"]
+"""It goes to an overlay on its tip, from there to another, and back."""
+SHAPES = {
+    "s1": [DIRECT],
+    "s2": [DIRECT],
+    "s3": [FREEZE, DIRECT, BACK],
+    "s1 s2": [[*DIRECT, "unlink"]],
+    "s1 s3": [DIRECT, FREEZE, DIRECT, BACK],
+    "s2 s3": [FREEZE, [*DIRECT, "unlink"], BACK],
+    "s1 s2 s3": [FREEZE, [*DIRECT, "unlink", "unlink"], BACK],
+}
 
 
-@pytest.mark.parametrize(("names", "rows"), [("s1", 1), ("s2", 1), ("s3", 1), ("s1 s2", 1), ("s1 s3", 2)])
-def test_the_guest_goes_over_and_back(names: str, rows: int) -> None:
+def files(found: Plan, before: set[str]) -> set[str]:
+    """The files that are there when the plan has been carried out."""
+    there = set(before)
+    for step in (step for each in found.every() for step in each.steps):
+        if isinstance(step, MakeOverlay):
+            assert step.path not in there
+            there.add(step.path)
+        elif isinstance(step, Unlink):
+            there.remove(step.path)
+    return there
+
+
+@pytest.mark.parametrize("names", SHAPES)
+def test_the_guest_goes_over(names: str) -> None:
     machine = domain("s1", "s2", "s3")
+    tree = machine.runner.tree
     found = machine.plan(DeleteRequest(tuple(names.split()), "reflink"))
-    swap = ["make-overlay", "build-merged", "domain-swap", "record", "unlink", "unlink"]
-    swap += ["unlink"] * (len(names.split()) - rows)
-    assert kinds(found) == [["record"], *([FREEZE, swap, BACK] * rows)]
+    assert kinds(found) == [["record"], *SHAPES[names]]
     assert all(violations(each.after) == () for each in found.every())
-    assert found.end.active_branch.tips == machine.runner.tree.active_branch.tips
+    assert files(found, {each.path for each in tree.layers.values()}) == {
+        each.path for each in found.end.layers.values()
+    }
     assert found.public()["bytes_to_copy"] == 0 < found.public()["bytes_to_share"]
+    told = [note for each in found.every() for note in each.notes if "the active tip of vda is" in note]
+    assert bool(told) == (SHAPES[names][0] != FREEZE)
     for each in found.every():
         for step in each.steps:
             if isinstance(step, DomainSwap):
-                # The rename can be undone until the guest has gone over.
+                # The change of names can be undone until the guest has gone over.
                 assert each.steps[each.point_of_no_return - 1] == step
                 (over,) = step.overs
                 paths = [path for path, _ in over.chain]
@@ -55,8 +86,23 @@ def test_the_guest_goes_over_and_back(names: str, rows: int) -> None:
                 assert not {path for path, _ in built.row[:-1]} & set(paths)
 
 
+def test_it_goes_on_beside_a_tip_with_much_in_it() -> None:
+    machine = domain("s1", "s2")
+    tip = machine.runner.tree.active_branch.tips["vda"].layer
+    facts = replace(LayerFacts("/tip"), allocated=2 * NOT_WORTH, file_size=2 * NOT_WORTH)
+    for changed, wanted in (
+        (facts, True),
+        (replace(facts, file_size=1 << 20), False),
+        (replace(facts, file_size=0, bitmaps=("b",)), True),
+        (replace(facts, file_size=0, links=2), True),
+    ):
+        survey = Survey(layers={tip: changed}, libvirt=True)
+        assert needs_overlay(Draft(machine.runner.tree, survey, sick={}), (1, 2)) == wanted
+    assert needs_overlay(Draft(machine.runner.tree, Survey(libvirt=True), sick={}), (2, tip))
+
+
 def test_it_knows_what_disks_the_domain_has_meanwhile() -> None:
-    found = with_records(domain("s1", "s2").plan(DeleteRequest(("s1",), "reflink")), TELL)
+    found = with_records(domain("s1", "s2").plan(DeleteRequest(("s2",), "reflink")), TELL)
     steps = [step for each in found.every() for step in each.steps]
     assert [step.uri for step in steps if isinstance(step, DomainSwap | DomainMerge)] == [TELL.uri] * 2
     last = [step for step in steps if isinstance(step, WriteRecords)][-1]

@@ -72,7 +72,7 @@ class DomainMerge(LiveMerge):
 class Over:
     """One disk of a domain that goes over to a file which was built beside.
 
-    The guest writes to ``before``, an overlay with little in it, and then to ``after``, an empty one that has what the
+    The guest writes to ``before``, a tip with little in it, and then to ``after``, an empty one that has what the
     other has by then. Both stand on the first of ``chain``, in which ``upper`` is what is replaced.
     """
 
@@ -87,9 +87,9 @@ class Over:
 class DomainSwap:
     """Have libvirt let a running domain go over to merged files that were built beside.
 
-    What the guest has written to its overlay is copied into another one, which stands on the same files by their names;
-    they are opened anew when the guest goes over. Just before, the merged files change names with those that they are
-    built of.
+    What the guest has written to its tip is copied into another one, which stands on the same files by their names,
+    but for what is merged; they are opened anew when the guest goes over. Just before, the merged files change names
+    with those that they are built of.
     """
 
     kind: ClassVar[str] = "domain-swap"

@@ -1,7 +1,8 @@
 """Merging by shared blocks what a running machine has open: a merged file takes a layer's place under its QEMU.
 
-Its monitor is told so; where libvirt has that, the guest goes over to an overlay beside its tip, from there by a block
-copy to another one, with which libvirt opens the merged file, and then back.
+Its monitor is told so. Where libvirt has that, a block copy lets the guest go over to another tip, with which libvirt
+opens the merged file. Where there is more in its tip than is worth copying it first goes over to an overlay on it, the
+copy is of that, and then it goes back.
 """
 
 from __future__ import annotations
@@ -76,6 +77,23 @@ def _tip(draft: Draft, row: Row) -> Layer:
     return draft.tree.layers[draft.tree.active_branch.tips[disk].layer]
 
 
+def needs_overlay(draft: Draft, row: Row) -> bool:
+    """Whether the guest has to go on in an overlay while the row is merged by shared blocks."""
+    tip = _tip(draft, row)
+    if row[-1] == tip.id or not draft.survey.libvirt:
+        return row[-1] == tip.id
+    facts = draft.facts(tip.id)
+    plain = tip.format == "qcow2" and not (facts.block_device or facts.internals or facts.bitmaps)
+    gone = plain and facts.removable and facts.links == 1 and tip.id not in draft.outsiders
+    return not gone or _own(draft, tip) > NOT_WORTH
+
+
+def _own(draft: Draft, layer: Layer) -> int:
+    """How many bytes of its own a layer has, at the most."""
+    facts = draft.facts(layer.id)
+    return min(facts.allocated, facts.file_size)
+
+
 def freeze(draft: Draft, rows: Sequence[Row]) -> tuple[Plan, Mapping[Row, LayerId]]:
     """The plan that lets the guest go on in new overlays, so that what is beneath can be merged; and which overlay it
     is for which row.
@@ -117,20 +135,27 @@ def _by_reopening(draft: Draft, choices: Sequence[Choice], over: Mapping[Row, La
 def _by_copy(
     draft: Draft, choices: Sequence[Choice], over: Mapping[Row, LayerId]
 ) -> tuple[Plan, Mapping[Row, LayerId]]:
-    """A block copy from one overlay on the tip to another, which finds the merged file by its name."""
+    """A block copy from the tip, or an overlay on it, to another, which finds the merged file by its name."""
     tree, branch = draft.tree, draft.tree.active_branch
     tips, after, overs, steps = dict(branch.tips), dict[Row, LayerId](), list[Over](), list[Step]()
-    draft.fresh = frozenset(over.values())
+    draft.fresh |= frozenset(over.values())
+    copied = 0
     for choice in choices:
-        before = tree.layers[over[choice.row]]
+        before, upper = _tip(draft, choice.row), tree.layers[choice.row[-1]]
         assert before.parent is not None
-        tip = tree.layers[before.parent]
-        new = draft.stack(tip.id, "merging", f"merge into {tip.path}")
-        tips[tip.disk], after[choice.row] = Point(new.id), new.id
-        upper = tree.layers[choice.row[-1]]
-        above = [each.id for each in tree.chain(tip.id) if each.id not in {below.id for below in tree.chain(upper.id)}]
+        if choice.row in over:
+            new = draft.stack(before.parent, "merging", f"merge into {tree.layers[before.parent].path}")
+            tips[before.disk], after[choice.row] = Point(new.id), new.id
+        else:
+            path = draft.twin(before.id, f"merge beneath {before.path}")
+            new = replace(before, path=path, made=True)
+            draft.tree = draft.tree.with_layers(new)
+            draft.notes.append(f"the active tip of {before.disk} is {path} then")
+            copied += _own(draft, before)
+        beneath = {each.id for each in tree.chain(upper.id)}
+        above = [each.id for each in tree.chain(before.parent) if each.id not in beneath]
         chain = (*draft.files([*above, upper.id]), *draft.files_below(choice.row[0]))
-        overs.append(Over(tip.disk, before.path, new.path, upper.path, chain))
+        overs.append(Over(before.disk, before.path, new.path, upper.path, chain))
         steps.append(
             BuildMerged(
                 upper.path,
@@ -143,7 +168,8 @@ def _by_copy(
         )
     steps = [*draft.prepare, *steps, DomainSwap(tuple(overs))]
     draft.tree = draft.tree.with_branches(replace(branch, tips=tips))
-    return _concluded(draft, choices, steps, len(steps), tree), after
+    plan = _concluded(draft, choices, steps, len(steps), tree)
+    return replace(plan, bytes_to_copy=plan.bytes_to_copy + copied), after
 
 
 def _concluded(draft: Draft, choices: Sequence[Choice], steps: Sequence[Step], no_return: int, before: Tree) -> Plan:
