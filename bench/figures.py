@@ -12,6 +12,9 @@ from bench.rows import (
     BARE,
     COMMIT,
     DD,
+    DOMAIN,
+    DOMAIN_EIGHT,
+    DOMAIN_OFF,
     EIGHT,
     FINE,
     FOUR,
@@ -168,7 +171,7 @@ class Target:
 
 def targets(results: Results) -> list[Target]:
     """Every target, with what was measured."""
-    return [*_sharing(results), *_copying(results), *_running(results), *_memory(results)]
+    return [*_sharing(results), *_copying(results), *_running(results), *_domains(results), *_memory(results)]
 
 
 def _sharing(results: Results) -> Iterator[Target]:
@@ -203,7 +206,7 @@ def _copying(results: Results) -> Iterator[Target]:
         True,
     )
     for row in ROWS:
-        if row.system != system or row.what == SMALL or row.running:
+        if row.system != system or row.what == SMALL or row.running or row.domain:
             continue
         figures = results.get(system, row.what)
         ours = figures.median(SNAPTREE)
@@ -236,6 +239,20 @@ def _running(results: Results) -> Iterator[Target]:
         yield Target(f"{system}, {what}: ms that the guest waits longer than otherwise", added, 50, False)
         compared = _ratio(wait.during, rival.during) if wait and rival else None
         yield Target(f"{system}, {what}: the guest's longest wait, snaptree / {VIRSH}", compared, 1, False)
+
+
+def _domains(results: Results) -> Iterator[Target]:
+    """On the very domain that virsh works on; whole commands."""
+    for system, what, bound in (
+        ("xfs", DOMAIN_OFF, 8),
+        ("ext4", DOMAIN_OFF, 3),
+        ("xfs", DOMAIN, 1.5),
+        ("xfs", DOMAIN_EIGHT, 8),
+        ("ext4", DOMAIN, 1),
+    ):
+        figures = results.get(system, what)
+        ratio = _ratio(figures.median(VIRSH), figures.median(SNAPTREE))
+        yield Target(f"{system}, {what}: {VIRSH} / snaptree", ratio, bound, True)
 
 
 def _memory(results: Results) -> Iterator[Target]:

@@ -79,7 +79,8 @@ class LiveWays(Ways):
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir()
         self._prepare(way)
-        start, stop = self._by_snaptree() if way == SNAPTREE else self._by_virsh()
+        alone = way == SNAPTREE and not self.chain.row.domain
+        start, stop = self._by_snaptree() if alone else self._by_virsh()
         start()
         guest = Guest(self._folder)
         try:
@@ -88,6 +89,9 @@ class LiveWays(Ways):
             yield guest
         finally:
             stop()
+            if way == SNAPTREE and not alone:
+                # What the machine kept from having its name gets it; snaptree's own machines do so as they stop.
+                self._snaptree("gc", MACHINE)
 
     def _by_snaptree(self) -> tuple[Callable[[], object], Callable[[], object]]:
         boot = self._boot()

@@ -58,6 +58,8 @@ def measure(row: Row, folder: Path, options: argparse.Namespace) -> Figures:
             for way in row.ways():
                 if way in figures.left_out:
                     continue
+                if row.domain and libvirt is None:
+                    raise Unavailable(figures.left_out[VIRSH])
                 try:
                     seconds = ways.timed(way)
                 except RuntimeError as error:

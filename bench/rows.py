@@ -22,7 +22,8 @@ class Row:
 
     ``delta`` is how many bytes the layers that go hold, on each disk, in extents of ``extent`` bytes: scattered over
     the disk and over the files, or one after the other. ``merged`` layers become one. ``running`` has a guest write to
-    the disk meanwhile. With ``memory`` no layer goes, but a snapshot is taken with so many bytes of memory that the
+    the disk meanwhile. With ``domain`` snaptree works on a libvirt domain, the very one that virsh works on. With
+    ``memory`` no layer goes, but a snapshot is taken with so many bytes of memory that the
     guest has filled.
     """
 
@@ -35,6 +36,7 @@ class Row:
     disks: int = 1
     every_way: bool = False
     running: bool = False
+    domain: bool = False
     memory: int = 0
 
     @property
@@ -53,7 +55,7 @@ class Row:
 
     def ways(self) -> tuple[str, ...]:
         """What is compared, in the order in which it is tried."""
-        if self.running:
+        if self.running or self.domain:
             return (SNAPTREE, VIRSH) if self.memory else (BARE, SNAPTREE, VIRSH)
         return (BARE, DD, *(OURS if self.every_way else (SNAPTREE,)), COMMIT, VIRSH, REBASE, REBASE_NONE)
 
@@ -63,6 +65,7 @@ SAME_EXTENTS = "8 GiB in 1024 extents"
 FINE, CONTIGUOUS = "1 GiB in extents of 64 KiB", "1 GiB in one piece"
 RUNNING, RUNNING_EIGHT = "1 GiB, running", "8 GiB, running"
 LITTLE_MEMORY, MUCH_MEMORY = "snapshot with 256 MiB of memory", "snapshot with 2 GiB of memory"
+DOMAIN_OFF, DOMAIN, DOMAIN_EIGHT = "domain off, 1 GiB", "domain running, 1 GiB", "domain running, 8 GiB"
 TWO_DISKS, THIRTY = "two disks, 1 GiB each", "30 layers into one, 1 GiB"
 
 ROWS = (
@@ -85,6 +88,9 @@ ROWS = (
     Row(RUNNING, "xfs", 1024 * MIB, running=True),
     Row(RUNNING_EIGHT, "xfs", 8192 * MIB, running=True),
     Row(RUNNING, "ext4", 1024 * MIB, running=True),
+    *(Row(DOMAIN_OFF, system, 1024 * MIB, domain=True) for system in ("xfs", "ext4")),
+    *(Row(DOMAIN, system, 1024 * MIB, running=True, domain=True) for system in ("xfs", "ext4")),
+    Row(DOMAIN_EIGHT, "xfs", 8192 * MIB, running=True, domain=True),
     Row(LITTLE_MEMORY, "xfs", SMALLEST, running=True, memory=256 * MIB),
     Row(MUCH_MEMORY, "xfs", SMALLEST, running=True, memory=2048 * MIB),
 )

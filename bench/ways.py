@@ -60,8 +60,11 @@ class Ways:
 
     @property
     def environment(self) -> dict[str, str]:
-        """For snaptree: its state is on the file system that is measured."""
-        return {**os.environ, "SNAPTREE_STATE": str(self.chain.place / "state")}
+        """For snaptree: its state is on the file system that is measured; where libvirt is, where it is to ask that."""
+        found = {**os.environ, "SNAPTREE_STATE": str(self.chain.place / "state")}
+        if self.chain.row.domain and self.libvirt is not None:
+            found["LIBVIRT_DEFAULT_URI"] = self.libvirt.uri
+        return found
 
     def line(self, way: str) -> str:
         """The line of shell that is timed."""
@@ -151,16 +154,17 @@ class Ways:
             # What was removed has to be gone: XFS gives its room back later.
             self.system.used()
             self.chain.restore()
-            if way in OURS:
+            if way in OURS and not self.chain.row.domain:
                 self._remember()
-            elif way == VIRSH:
+            elif way == VIRSH or way in OURS:
+                remove(self.chain.place / "state")
                 self._define()
 
     def _clean(self, way: str) -> None:
         if way == DD:
             for target in self.chain.targets:
                 (self.chain.place / f"{target}.dd").unlink()
-        elif way == VIRSH:
+        elif way == VIRSH or self.chain.row.domain:
             self.undefine()
 
     def undefine(self) -> None:

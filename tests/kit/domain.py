@@ -232,9 +232,12 @@ def _without_what_is_remembered(shown: Any) -> Any:
 
 
 @contextlib.contextmanager
-def domain_scene(own: Libvirtd) -> Iterator[DomainScene]:
-    """A scene in a folder that every user may look into; pytest's own are private."""
-    folder = Path(tempfile.mkdtemp(prefix="snaptree-domain-", dir=images.SCRATCH))
+def domain_scene(own: Libvirtd, place: Path | None = None) -> Iterator[DomainScene]:
+    """A scene in a folder that every user may look into; pytest's own are private.
+
+    :param place: where that folder is.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="snaptree-domain-", dir=place or images.SCRATCH))
     scene = DomainScene(folder, own)
     try:
         yield scene

@@ -42,6 +42,8 @@ class Machine:
         self.runs = False
         self.reopens = False
         """Whether the QEMU that runs it can be made to read a layer anew."""
+        self.libvirt = False
+        """Whether libvirt has it."""
         self.memory = Saveable(1 << 30, 1 << 28, {"RAM": f"{1 << 30} bytes"}, ("background", "mapped-ram", "plain"))
         self.tracked: frozenset[int] = frozenset()
         """The layers of which it keeps dirty bitmaps."""
@@ -57,7 +59,7 @@ class Machine:
                 live = replace(live, commands=frozenset({"blockdev-reopen"}), reopenable=opened)
             found = replace(found, running=True, live=live)
         start = Start("qemu-system-x86_64 -m 1024", "/", "/disks/web1.sock")
-        found = replace(found, start=start, monitor=start.monitor)
+        found = replace(found, start=start, monitor=start.monitor, libvirt=self.libvirt)
         while True:
             try:
                 return plan(tree, found, request)
@@ -151,3 +153,7 @@ def examples() -> Iterator[tuple[str, Plan]]:
     tell = WriteRecords("qemu:///system", "the domain")
     yield "snapshot of a libvirt domain", with_records(Machine().plan(SnapshotRequest("s1")), tell)
     yield "delete the middle of a line of a libvirt domain", with_records(_line().plan(DeleteRequest(("s2",))), tell)
+    domain = _live(_line(shares=True))
+    domain.libvirt = True
+    copied = domain.plan(DeleteRequest(("s2",), "reflink"))
+    yield "delete the middle of a line of a libvirt domain that runs, by sharing blocks", with_records(copied, tell)

@@ -9,6 +9,7 @@ from snaptree.model.domain import EXTERNAL, INTERNAL, Domain, DomainDisk, Hints,
 from snaptree.model.layer import LayerId, Point
 from snaptree.model.survey import LayerFacts
 from snaptree.model.tree import Tree
+from snaptree.planning.naming import renamed_roots
 from snaptree.planning.records import Wanted, wanted_records
 
 
@@ -30,6 +31,7 @@ def recorded(tree: Tree) -> Recorded:
         tree.active_branch.parent,
         tree.active_branch.created,
         dict(tree.roots),
+        {disk: root.path for disk, root in renamed_roots(tree).items()},
         frozenset(layer.path for layer in owned),
         frozenset(layer.path for layer in owned if layer.made),
     )

@@ -248,10 +248,10 @@ def _take(descriptor: int, *, writable: bool) -> bool:
     return True
 
 
-def who_has_open(paths: Iterable[str], besides: int = 0) -> dict[str, tuple[str, ...]]:
+def who_has_open(paths: Iterable[str], besides: Collection[int] = ()) -> dict[str, tuple[str, ...]]:
     """The other processes that have each file open, as ``name (pid)``, as far as we may see them.
 
-    :param besides: a process that may.
+    :param besides: processes that may.
     """
     wanted: dict[tuple[int, int], str] = {}
     for path in paths:
@@ -262,11 +262,21 @@ def who_has_open(paths: Iterable[str], besides: int = 0) -> dict[str, tuple[str,
         wanted[status.st_dev, status.st_ino] = path
     found: dict[str, list[str]] = {}
     for process in os.listdir("/proc"):
-        if not process.isdigit() or int(process) in (os.getpid(), besides):
+        if not process.isdigit() or int(process) in (os.getpid(), *besides):
             continue
         for path in [wanted[inode] for inode in open_in(int(process)) & wanted.keys()]:
             found.setdefault(path, []).append(f"{_name_of(process)} ({process})")
     return {path: tuple(sorted(set(names))) for path, names in found.items()}
+
+
+def users_of(path: str) -> frozenset[int]:
+    """The other processes that have a file open, as far as we may see them."""
+    with suppress(OSError):
+        status = os.stat(path)
+        inode = status.st_dev, status.st_ino
+        others = (int(process) for process in os.listdir("/proc") if process.isdigit())
+        return frozenset(each for each in others if each != os.getpid() and inode in open_in(each))
+    return frozenset()
 
 
 def open_in(process: int) -> frozenset[tuple[int, int]]:

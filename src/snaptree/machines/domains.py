@@ -7,7 +7,8 @@ from snaptree.machines.libvirt import LibvirtMachine
 from snaptree.model.machine import LIBVIRT, MachineConfig
 from snaptree.store import trees
 from snaptree.store.database import Database
-from snaptree.store.libvirt.calls import DomainHandle, Libvirt, binding, chosen_uri, usual_uri
+from snaptree.store.libvirt.binding import binding, chosen_uri, usual_uri
+from snaptree.store.libvirt.calls import DomainHandle, Libvirt, connected
 
 
 def connect(uri: str | None, kept: MachineConfig | None = None) -> Libvirt | None:
@@ -19,7 +20,7 @@ def connect(uri: str | None, kept: MachineConfig | None = None) -> Libvirt | Non
     """
     named = chosen_uri(uri) or (kept.uri if kept is not None else None)
     if named is not None:
-        return Libvirt(named)
+        return connected(named)
     usual = usual_uri()
     if usual is None:
         return None
@@ -27,7 +28,7 @@ def connect(uri: str | None, kept: MachineConfig | None = None) -> Libvirt | Non
         binding()
     except ToolError:
         return None
-    return Libvirt(usual)
+    return connected(usual)
 
 
 def find(database: Database, word: str, uri: str | None) -> LibvirtMachine | None:

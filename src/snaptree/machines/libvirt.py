@@ -49,10 +49,8 @@ from snaptree.planning.plan import Plan
 from snaptree.planning.revert import RevertRequest, SwitchRequest, memory_moves
 from snaptree.planning.steps import DeleteInternal, Step
 from snaptree.planning.verbs import GcRequest, RemoveRequest, RenameRequest, RepairRequest, Request, SetRequest
-from snaptree.running import loops
 from snaptree.running.control import Control
 from snaptree.running.listening import heard
-from snaptree.running.loops import LoopNeededError
 from snaptree.running.progress import Report
 from snaptree.running.progress import silent as unheard
 from snaptree.store import operations, trees
@@ -233,8 +231,6 @@ class LibvirtMachine(Machine):
             lock.extend(anchors(tree))
             before = seen(tree, request)
             goes = self._going(looked, request)
-            if looked.reading.domain.state != OFF and goes is None and not loops.runs():
-                raise LoopNeededError
             plan = self._plan(looked, tree, request, off=goes is not None)
             if confirm is not None and not confirm(plan):
                 raise CancelledError("nothing was done", "")
@@ -259,7 +255,7 @@ class LibvirtMachine(Machine):
                     plan,
                     lock=lock,
                     still=still(tree, request) if off else (),
-                    spared=self._opened(),
+                    spared=self._opened,
                     report=progress or unheard,
                     control=control,
                 )
@@ -295,8 +291,6 @@ class LibvirtMachine(Machine):
         """Finish or undo what was killed, under the machine's lock."""
         if not operations.unfinished(self.database, self.name):
             return ()
-        if not loops.runs():
-            raise LoopNeededError
         from snaptree.running import recovery
 
         lock.extend(recovery.files_of(self.database, self.name))

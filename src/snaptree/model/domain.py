@@ -31,13 +31,15 @@ class Hints:
     """What snaptree keeps in a domain's ``<metadata>``: a cache.
 
     ``active`` is the active branch's name, ``parent`` the snapshot that it grew from, ``roots`` the path and format
-    that each disk's root came with, ``owned`` the layers that are not foreign, ``made`` those that snaptree made.
+    that each disk's root came with, ``renamed`` where that is until it can have its name again, ``owned`` the layers
+    that are not foreign, ``made`` those that snaptree made.
     """
 
     active: str | None = None
     parent: str | None = None
     created: float = 0.0
     roots: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
     owned: frozenset[str] = frozenset()
     made: frozenset[str] = frozenset()
 

@@ -37,8 +37,10 @@ def cleared(draft: Draft, after: Tree) -> tuple[list[Step], int]:
             continue
         identity = draft.facts(layer.id).identity
         if identity is not None:
-            # It has taken another name; the old one is a second name of the same file.
+            # It has taken another name; the old one is a second name of the same file, or that of a copy.
             steps.append(Unlink(layer.path, identity.generation, identity.inode))
+        elif layer.id in draft.fresh:
+            steps.append(Unlink(layer.path, 0, 0))
     for layer_id, tags in draft.before.internals.items():
         if layer_id not in after.layers or not after.layers[layer_id].owned:
             continue

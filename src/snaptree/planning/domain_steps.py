@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from snaptree.planning.live_steps import LiveMerge, LiveSnapshot
+from snaptree.planning.live_steps import File, LiveMerge, LiveSnapshot
 
 if TYPE_CHECKING:
     from snaptree.planning.plan import Plan
@@ -69,6 +69,46 @@ class DomainMerge(LiveMerge):
 
 
 @dataclass(frozen=True, slots=True)
+class Over:
+    """One disk of a domain that goes over to a file which was built beside.
+
+    The guest writes to ``before``, a tip with little in it, and then to ``after``, an empty one that has what the
+    other has by then. Both stand on the first of ``chain``, in which ``upper`` is what is replaced.
+    """
+
+    disk: str
+    before: str
+    after: str
+    upper: str
+    chain: tuple[File, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DomainSwap:
+    """Have libvirt let a running domain go over to merged files that were built beside.
+
+    What the guest has written to its tip is copied into another one, which stands on the same files by their names,
+    but for what is merged; they are opened anew when the guest goes over. Just before, the merged files change names
+    with those that they are built of.
+    """
+
+    kind: ClassVar[str] = "domain-swap"
+    crash: ClassVar[str] = (
+        "the path names the file of before or the merged one, the other has its hidden name, and what stands on it "
+        "shows the same; the guest writes to the one overlay or to the other, which libvirt says, also when the domain "
+        "has stopped since; until it writes to the other, recovery ends the copy and gives the files their names back"
+    )
+
+    overs: tuple[Over, ...]
+    uri: str = ""
+    uuid: str = ""
+
+    @property
+    def summary(self) -> str:
+        return "have libvirt go over to what was built instead of " + ", ".join(each.upper for each in self.overs)
+
+
+@dataclass(frozen=True, slots=True)
 class Undefine:
     """Have libvirt forget a domain with its records, and with ``nvram`` its UEFI variables."""
 
@@ -97,14 +137,18 @@ def with_records(plan: Plan, step: WriteRecords) -> Plan:
         steps.append(_by_libvirt(each, step))
         if isinstance(each, Record) and number >= plan.point_of_no_return:
             steps.append(step)
-    # What the first operation has written is known to those that follow.
-    later = replace(
-        step,
-        renamed=(),
-        known=tuple(sorted({*step.known, *plan.after.snapshots, *plan.after.branches})),
-        tips=(*step.tips, *plan.paths_after.items()),
-    )
-    return replace(plan, steps=tuple(steps), then=tuple(with_records(each, later) for each in plan.then))
+    # What an operation has written is known to those that follow.
+    later = _afterwards(replace(step, renamed=()), plan)
+    then: list[Plan] = []
+    for following in plan.then:
+        then.append(with_records(following, later))
+        later = _afterwards(later, following)
+    return replace(plan, steps=tuple(steps), then=tuple(then))
+
+
+def _afterwards(step: WriteRecords, plan: Plan) -> WriteRecords:
+    known = tuple(sorted({*step.known, *plan.after.snapshots, *plan.after.branches}))
+    return replace(step, known=known, tips=tuple(dict.fromkeys((*step.tips, *plan.paths_after.items()))))
 
 
 def _by_libvirt(each: Step, step: WriteRecords) -> Step:
@@ -113,4 +157,6 @@ def _by_libvirt(each: Step, step: WriteRecords) -> Step:
         return DomainSnapshot(each.cuts, each.quiesce, each.agent, uri=step.uri, uuid=step.uuid)
     if isinstance(each, LiveMerge):
         return DomainMerge(each.jobs, uri=step.uri, uuid=step.uuid)
+    if isinstance(each, DomainSwap):
+        return replace(each, uri=step.uri, uuid=step.uuid)
     return each

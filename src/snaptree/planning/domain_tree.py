@@ -192,13 +192,16 @@ def _hints(domain: Domain, records: Sequence[Record]) -> Hints:
     all_of = [domain.hints, *(each.hints for each in reversed(records))]
     first = next((each for each in all_of if each.active is not None), Hints())
     roots: dict[str, tuple[str, str]] = {}
+    renamed: dict[str, str] = {}
     for each in reversed(all_of):
         roots.update(each.roots)
+        renamed = {disk: now for disk, now in renamed.items() if disk not in each.roots} | dict(each.renamed)
     return Hints(
         first.active,
         first.parent,
         first.created,
         roots,
+        renamed,
         frozenset().union(*(each.owned for each in all_of)),
         frozenset().union(*(each.made for each in all_of)),
     )
@@ -239,7 +242,8 @@ def _roots(tree: Tree, hints: Hints) -> dict[str, tuple[str, str]]:
         first = tip.layer if tip is not None else min(each.id for each in tree.layers.values() if each.disk == disk)
         root = tree.owned_root(first)
         if root is not None:
-            found[disk] = (root.path, root.format)
+            waits = hint is not None and hints.renamed.get(disk) == root.path and not tree.layer_at(hint[0])
+            found[disk] = hint if hint is not None and waits else (root.path, root.format)
     return found
 
 

@@ -220,6 +220,39 @@ class Draft:
         self.extra += OVERLAY_BYTES
         return self._add(below.disk, path, parent, below.virtual_size)
 
+    def twin(self, layer: LayerId, purpose: str) -> str:
+        """The path of a new empty overlay on what the layer stands on, with its options and a name like its own.
+
+        :raise UnhealthyError: something is wrong with the chain.
+        """
+        known, facts = self.tree.layers[layer], self.facts(layer)
+        self.require_whole(layer, purpose)
+        self.require_readable(layer, purpose)
+        assert known.parent is not None
+        below = self.tree.layers[known.parent]
+        folder, base = posixpath.split(known.path)
+        stem, _, label = base.removesuffix(".qcow2").partition(".")
+        front, _, number = label.rpartition("-")
+        label = front if front and number.isdigit() else label
+        path = self.free_path(folder, stem or "disk", label or "tip", ".qcow2", "layer")
+        self.prepare.append(
+            MakeOverlay(
+                path=path,
+                backing=below.path,
+                backing_format=below.format,
+                virtual_size=known.virtual_size,
+                like=known.path,
+                cluster_size=facts.cluster_size,
+                refcount_bits=facts.refcount_bits,
+                lazy_refcounts=facts.lazy_refcounts,
+                extended_l2=facts.extended_l2,
+                compression=facts.compression,
+            )
+        )
+        self.touches |= {below.path, known.path}
+        self.extra += OVERLAY_BYTES
+        return path
+
     def build(self, point: Point, label: str, purpose: str) -> Layer:
         """A new layer made out of an internal snapshot, on the same backing file, added to the tree.
 

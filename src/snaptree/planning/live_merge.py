@@ -9,6 +9,7 @@ from snaptree.model.delta import diff
 from snaptree.model.layer import LayerId
 from snaptree.model.live import PAUSED
 from snaptree.model.survey import Survey
+from snaptree.model.tree import Tree
 from snaptree.planning import live_swap
 from snaptree.planning.draft import Draft, is_tip, paths_of
 from snaptree.planning.live_steps import LiveJob, LiveMerge
@@ -34,7 +35,7 @@ def is_live(survey: Survey, row: Row) -> bool:
 def merge_live(draft: Draft, rows: Sequence[Row], way: str) -> tuple[Plan, ...]:
     """The plans that merge these rows, one of each disk at the most.
 
-    What is shared is shared first. Into the running tip it takes three: the guest goes on in an overlay meanwhile.
+    What is shared is shared first. Into the running tip that takes three: the guest goes on in an overlay meanwhile.
 
     :raise NoSpaceError: there is no room for the data.
     """
@@ -54,23 +55,42 @@ def merge_live(draft: Draft, rows: Sequence[Row], way: str) -> tuple[Plan, ...]:
         return (replace(nothing, notes=tuple(draft.notes)),)
     plans: list[Plan] = []
     shared = [choice for choice in choices if choice.way == "reflink"]
-    frozen = [choice.row for choice in shared if is_tip(draft.tree, choice.row[-1])]
+    frozen = [choice.row for choice in shared if live_swap.needs_overlay(draft, choice.row)]
     over: Mapping[Row, LayerId] = {}
     if frozen:
         plan, over = live_swap.freeze(draft, frozen)
         plans.append(plan)
         draft = _after(draft, plan)
     if shared:
-        plans.append(live_swap.swap(draft, shared, over))
-        draft = _after(draft, plans[-1])
+        plan, over = live_swap.swap(draft, shared, over)
+        plans.append(plan)
+        draft = _after(draft, plan)
     moved = [choice for choice in choices if choice.way != "reflink"]
-    moved += [live_swap.back(row, layer) for row, layer in over.items()]
-    draft.fresh = frozenset(over.values())
+    moved += [live_swap.back(draft, layer) for layer in over.values()]
+    draft.fresh |= frozenset(over.values())
     return (*plans, _steps(draft, moved)) if moved else tuple(plans)
 
 
 def _after(draft: Draft, plan: Plan) -> Draft:
-    return Draft(plan.after, draft.survey, sick=draft.ailments)
+    found = Draft(plan.after, as_moved(draft.survey, plan.after), sick=draft.ailments)
+    found.fresh = moved(found.survey)
+    return found
+
+
+def as_moved(survey: Survey, tree: Tree) -> Survey:
+    """The survey of layers that are in other files by now, which nobody has read."""
+    facts = {
+        number: each
+        if number not in tree.layers or tree.layers[number].path == each.path
+        else replace(each, path=tree.layers[number].path, identity=None)
+        for number, each in survey.layers.items()
+    }
+    return replace(survey, layers=facts)
+
+
+def moved(survey: Survey) -> frozenset[LayerId]:
+    """The layers of which :func:`as_moved` says so."""
+    return frozenset(number for number, each in survey.layers.items() if each.identity is None and not each.problem)
 
 
 def _choose(draft: Draft, row: Row, way: str) -> Choice | str:
@@ -114,7 +134,8 @@ def _choose(draft: Draft, row: Row, way: str) -> Choice | str:
 
     def dearness(choice: Choice) -> tuple[bool, int, bool, bool]:
         shares = choice.way == "reflink"
-        worth = choice.bytes + (live_swap.NOT_WORTH if shares and into_tip else 0)
+        beside = shares and (into_tip or draft.survey.libvirt)
+        worth = choice.bytes + (live_swap.NOT_WORTH if beside else 0)
         return into_tip and choice.down and "pull" not in closed, worth, shares, choice.down != rooted
 
     return min(choices, key=dearness)

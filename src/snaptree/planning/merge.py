@@ -13,7 +13,7 @@ from snaptree.model.tree import Tree
 from snaptree.planning.draft import Draft, paths_of
 from snaptree.planning.external import bound, make_external
 from snaptree.planning.health import ailments
-from snaptree.planning.live_merge import is_live, merge_live
+from snaptree.planning.live_merge import as_moved, is_live, merge_live, moved
 from snaptree.planning.merged import SHARING_SECONDS, merged_down, merged_up, merging, renamed
 from snaptree.planning.plan import Plan
 from snaptree.planning.steps import (
@@ -67,8 +67,10 @@ def plan_merges(
                 batch.append(row)
                 waiting.remove(row)
         draft = Draft(tree, survey, sick=sick)
+        draft.fresh = moved(survey)
         plans += merge_live(draft, batch, way) if live else (_merge(draft, batch, way),)
         tree = plans[-1].after
+        survey = as_moved(survey, tree) if live else survey
         renamed = {gone: stays for row in batch for gone, stays in _merged_into(row, tree)}
         waiting = [tuple(dict.fromkeys(renamed.get(each, each) for each in row)) for row in waiting]
     return tuple(plan for plan in plans if plan.steps or plan.notes)

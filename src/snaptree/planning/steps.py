@@ -13,7 +13,7 @@ from snaptree.model.delta import Delta
 from snaptree.model.layer import LayerId
 from snaptree.model.machine import MachineConfig
 from snaptree.model.sizes import readable
-from snaptree.planning.domain_steps import DomainMerge, DomainSnapshot, Undefine, WriteRecords
+from snaptree.planning.domain_steps import DomainMerge, DomainSnapshot, DomainSwap, Undefine, WriteRecords
 from snaptree.planning.live_steps import LiveMerge, LiveOpen, LiveSettle, LiveSnapshot, LiveSwap
 from snaptree.planning.memory_steps import GoOver, SaveMemory
 
@@ -232,6 +232,8 @@ class BuildMerged:
     below: tuple[File, ...]
     shared: int
     bytes: int
+    guest: str = ""
+    """The file that the guest of a running domain writes to: who has that open may have the one that is replaced."""
 
     @property
     def into(self) -> int:
@@ -396,6 +398,7 @@ Step: TypeAlias = (
     | Forget
     | DomainSnapshot
     | DomainMerge
+    | DomainSwap
     | WriteRecords
     | Undefine
 )

@@ -54,7 +54,7 @@ async def run(
     lock: MachineLock,
     still: Collection[str] = (),
     qemu: RunningQemu | None = None,
-    spared: Collection[tuple[int, int]] = (),
+    spared: Callable[[], Collection[tuple[int, int]]] = tuple,
     report: Report = silent,
     control: Control | None = None,
 ) -> Outcome:
@@ -63,7 +63,8 @@ async def run(
     :param lock: the machine's lock; files that take the place of others are added to it.
     :param still: the active tips of a machine that is off: until the tree has changed no QEMU may start on them.
     :param qemu: the monitor of a machine that runs.
-    :param spared: the files (device and inode) that a machine which runs has open, where it is not we who talk to it.
+    :param spared: tells the files (device and inode) that a machine which runs has open, where it is not we who talk to
+        it.
     :param control: how fast data may move, and whether to stop: before the point of no return the operation is undone,
         after it it is finished; merges that have not begun wait for ``gc``.
     :raise CancelledError: it was stopped; all that is kept is whole.
@@ -72,7 +73,7 @@ async def run(
     control = control or Control(machine)
     stop = control.cancelled
     control.begin(plan)
-    require_free(plan, await qemu.open_files() if qemu is not None else spared)
+    require_free(plan, await qemu.open_files() if qemu is not None else spared())
     outcome = Outcome(qemu=qemu)
     for number, each in enumerate(plan.every()):
         if not each.steps:
@@ -82,7 +83,7 @@ async def run(
                 f"stopped before the merge: {plan.summary} is done, and what is loose waits",
                 f"'snaptree gc {machine}' merges it",
             )
-        holding = Holding(spared=await qemu.open_files() if qemu is not None else spared)
+        holding = Holding(spared=await qemu.open_files() if qemu is not None else spared())
         holding.take(each, () if number else still)
         try:
             journal = Journal.begin(database, machine, each)

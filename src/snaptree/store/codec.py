@@ -14,6 +14,7 @@ from snaptree.model.layer import Identity, Layer, Point
 from snaptree.model.machine import MachineConfig
 from snaptree.model.memory import Memory
 from snaptree.model.snapshot import FirmwareFile, Snapshot
+from snaptree.planning.domain_steps import Over
 from snaptree.planning.live_steps import Cut, Kept, LiveJob, Mark, Swap
 from snaptree.planning.memory_steps import Load, Save
 from snaptree.planning.steps import STEPS, MoveJob, Step
@@ -34,6 +35,7 @@ _CLASSES: dict[str, type[Any]] = {
         Mark,
         Memory,
         MoveJob,
+        Over,
         Point,
         Save,
         Snapshot,

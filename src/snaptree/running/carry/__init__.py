@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from snaptree.planning.domain_steps import DomainMerge, DomainSnapshot, Undefine, WriteRecords
+from snaptree.planning.domain_steps import DomainMerge, DomainSnapshot, DomainSwap, Undefine, WriteRecords
 from snaptree.planning.steps import (
     ApplyInternal,
     BuildFromPoint,
@@ -32,7 +32,7 @@ from snaptree.running.carry import firmware, headers, internals, making, sharing
 from snaptree.running.carry import moving as moving
 from snaptree.running.context import Context
 
-LIBVIRTS = (DomainSnapshot, DomainMerge, WriteRecords, Undefine)
+LIBVIRTS = (DomainSnapshot, DomainMerge, DomainSwap, WriteRecords, Undefine)
 """Those that libvirt takes."""
 
 
@@ -100,7 +100,7 @@ async def undo(step: Step, context: Context) -> None:
     if isinstance(step, LIBVIRTS):
         from snaptree.running.carry import by_libvirt
 
-        by_libvirt.undo(step, context)
+        await by_libvirt.undo(step, context)
         return
     if isinstance(step, LiveStep):
         from snaptree.running.carry import by_running
@@ -132,7 +132,7 @@ async def happened(steps: tuple[Step, ...], context: Context) -> bool:
     if isinstance(step, LIBVIRTS):
         from snaptree.running.carry import by_libvirt
 
-        return by_libvirt.happened(step, context)
+        return await by_libvirt.happened(step, context)
     if not isinstance(step, LiveStep):
         return False
     from snaptree.running.carry import by_running

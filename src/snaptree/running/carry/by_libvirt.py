@@ -2,48 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TypeAlias
 
 from snaptree.errors import BusyError
 from snaptree.model.tree import Tree
-from snaptree.planning.domain_steps import DomainMerge, DomainSnapshot, Undefine, WriteRecords
-from snaptree.running.carry import domain_jobs
+from snaptree.planning.domain_steps import DomainMerge, DomainSnapshot, DomainSwap, Undefine, WriteRecords
 from snaptree.running.context import Context
 from snaptree.store import trees
 from snaptree.store.libvirt import applying
-from snaptree.store.libvirt.calls import DomainHandle, Libvirt
+from snaptree.store.libvirt.calls import DomainHandle, connected
 
-LibvirtStep: TypeAlias = DomainSnapshot | DomainMerge | WriteRecords | Undefine
+LibvirtStep: TypeAlias = DomainSnapshot | DomainMerge | DomainSwap | WriteRecords | Undefine
 _RECORD = "record "
 """Before the name of a record that is kept in the journal while libvirt has none of that name."""
 
 
-@contextmanager
-def _domain(step: LibvirtStep) -> Iterator[DomainHandle | None]:
+def _domain(step: LibvirtStep) -> DomainHandle | None:
     """The domain; ``None`` where libvirt does not know it (any more)."""
-    libvirt = Libvirt(step.uri)
-    try:
-        yield libvirt.find(step.uuid)
-    finally:
-        libvirt.close()
+    return connected(step.uri).find(step.uuid)
 
 
 async def do(step: LibvirtStep, context: Context) -> None:
     """Take the step. A domain that libvirt does not know (any more) has no records, and does not run."""
-    with _domain(step) as domain:
-        match step:
-            case DomainSnapshot():
-                domain_jobs.snapshot(step, domain)
-            case DomainMerge():
-                await domain_jobs.merge(step, domain, context)
-            case WriteRecords() if domain is not None:
-                _write(step, domain, context)
-            case Undefine() if domain is not None:
-                domain.undefine(nvram=step.nvram)
-            case _:
-                pass
+    domain = _domain(step)
+    match step:
+        case DomainSnapshot() | DomainMerge() | DomainSwap():
+            await _change(step, domain, context)
+        case WriteRecords() if domain is not None:
+            _write(step, domain, context)
+        case Undefine() if domain is not None:
+            domain.undefine(nvram=step.nvram)
+        case _:
+            pass
+
+
+async def _change(
+    step: DomainSnapshot | DomainMerge | DomainSwap, domain: DomainHandle | None, context: Context
+) -> None:
+    """What is done to the disks of a domain that runs; with one that is off it is not even loaded."""
+    from snaptree.running.carry import domain_jobs, domain_swap
+
+    match step:
+        case DomainSnapshot():
+            domain_jobs.snapshot(step, domain)
+        case DomainMerge():
+            await domain_jobs.merge(step, domain, context)
+        case DomainSwap():
+            await domain_swap.swap(step, domain, context)
 
 
 def _write(step: WriteRecords, domain: DomainHandle, context: Context) -> None:
@@ -77,18 +82,28 @@ def _require_untouched(step: WriteRecords, domain: DomainHandle, tree: Tree) -> 
             raise BusyError(f"{disk} of domain {domain.name} is {path} by now, which somebody else has made so", hint)
 
 
-def undo(step: LibvirtStep, context: Context) -> None:
+async def undo(step: LibvirtStep, context: Context) -> None:
     """Take the step back: what libvirt has begun is ended, and what it has written shows the same."""
+    if not isinstance(step, DomainMerge | DomainSwap):
+        return
+    from snaptree.running.carry import domain_jobs, domain_swap
+
+    domain = _domain(step)
     if isinstance(step, DomainMerge):
-        with _domain(step) as domain:
-            domain_jobs.unmerge(step, domain, context)
+        domain_jobs.unmerge(step, domain, context)
+    else:
+        await domain_swap.unswap(step, domain, context)
 
 
-def happened(step: LibvirtStep, context: Context) -> bool:
+async def happened(step: LibvirtStep, context: Context) -> bool:
     """Whether it has happened, or goes on, though we did not live to see it."""
-    if not isinstance(step, DomainSnapshot | DomainMerge):
+    if not isinstance(step, DomainSnapshot | DomainMerge | DomainSwap):
         return False
-    with _domain(step) as domain:
-        if isinstance(step, DomainSnapshot):
-            return domain_jobs.was_cut(step, domain)
-        return domain_jobs.went_on(step, domain)
+    from snaptree.running.carry import domain_jobs, domain_swap
+
+    domain = _domain(step)
+    if isinstance(step, DomainSnapshot):
+        return domain_jobs.was_cut(step, domain)
+    if isinstance(step, DomainSwap):
+        return await domain_swap.went_over(step, domain, context)
+    return domain_jobs.went_on(step, domain)

@@ -10,6 +10,7 @@ from snaptree.images.mover.limiting import Limiter
 from snaptree.planning.steps import MoveJob
 from snaptree.qemu.daemon import StorageDaemon
 from snaptree.qemu.jobs import Commit, JobProgress, Pull, run_jobs
+from snaptree.running.carry.finishing import moved_of
 
 
 async def merge(
@@ -54,14 +55,5 @@ def _job(job: MoveJob, nodes: list[dict[str, Any]]) -> Commit | Pull:
 
 
 def bytes_moved(job: MoveJob, state: JobProgress | None) -> int:
-    """How many of the job's bytes have moved.
-
-    A commit counts what it has to copy; a stream counts the guest's address range, which the job's profile turns into
-    bytes.
-    """
-    if state is None or state.total <= 0:
-        return 0
-    part = min(1.0, state.current / state.total)
-    if job.way == "commit" or not job.profile:
-        return int(job.bytes * part)
-    return job.profile[min(len(job.profile) - 1, int(part * (len(job.profile) - 1)))]
+    """How many of the job's bytes have moved."""
+    return moved_of(job, state.current, state.total) if state is not None else 0

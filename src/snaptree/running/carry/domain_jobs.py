@@ -6,25 +6,24 @@ the definition, which libvirt changes with it, and the headers.
 
 from __future__ import annotations
 
-import asyncio
 import os
 
 from snaptree.errors import CancelledError, ToolError
-from snaptree.images import durable
+from snaptree.images import durable, write_back
 from snaptree.images.facts import read_facts
 from snaptree.images.measure import holds
 from snaptree.model.live import OFF
 from snaptree.planning.domain_steps import DomainMerge, DomainSnapshot
 from snaptree.planning.live_steps import LiveJob
 from snaptree.planning.steps import Move
-from snaptree.qemu.jobs import JobProgress
+from snaptree.running import loops
 from snaptree.running.carry import moving
-from snaptree.running.carry.by_qemu import bytes_moved
-from snaptree.running.carry.live_merge import finish, header_says, holds_all, move_job
+from snaptree.running.carry.finishing import finish, header_says, holds_all, move_job, moved_of
 from snaptree.running.context import Context
 from snaptree.store.libvirt.calls import COMMIT, BlockJob, DomainHandle
 
-POLL_SECONDS = 0.02
+POLL_SECONDS, SHORTEST = 0.02, 0.002
+"""How often libvirt is asked how far it is: first after a moment, since there may be little to merge."""
 SETTLE_SECONDS = 10.0
 """So long libvirt's view may lag behind a job that has ended."""
 HELD = 1
@@ -96,7 +95,7 @@ async def _follow(step: DomainMerge, jobs: list[LiveJob], domain: DomainHandle, 
     waiting = {job.disk: job for job in jobs}
     total = sum(job.bytes for job in step.jobs)
     done = total - sum(job.bytes for job in jobs)
-    speed = context.limiter.speed
+    speed, pause = context.limiter.speed, SHORTEST
     while waiting:
         if context.cancelled.is_set():
             raise CancelledError(f"stopped: {step.summary}")
@@ -111,17 +110,20 @@ async def _follow(step: DomainMerge, jobs: list[LiveJob], domain: DomainHandle, 
                 continue
             if now != speed:
                 domain.limit(disk, int(now))
+            # QEMU leaves what it copies in the page cache; all of it would be waited for at the end.
+            write_back.begin_file(job.target[0])
             moved += _moved(job, state)
             if job.active and state.kind == COMMIT and state.ready:
                 domain.pivot(disk)
         speed = now
         context.moved(min(done + moved, total), total)
         if waiting:
-            await asyncio.sleep(POLL_SECONDS)
+            await loops.rest(pause)
+            pause = min(2 * pause, POLL_SECONDS)
 
 
 def _moved(job: LiveJob, state: BlockJob) -> int:
-    return bytes_moved(move_job(job), JobProgress(state.current, state.total, "running"))
+    return moved_of(move_job(job), state.current, state.total)
 
 
 def _is_merged(job: LiveJob, domain: DomainHandle) -> bool:
@@ -138,7 +140,7 @@ async def _require_merged(job: LiveJob, domain: DomainHandle) -> None:
     for _ in range(int(SETTLE_SECONDS / POLL_SECONDS)):
         if domain.state() == OFF or _is_merged(job, domain):
             return
-        await asyncio.sleep(POLL_SECONDS)
+        await loops.rest(POLL_SECONDS)
     raise ToolError(
         f"libvirt has ended the {job.way} of {job.disk}, and {job.row[-1][0]} has not been merged",
         "see libvirtd's log and 'virsh domblkerror', then go on with 'snaptree gc'",

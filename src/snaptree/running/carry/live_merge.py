@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 
 from snaptree.errors import RefusedError, SnaptreeError, ToolError, UnhealthyError
 from snaptree.images import durable, gate, write_back
-from snaptree.images.facts import read_facts
-from snaptree.images.measure import holds
-from snaptree.images.mover.cost import foreseen
 from snaptree.planning.live_steps import File, LiveJob, LiveMerge
-from snaptree.planning.steps import Move, MoveJob, Repoint
+from snaptree.planning.steps import Move
 from snaptree.qemu import live_jobs
 from snaptree.qemu.graph import BlockGraph
 from snaptree.qemu.jobs import JobProgress, Steering, abandon
 from snaptree.qemu.live_jobs import Merging
 from snaptree.qemu.running import RunningQemu
-from snaptree.running.carry import headers, moving
+from snaptree.running.carry import moving
 from snaptree.running.carry.by_qemu import bytes_moved
+from snaptree.running.carry.finishing import finish, header_says, holds_all, move_job
 from snaptree.running.carry.nodes import inode_at, is_top, let_go, node_of
 from snaptree.running.context import Context
 from snaptree.running.guard import PIVOT, STAY, Guard, Orders
-
-READS = 50
-"""So often the tables of an image are read anew that a guest writes to meanwhile."""
 
 
 async def merge(step: LiveMerge, context: Context) -> None:
@@ -83,12 +76,6 @@ def _reporter(step: LiveMerge, jobs: Mapping[LiveJob, Merging], context: Context
     return report
 
 
-def move_job(job: LiveJob, *, by_qemu: str = "") -> MoveJob:
-    """The same merge as one that is done with the machine off."""
-    name = f"{job.way}-{job.disk}"
-    return MoveJob(name, job.way, job.disk, job.row, job.below, job.bytes, job.zeroes, job.profile, by_qemu)
-
-
 # ---- where it stands ----------------------------------------------------------------------------------------------
 
 
@@ -139,21 +126,6 @@ async def _flush(qemu: RunningQemu, graph: BlockGraph, job: LiveJob) -> None:
     await qemu.flush(node_of(graph, path).name, path)
     if not await holds_all(job):
         raise ToolError(f"QEMU reported success, but {path} has not all that was to be moved", "try it with QEMU off")
-
-
-async def holds_all(job: LiveJob) -> bool:
-    """Whether the target has on disk what was to be moved.
-
-    The tables of a tip that the guest writes to may change while they are read; then they are read again.
-
-    :raise UnhealthyError: they make no sense, however often they are read.
-    """
-    sources = job.row[1:] if job.way == "commit" else job.row[:-1]
-    for _ in range(READS):
-        with suppress(UnhealthyError):
-            return holds(job.target, sources)
-        await asyncio.sleep(0.02)
-    return holds(job.target, sources)
 
 
 async def _finalize(qemu: RunningQemu, job: LiveJob, merging: Merging, context: Context) -> None:
@@ -210,18 +182,6 @@ def _require_merged(graph: BlockGraph, step: LiveMerge) -> None:
             raise ToolError(f"QEMU reported success, but {job.target[0]} has not taken the place of what was merged")
 
 
-def header_says(job: LiveJob) -> bool:
-    """Whether the header says that the merge is done. Where the guest has gone over there is none to say it."""
-    if job.active:
-        return True
-    above, below = (job.row[-1], job.below[0] if job.below else None) if job.way == "pull" else (job.child, job.row[0])
-    assert above is not None
-    facts = read_facts(*above)
-    if facts.backing is None or below is None:
-        return facts.backing is None and below is None
-    return gate.resolve_backing(above[0], facts.backing) == below[0] and facts.backing_format == below[1]
-
-
 # ---- afterwards ---------------------------------------------------------------------------------------------------
 
 
@@ -252,19 +212,6 @@ async def _without_qemu(step: LiveMerge, context: Context) -> None:
     """Finish what QEMU has left."""
     await finish([job for job in step.jobs if not _was_merged(job, context)], context)
     _sync(step)
-
-
-async def finish(left: Sequence[LiveJob], context: Context) -> None:
-    """Do the merges with the machine off: by the mover, or what that cannot do by a storage daemon."""
-    if left:
-        moves = (move_job(job, by_qemu=foreseen(job.row, job.below).by_qemu) for job in left)
-        await moving.move(Move(tuple(moves)), context)
-    for job in left:
-        if job.way == "pull":
-            below = job.below[0] if job.below else (None, None)
-            headers.repoint(Repoint(job.row[-1][0], *below), context)
-        elif job.child is not None:
-            headers.repoint(Repoint(job.child[0], *job.row[0]), context)
 
 
 async def unmerge(step: LiveMerge, context: Context) -> None:

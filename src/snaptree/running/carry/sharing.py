@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 
 from snaptree.errors import BusyError, IoError, RefusedError
 from snaptree.images import durable, gate
 from snaptree.images.facts import open_to_read
 from snaptree.images.inode import inode_of, is_still
-from snaptree.images.locks import who_has_open
+from snaptree.images.locks import users_of, who_has_open
 from snaptree.images.mover import sharing
 from snaptree.images.mover.merging import Merge, merge
 from snaptree.images.rights import alike
@@ -42,7 +43,8 @@ def build(step: BuildMerged, context: Context) -> None:
     durable.sync_file(temporary)
     # Its name, too: whether it has taken the other's place is told from which of the two is there.
     durable.sync_folder(temporary)
-    _require_replaceable(step.path, context.qemu.pid if context.qemu is not None else 0)
+    own = users_of(step.guest) if step.guest else () if context.qemu is None else (context.qemu.pid,)
+    _require_replaceable(step.path, own)
     note_sources(step, context)
 
 
@@ -56,10 +58,10 @@ def _copy(path: str, temporary: str) -> None:
         os.close(source)
 
 
-def _require_replaceable(path: str, qemu: int) -> None:
+def _require_replaceable(path: str, own: Collection[int]) -> None:
     """Refuse to put another file in the place of one that is known elsewhere by its inode.
 
-    :param qemu: the process of the machine's own QEMU, which goes over to what was built.
+    :param own: the process of the machine's own QEMU, which goes over to what was built.
 
     :raise RefusedError: it has other names.
     :raise BusyError: another process has it open.
@@ -68,7 +70,7 @@ def _require_replaceable(path: str, qemu: int) -> None:
         links = os.lstat(path).st_nlink
     if links > 1:
         raise RefusedError(f"{path} has {links} names (hard links)", "the others would go on naming the old file")
-    who = who_has_open((path,), qemu).get(path)
+    who = who_has_open((path,), own).get(path)
     if who:
         raise BusyError(f"{path} is open by {', '.join(who)}", "stop the program that uses it, then try again")
 

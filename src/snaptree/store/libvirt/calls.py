@@ -1,4 +1,4 @@
-"""The one module that calls libvirt. Its errors become ours here, and it prints none by itself.
+"""The one module that calls libvirt, whose errors become ours.
 
 Official calls only: nothing goes past libvirt to a QEMU that it runs.
 """
@@ -7,93 +7,25 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from snaptree.errors import BusyError, NotFoundError, RefusedError, SnaptreeError, ToolError
+from snaptree.errors import RefusedError
 from snaptree.model.live import OFF, PAUSED, RUNNING
 from snaptree.store.libvirt import xml
+from snaptree.store.libvirt.binding import binding, explain, explained
 
-SOCKETS = ("libvirt-sock", "virtqemud-sock")
-"""What a libvirt daemon that could be asked listens on."""
 Result = TypeVar("Result")
 
 
-def binding() -> Any:
-    """libvirt's Python binding.
-
-    :raise ToolError: it is not installed.
-    """
-    try:
-        import libvirt
-    except ImportError as error:
-        hint = "install snaptree[libvirt], or your distribution's python3-libvirt"
-        raise ToolError("libvirt's Python binding is not installed", hint) from error
-    # It would print every error, also those that are expected.
-    libvirt.registerErrorHandler(lambda context, error: None, None)
-    return libvirt
-
-
-def chosen_uri(wanted: str | None = None) -> str | None:
-    """The connection that the user has named, by option or by ``LIBVIRT_DEFAULT_URI``; ``None`` without."""
-    return wanted or os.environ.get("LIBVIRT_DEFAULT_URI") or None
-
-
-def usual_uri() -> str | None:
-    """The connection to use where none was named: that of a daemon that runs; ``None`` where none does.
-
-    Merely to find out whether there are domains, none is started.
-    """
-    own = os.environ.get("XDG_RUNTIME_DIR", "")
-    for folder, uri in (("/run/libvirt", "qemu:///system"), (os.path.join(own, "libvirt"), "qemu:///session")):
-        if os.path.isabs(folder) and any(os.access(os.path.join(folder, each), os.W_OK) for each in SOCKETS):
-            return uri
-    return None
-
-
-@contextmanager
-def _explained(doing: str) -> Iterator[None]:
-    """Turn what libvirt says into an error of ours.
-
-    :param doing: what was to be done, for the message: ``cannot DOING``.
-    """
-    libvirt = binding()
-    try:
-        yield
-    except libvirt.libvirtError as error:
-        raise _explain(libvirt, error, doing) from error
-
-
-def _explain(libvirt: Any, error: Any, doing: str) -> SnaptreeError:
-    code, text = error.get_error_code(), " ".join(str(error.get_error_message() or error).split())
-    said = f"cannot {doing}: {text}"
-    if code in (libvirt.VIR_ERR_AUTH_FAILED, libvirt.VIR_ERR_AUTH_CANCELLED, libvirt.VIR_ERR_AUTH_UNAVAILABLE):
-        return RefusedError(said, "use sudo, or join the group that may use libvirt")
-    if code in (libvirt.VIR_ERR_ACCESS_DENIED, libvirt.VIR_ERR_OPERATION_DENIED):
-        return RefusedError(said, "use sudo, or join the group that may use libvirt")
-    if "Permission denied" in text:
-        return RefusedError(said, "use sudo, or join the group that may use libvirt")
-    if code in (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_NO_DOMAIN_SNAPSHOT):
-        return NotFoundError(said, "see 'virsh list --all'")
-    if code in (libvirt.VIR_ERR_OPERATION_TIMEOUT, libvirt.VIR_ERR_BLOCK_COPY_ACTIVE):
-        return BusyError(said, "see 'virsh domjobinfo', and try again")
-    if code == libvirt.VIR_ERR_OPERATION_INVALID and "job" in text:
-        return BusyError(said, "see 'virsh domjobinfo', and try again")
-    if code in (libvirt.VIR_ERR_NO_CONNECT, libvirt.VIR_ERR_INVALID_CONN):
-        return ToolError(said, "is the name right? 'virsh -c URI list' tells")
-    if code in (libvirt.VIR_ERR_SYSTEM_ERROR, libvirt.VIR_ERR_RPC, libvirt.VIR_ERR_INTERNAL_ERROR):
-        return ToolError(said, "is libvirtd running? see 'systemctl status libvirtd' and its log")
-    return ToolError(said, "see the log of libvirtd")
-
-
-COMMIT = "commit"
+COMMIT, COPY = "commit", "copy"
 
 
 @dataclass(frozen=True, slots=True)
 class BlockJob:
-    """A block job: ``commit`` (of a tip, which is to be pivoted) or another kind; figures in bytes."""
+    """A block job: ``commit`` (of a tip) or ``copy``, which are to be pivoted, or another kind; figures in bytes."""
 
     kind: str
     current: int
@@ -114,7 +46,7 @@ class Libvirt:
 
     def __init__(self, uri: str) -> None:
         self._libvirt = binding()
-        with _explained(f"connect to libvirt at {uri}"):
+        with explained(f"connect to libvirt at {uri}"):
             self._connection = self._libvirt.open(uri)
             kind = str(self._connection.getType())
             self.uri = uri
@@ -123,6 +55,14 @@ class Libvirt:
             raise RefusedError(
                 f"the machines at {uri} are not QEMU's: its driver is {kind}", "name another connection with --connect"
             )
+
+    def is_alive(self) -> bool:
+        """Whether it answers."""
+        try:
+            self._connection.getLibVersion()
+        except self._libvirt.libvirtError:
+            return False
+        return True
 
     def close(self) -> None:
         """End the connection."""
@@ -133,7 +73,7 @@ class Libvirt:
 
     def domains(self) -> tuple[DomainHandle, ...]:
         """All domains, running or not, by name."""
-        with _explained("list the domains"):
+        with explained("list the domains"):
             found = self._connection.listAllDomains()
             return tuple(sorted((DomainHandle(self, each) for each in found), key=lambda each: each.name))
 
@@ -155,7 +95,7 @@ class Libvirt:
                 return DomainHandle(self, each())
             except self._libvirt.libvirtError as error:
                 if error.get_error_code() not in expected:
-                    raise _explain(self._libvirt, error, f"look for domain {word!r}") from error
+                    raise explain(self._libvirt, error, f"look for domain {word!r}") from error
         return None
 
     def volume(self, pool: str, name: str) -> str | None:
@@ -164,6 +104,22 @@ class Libvirt:
             return str(self._connection.storagePoolLookupByName(pool).storageVolLookupByName(name).path())
         except self._libvirt.libvirtError:
             return None
+
+
+_open: dict[tuple[int, str], Libvirt] = {}
+
+
+def connected(uri: str) -> Libvirt:
+    """This process's connection: making one takes as long as all that is asked for a deletion.
+
+    :raise ToolError: the binding is missing, or libvirt does not answer.
+    :raise RefusedError: we may not use it, or its machines are not QEMU's.
+    """
+    key = os.getpid(), uri
+    found = _open.get(key)
+    if found is None or not found.is_alive():
+        found = _open[key] = Libvirt(uri)
+    return found
 
 
 def _targets(definition: str) -> tuple[str, ...]:
@@ -193,7 +149,7 @@ class DomainHandle:
     def state(self) -> str:
         """``off``, ``running`` or ``paused``."""
         libvirt = self._libvirt
-        with _explained(f"ask what domain {self.name} does"):
+        with explained(f"ask what domain {self.name} does"):
             number = self._domain.state()[0]
         if number in (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_CRASHED):
             return OFF
@@ -201,12 +157,12 @@ class DomainHandle:
 
     def is_persistent(self) -> bool:
         """Whether it outlives its QEMU."""
-        with _explained(f"read domain {self.name}"):
+        with explained(f"read domain {self.name}"):
             return bool(self._domain.isPersistent())
 
     def is_saved(self) -> bool:
         """Whether it has a managed save image, from which the next start goes on, on the disks of then."""
-        with _explained(f"read domain {self.name}"):
+        with explained(f"read domain {self.name}"):
             return bool(self._domain.hasManagedSaveImage(0))
 
     def definition(self, *, secure: bool = False, live: bool = False) -> str:
@@ -216,18 +172,18 @@ class DomainHandle:
         """
         flags = 0 if live else self._libvirt.VIR_DOMAIN_XML_INACTIVE
         flags |= self._libvirt.VIR_DOMAIN_XML_SECURE if secure else 0
-        with _explained(f"read the definition of domain {self.name}"):
+        with explained(f"read the definition of domain {self.name}"):
             return str(self._domain.XMLDesc(flags))
 
     def records(self, *, secure: bool = False) -> dict[str, str]:
         """The XML of each snapshot's record, by name."""
         flags = self._libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE if secure else 0
-        with _explained(f"read the snapshots of domain {self.name}"):
+        with explained(f"read the snapshots of domain {self.name}"):
             return {str(each.getName()): str(each.getXMLDesc(flags)) for each in self._domain.listAllSnapshots(0)}
 
     def current(self) -> str | None:
         """The name of the snapshot that libvirt takes for current."""
-        with _explained(f"read the snapshots of domain {self.name}"):
+        with explained(f"read the snapshots of domain {self.name}"):
             if not self._domain.hasCurrentSnapshot(0):
                 return None
             return str(self._domain.snapshotCurrent(0).getName())
@@ -237,7 +193,7 @@ class DomainHandle:
 
         :raise NotFoundError: there is none of that name.
         """
-        with _explained(f"read snapshot {name!r} of domain {self.name}"):
+        with explained(f"read snapshot {name!r} of domain {self.name}"):
             return str(self._domain.snapshotLookupByName(name, 0).getXMLDesc(0))
 
     def jobs(self) -> tuple[str, ...]:
@@ -246,7 +202,7 @@ class DomainHandle:
         if self.state() == OFF:
             return ()
         found: list[str] = []
-        with _explained(f"ask what jobs domain {self.name} has"):
+        with explained(f"ask what jobs domain {self.name} has"):
             kind = self._domain.jobInfo()[0]
             if kind != libvirt.VIR_DOMAIN_JOB_NONE:
                 found.append("a job (a migration, a save or a backup) is under way")
@@ -281,14 +237,26 @@ class DomainHandle:
             return None
         if not info:
             return None
-        kind = COMMIT if info["type"] == libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT else "other"
-        return BlockJob(kind, int(info["cur"]), int(info["end"]))
+        kinds = {
+            libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT: COMMIT,
+            libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COPY: COPY,
+        }
+        return BlockJob(kinds.get(info["type"], "other"), int(info["cur"]), int(info["end"]))
+
+    def mirror(self, target: str) -> str | None:
+        """The file that a disk is being copied to."""
+        root = xml.parse(self.definition(live=True), "the domain's definition")
+        for name, disk in xml.disks(root):
+            mirror = disk.find("mirror")
+            if name == target and mirror is not None:
+                return xml.path_of(mirror, self.connection.volume)
+        return None
 
     # ---- telling --------------------------------------------------------------------------------------------------
 
     def define(self, text: str) -> None:
         """Give it another definition."""
-        with _explained(f"define domain {self.name}"):
+        with explained(f"define domain {self.name}"):
             self.connection._connection.defineXML(text)
 
     def redefine(self, text: str, name: str, *, current: bool = False) -> None:
@@ -299,7 +267,7 @@ class DomainHandle:
         libvirt = self._libvirt
         flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE
         flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT if current else 0
-        with _explained(f"write the record of snapshot {name!r}"):
+        with explained(f"write the record of snapshot {name!r}"):
             self._domain.snapshotCreateXML(text, flags)
 
     def forget_record(self, name: str) -> None:
@@ -310,19 +278,19 @@ class DomainHandle:
             snapshot.delete(libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY)
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_SNAPSHOT:
-                raise _explain(libvirt, error, f"drop the record of snapshot {name!r}") from error
+                raise explain(libvirt, error, f"drop the record of snapshot {name!r}") from error
 
     def undefine(self, *, nvram: bool) -> None:
         """Have libvirt forget it with all its records; with ``nvram`` its UEFI variables go as well."""
         libvirt = self._libvirt
         flags = libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
         flags |= libvirt.VIR_DOMAIN_UNDEFINE_NVRAM if nvram else libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM
-        with _explained(f"undefine domain {self.name}"):
+        with explained(f"undefine domain {self.name}"):
             self._domain.undefineFlags(flags)
 
     def start(self, *, paused: bool) -> None:
         """Start it."""
-        with _explained(f"start domain {self.name}"):
+        with explained(f"start domain {self.name}"):
             self._domain.createWithFlags(self._libvirt.VIR_DOMAIN_START_PAUSED if paused else 0)
 
     # ---- what runs ------------------------------------------------------------------------------------------------
@@ -343,7 +311,7 @@ class DomainHandle:
         flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
         flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT
         flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_QUIESCE if quiesce else 0
-        with _explained(f"take a snapshot of domain {self.name}"):
+        with explained(f"take a snapshot of domain {self.name}"):
             self._domain.snapshotCreateXML(xml.text_of(root), flags)
 
     def commit(self, target: str, base: str, top: str, speed: int, *, active: bool, relative: bool) -> None:
@@ -357,7 +325,7 @@ class DomainHandle:
         flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES
         flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE if active else 0
         flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_RELATIVE if relative and not active else 0
-        with _explained(f"merge {top} into {base}"):
+        with explained(f"merge {top} into {base}"):
             self._domain.blockCommit(target, base, top, speed, flags)
 
     def pull(self, target: str, base: str | None, speed: int) -> None:
@@ -365,7 +333,7 @@ class DomainHandle:
         libvirt = self._libvirt
         flags = libvirt.VIR_DOMAIN_BLOCK_REBASE_BANDWIDTH_BYTES
         flags |= libvirt.VIR_DOMAIN_BLOCK_REBASE_RELATIVE if base is not None else 0
-        with _explained(f"merge layers into the tip of {target}"):
+        with explained(f"merge layers into the tip of {target}"):
             try:
                 self._domain.blockRebase(target, base, speed, flags)
             except libvirt.libvirtError as error:
@@ -373,14 +341,29 @@ class DomainHandle:
                     raise
                 self._domain.blockRebase(target, base, speed, libvirt.VIR_DOMAIN_BLOCK_REBASE_BANDWIDTH_BYTES)
 
+    def copy(self, target: str, overlay: str, chain: Sequence[tuple[str, str]]) -> None:
+        """Begin to copy what the tip itself has into an overlay that is there already.
+
+        The guest goes over when it is told to (:meth:`pivot`). Then, and not before, are the files opened that the
+        overlay stands on.
+
+        :param chain: the files that the overlay stands on with their formats, nearest first, to the last.
+        """
+        libvirt = self._libvirt
+        flags = libvirt.VIR_DOMAIN_BLOCK_COPY_SHALLOW | libvirt.VIR_DOMAIN_BLOCK_COPY_REUSE_EXT
+        flags |= libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB
+        text = xml.text_of(xml.copied_disk(overlay, chain))
+        with explained(f"copy the tip of {target} into {overlay}"):
+            self._domain.blockCopy(target, text, {}, flags)
+
     def pivot(self, target: str) -> None:
-        """Let the guest go over to what its tip was merged into; whether it can yet libvirt knows."""
+        """Let the guest go over to what its tip was merged or copied into; whether it can yet libvirt knows."""
         libvirt = self._libvirt
         try:
             self._domain.blockJobAbort(target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_BLOCK_COPY_ACTIVE:
-                raise _explain(libvirt, error, f"end the merge of {target}") from error
+                raise explain(libvirt, error, f"let {target} go over") from error
 
     def limit(self, target: str, speed: int) -> None:
         """Let so many bytes a second move from now on; 0 for no limit."""
@@ -396,7 +379,7 @@ class DomainHandle:
     def flush(self) -> float:
         """Have its QEMU bring to disk all that it keeps, by stopping the guest for a moment; for how many seconds."""
         since = time.monotonic()
-        with _explained(f"stop domain {self.name} for a moment"):
+        with explained(f"stop domain {self.name} for a moment"):
             self._domain.suspend()
             try:
                 return time.monotonic() - since
@@ -405,5 +388,5 @@ class DomainHandle:
 
     def stop(self) -> None:
         """Turn it off, as by pulling the plug."""
-        with _explained(f"turn domain {self.name} off"):
+        with explained(f"turn domain {self.name} off"):
             self._domain.destroy()

@@ -131,6 +131,7 @@ def hints_of(domain: Element | None) -> Hints:
             each.get("disk", ""): (each.get("path", ""), each.get("format", "qcow2"))
             for each in xml.children(found, "root")
         },
+        renamed={each.get("disk", ""): each.get("now", "") for each in xml.children(found, "root") if each.get("now")},
         owned=frozenset(each.get("path", "") for each in layers),
         made=frozenset(each.get("path", "") for each in layers if each.get("made") == "yes"),
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from snaptree.errors import UnhealthyError
 from snaptree.model.domain import PLACEHOLDER
 from snaptree.model.tree import Tree
+from snaptree.planning.naming import renamed_roots
 from snaptree.planning.records import Wanted
 from snaptree.store.libvirt import xml
 from snaptree.store.libvirt.xml import Element, Resolve
@@ -21,8 +22,10 @@ def hints(tree: Tree) -> Element:
     found = xml.new_own("domain", active=tree.active, created=repr(tree.active_branch.created))
     if tree.active_branch.parent is not None:
         found.set("parent", tree.active_branch.parent)
+    waiting = renamed_roots(tree)
     for disk, (path, image_format) in sorted(tree.roots.items()):
-        xml.add_own(found, "root", disk=disk, path=path, format=image_format)
+        now = {"now": waiting[disk].path} if disk in waiting else {}
+        xml.add_own(found, "root", disk=disk, path=path, format=image_format, **now)
     # What only something outside stands on is nobody's here any more.
     needed = {layer.id for point in tree.names_on for layer in tree.chain(point.layer)}
     layers: dict[str, bool] = {}

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from snaptree.errors import ToolError, UnhealthyError
@@ -144,6 +145,26 @@ def put_source(disk: Element, path: str, image_format: str, resolve: Resolve) ->
         driver.addnext(fresh)
     else:
         disk.replace(source, fresh)
+
+
+def copied_disk(overlay: str, chain: Sequence[tuple[str, str]]) -> Element:
+    """The disk that a block copy writes to: an overlay, and the files that it stands on, to the last."""
+    disk = etree().Element("disk")
+    _put_file(disk, overlay)
+    etree().SubElement(disk, "driver", name="qemu", type="qcow2")
+    at = disk
+    for path, image_format in chain:
+        at = etree().SubElement(at, "backingStore")
+        _put_file(at, path)
+        etree().SubElement(at, "format", type=image_format)
+    etree().SubElement(at, "backingStore")
+    return disk
+
+
+def _put_file(element: Element, path: str) -> None:
+    block = stat.S_ISBLK(os.stat(path).st_mode)
+    element.set("type", "block" if block else "file")
+    etree().SubElement(element, "source", **{"dev" if block else "file": path})
 
 
 # ---- small things -------------------------------------------------------------------------------------------------
