@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from snaptree.errors import BusyError, CancelledError, RefusedError
+from snaptree.errors import BusyError, CancelledError, RefusedError, SnaptreeError
 from snaptree.images import durable
 from snaptree.images.locks import MachineLock
+from snaptree.machines import domain_memories
 from snaptree.machines.domain_reading import Reading, found_tree, live_of, other_domains_on, read
 from snaptree.machines.findings import Finding
 from snaptree.machines.going import Going
@@ -38,7 +39,7 @@ from snaptree.machines.power import Power
 from snaptree.machines.survey import planned, read_survey
 from snaptree.model.live import OFF, PAUSED
 from snaptree.model.machine import MachineConfig
-from snaptree.model.survey import Survey
+from snaptree.model.survey import Start, Survey
 from snaptree.model.tree import Tree
 from snaptree.planning import verbs
 from snaptree.planning.adopt import AttachRequest, DetachRequest
@@ -106,7 +107,9 @@ class LibvirtMachine(Operated):
         power = Power(looked.reading.domain.state, live_of(looked.reading, tree))
         survey = read_survey(self.database, self.config, tree, folders, beside=beside, power=power)
         others = other_domains_on(self.handle, tree) if beside else ()
-        return replace(survey, libvirt=True, outsiders=(*survey.outsiders, *others))
+        # How it is started libvirt knows by itself.
+        start = Start("", "/", "")
+        return replace(survey, libvirt=True, start=start, outsiders=(*survey.outsiders, *others))
 
     def view(self, *, deep: bool = False) -> View:
         """The machine as it is now; takes no lock.
@@ -141,16 +144,13 @@ class LibvirtMachine(Operated):
         :param off: the domain is turned off for it, if it runs.
         """
         survey = self.survey(looked, tree, folders_of(request))
+        survey = replace(survey, live=domain_memories.with_memory(self.handle, survey.live, tree, request))
         if off:
             survey = replace(survey, running=False, live=None)
         require_real_folders(request)
         plan = planned(tree, survey, lambda measured: verbs.plan(tree, measured, request))
-        if survey.live is not None:
-            self._require_by_libvirt(plan, {tree.layers[each].path for each in survey.live.open})
-        assert self.config.uri is not None and self.config.uuid is not None
-        known = tuple(sorted(each.name for each in looked.reading.records))
-        tips = tuple((disk.target, disk.path) for disk in looked.reading.domain.disks)
-        tell = WriteRecords(self.config.uri, self.config.uuid, known=known, tips=tips)
+        self.require_by_libvirt(plan, survey)
+        tell = self.tell(looked)
         if isinstance(request, RemoveRequest):
             undefine = Undefine(tell.uri, tell.uuid, looked.reading.domain.name, nvram=request.delete_files)
             steps: tuple[Step, ...] = (undefine, *plan.steps)
@@ -160,16 +160,26 @@ class LibvirtMachine(Operated):
         if isinstance(request, RenameRequest):
             tell = replace(tell, renamed=((request.old, request.new),))
         plan = with_records(plan, tell)
+        domain_memories.require_loadable(self.handle, plan)
         if isinstance(request, GcRequest):
             plan = replace(plan, steps=(*plan.steps, tell))
         return plan
 
-    def _require_by_libvirt(self, plan: Plan, opened: Collection[str]) -> None:
+    def tell(self, looked: Looked) -> WriteRecords:
+        """The step that tells libvirt of a change of the tree that was just read."""
+        assert self.config.uri is not None and self.config.uuid is not None
+        known = tuple(sorted(each.name for each in looked.reading.records))
+        tips = tuple((disk.target, disk.path) for disk in looked.reading.domain.disks)
+        return WriteRecords(self.config.uri, self.config.uuid, known=known, tips=tips)
+
+    def require_by_libvirt(self, plan: Plan, survey: Survey) -> None:
         """See that libvirt has a call for all that QEMU would have to do.
 
-        :param opened: what the domain's QEMU has open.
         :raise RefusedError: it has none.
         """
+        if survey.live is None:
+            return
+        opened = {survey.layers[each].path for each in survey.live.open}
         for step in (step for each in plan.every() for step in each.steps):
             if isinstance(step, DeleteInternal) and step.path in opened:
                 hint = f"shut it down first: 'virsh shutdown {self.name}'"
@@ -198,16 +208,10 @@ class LibvirtMachine(Operated):
         if not domain.persistent:
             hint = "make it persistent with 'virsh define'"
             raise RefusedError(f"domain {domain.name} is transient: libvirt forgets it when it stops", hint)
-        if isinstance(request, SnapshotRequest) and (request.memory or request.memory_file is not None):
-            hint = f"leave out --memory, or use 'virsh snapshot-create-as {domain.name} --memspec'"
-            raise RefusedError("the memory of a libvirt domain is not saved yet", hint)
         whole = isinstance(request, SnapshotRequest) and request.internal
         if domain.state != OFF and (whole or isinstance(request, RemoveRequest)):
             hint = f"shut it down first: 'virsh shutdown {domain.name}'"
             raise RefusedError(f"domain {domain.name} is {domain.state}, and has to be off for this", hint)
-        if memory_moves(looked.tree, domain.state, request) is not None:
-            hint = "leave the memory alone with --no-memory, or go back with 'virsh snapshot-revert'"
-            raise RefusedError("the memory of a libvirt domain is not loaded yet", hint)
 
     async def operate(
         self,
@@ -235,7 +239,8 @@ class LibvirtMachine(Operated):
             lock.extend(anchors(tree))
             before = seen(tree, request)
             goes = self._going(looked, request)
-            if looked.reading.domain.state != OFF and goes is None and not loops.runs():
+            moves = memory_moves(tree, looked.reading.domain.state, request)
+            if (looked.reading.domain.state != OFF or moves is not None) and goes is None and not loops.runs():
                 raise LoopNeededError
             plan = self._plan(looked, tree, request, off=goes is not None)
             if confirm is not None and not confirm(plan):
@@ -252,8 +257,8 @@ class LibvirtMachine(Operated):
             if read(self.handle) != looked.reading:
                 hint = "see what did it, and try again"
                 raise BusyError(f"domain {self.name} has been changed since it was planned", hint)
-            self._keep(tree)
-            off = looked.reading.domain.state == OFF
+            self.keep(tree)
+            off = looked.reading.domain.state == OFF and moves is None
             try:
                 outcome = await executor.run(
                     self.database,
@@ -261,31 +266,40 @@ class LibvirtMachine(Operated):
                     plan,
                     lock=lock,
                     still=still(tree, request) if off else (),
-                    spared=self._opened(),
+                    spared=self.opened(),
                     report=progress or unheard,
                     control=control,
                 )
             except BaseException:
-                if goes is not None and not operations.unfinished(self.database, self.name):
-                    self._start(goes.before)
+                if not operations.unfinished(self.database, self.name):
+                    if goes is not None:
+                        self.start(goes.before)
+                    elif isinstance(request, SnapshotRequest) and request.memory:
+                        # Memory that could not be saved may leave overlays; what it leaves loose, gc merges.
+                        with suppress(SnaptreeError):
+                            await domain_memories.merge_loose(self, tree, lock)
                 raise
+            if moves is not None:
+                why = await domain_memories.arrive(self, moves, tree, lock)
+                outcome.said += [why] if why else []
         if goes is not None:
-            self._start(goes.after)
+            self.start(goes.after)
         return as_it_went(plan, outcome)
 
     def _going(self, looked: Looked, request: Request) -> Going | None:
         """What the domain does before and after a request to go elsewhere; ``None`` when it is off and stays so."""
-        if not isinstance(request, RevertRequest | SwitchRequest):
-            return None
         before = looked.reading.domain.state
+        if not isinstance(request, RevertRequest | SwitchRequest) or memory_moves(looked.tree, before, request):
+            return None
         after = request.power or before
         return None if before == after == OFF else Going(before, after)
 
-    def _start(self, state: str) -> None:
+    def start(self, state: str) -> None:
+        """Start it, unless it is to be off or runs."""
         if state != OFF and not self._runs():
             self.handle.start(paused=state == PAUSED)
 
-    def _keep(self, tree: Tree) -> None:
+    def keep(self, tree: Tree) -> None:
         """Put the tree that was read into the state file: steps change what is there."""
         kept = trees.find_config(self.database, self.name)
         config = self.config if kept is None else replace(self.config, created=kept.created)
@@ -302,9 +316,9 @@ class LibvirtMachine(Operated):
         from snaptree.running import recovery
 
         lock.extend(recovery.files_of(self.database, self.name))
-        return await recovery.recover(self.database, self.name, lock, None, control, self._opened())
+        return await recovery.recover(self.database, self.name, lock, None, control, self.opened())
 
-    def _opened(self) -> frozenset[tuple[int, int]]:
+    def opened(self) -> frozenset[tuple[int, int]]:
         """The files (device and inode) that its QEMU has open, by what libvirt says."""
         found: set[tuple[int, int]] = set()
         for path in (path for chain in self.handle.chains().values() for path in chain) if self._runs() else ():

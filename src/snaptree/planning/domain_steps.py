@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
+from snaptree.planning.domain_memory_steps import DomainGoOver, going_on, gone_over_by_libvirt, saved_by_libvirt
 from snaptree.planning.live_steps import LiveMerge, LiveSnapshot
+from snaptree.planning.memory_steps import GoOver, SaveMemory
 
 if TYPE_CHECKING:
     from snaptree.planning.plan import Plan
@@ -93,10 +95,14 @@ def with_records(plan: Plan, step: WriteRecords) -> Plan:
     from snaptree.planning.steps import Record
 
     steps: list[Step] = []
+    loaded: tuple[Step, ...] = ()
     for number, each in enumerate(plan.steps):
-        steps.append(_by_libvirt(each, step))
+        steps.append(taken := _by_libvirt(each, step, plan))
+        loaded = going_on(taken) if isinstance(taken, DomainGoOver) else loaded
         if isinstance(each, Record) and number >= plan.point_of_no_return:
-            steps.append(step)
+            # Until libvirt has been told that a memory is nobody's any more, its guest does not write to the disks.
+            steps += [step, *loaded]
+            loaded = ()
     # What the first operation has written is known to those that follow.
     later = replace(
         step,
@@ -107,10 +113,16 @@ def with_records(plan: Plan, step: WriteRecords) -> Plan:
     return replace(plan, steps=tuple(steps), then=tuple(with_records(each, later) for each in plan.then))
 
 
-def _by_libvirt(each: Step, step: WriteRecords) -> Step:
+def _by_libvirt(each: Step, step: WriteRecords, plan: Plan) -> Step:
     """What a running QEMU would be told by its monitor, as libvirt does it."""
     if isinstance(each, LiveSnapshot):
-        return DomainSnapshot(each.cuts, each.quiesce, each.agent, uri=step.uri, uuid=step.uuid)
+        return DomainSnapshot(
+            each.cuts, each.quiesce, each.agent, each.marks, each.firmware, uri=step.uri, uuid=step.uuid
+        )
+    if isinstance(each, SaveMemory):
+        return saved_by_libvirt(each, plan.after, step.uri, step.uuid)
+    if isinstance(each, GoOver):
+        return gone_over_by_libvirt(each, plan.after, step.uri, step.uuid)
     if isinstance(each, LiveMerge):
         return DomainMerge(each.jobs, uri=step.uri, uuid=step.uuid)
     return each

@@ -13,6 +13,7 @@ from snaptree.model.delta import Delta
 from snaptree.model.layer import LayerId
 from snaptree.model.machine import MachineConfig
 from snaptree.model.sizes import readable
+from snaptree.planning.domain_memory_steps import DomainGoOn, DomainGoOver, DomainSaveMemory
 from snaptree.planning.domain_steps import DomainMerge, DomainSnapshot, Undefine, WriteRecords
 from snaptree.planning.live_steps import LiveMerge, LiveOpen, LiveSettle, LiveSnapshot, LiveSwap
 from snaptree.planning.memory_steps import GoOver, SaveMemory
@@ -396,6 +397,9 @@ Step: TypeAlias = (
     | Forget
     | DomainSnapshot
     | DomainMerge
+    | DomainSaveMemory
+    | DomainGoOver
+    | DomainGoOn
     | WriteRecords
     | Undefine
 )

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from snaptree.planning.domain_memory_steps import DomainGoOn, DomainGoOver, DomainSaveMemory
 from snaptree.planning.domain_steps import DomainMerge, DomainSnapshot, Undefine, WriteRecords
 from snaptree.planning.steps import (
     ApplyInternal,
@@ -32,7 +33,15 @@ from snaptree.running.carry import firmware, headers, internals, making, sharing
 from snaptree.running.carry import moving as moving
 from snaptree.running.context import Context
 
-LIBVIRTS = (DomainSnapshot, DomainMerge, WriteRecords, Undefine)
+LIBVIRTS = (
+    DomainSnapshot,
+    DomainMerge,
+    DomainSaveMemory,
+    DomainGoOver,
+    DomainGoOn,
+    WriteRecords,
+    Undefine,
+)
 """Those that libvirt takes."""
 
 
@@ -100,7 +109,7 @@ async def undo(step: Step, context: Context) -> None:
     if isinstance(step, LIBVIRTS):
         from snaptree.running.carry import by_libvirt
 
-        by_libvirt.undo(step, context)
+        await by_libvirt.undo(step, context)
         return
     if isinstance(step, LiveStep):
         from snaptree.running.carry import by_running

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from snaptree.errors import BusyError
 from snaptree.model.tree import Tree
+from snaptree.planning.domain_memory_steps import DomainGoOn, DomainGoOver, DomainMemoryStep, DomainSaveMemory
 from snaptree.planning.domain_steps import DomainMerge, DomainSnapshot, Undefine, WriteRecords
 from snaptree.running.carry import domain_jobs
 from snaptree.running.context import Context
@@ -15,7 +16,7 @@ from snaptree.store import trees
 from snaptree.store.libvirt import applying
 from snaptree.store.libvirt.calls import DomainHandle, Libvirt
 
-LibvirtStep: TypeAlias = DomainSnapshot | DomainMerge | WriteRecords | Undefine
+LibvirtStep: TypeAlias = DomainSnapshot | DomainMerge | DomainMemoryStep | WriteRecords | Undefine
 _RECORD = "record "
 """Before the name of a record that is kept in the journal while libvirt has none of that name."""
 
@@ -34,8 +35,10 @@ async def do(step: LibvirtStep, context: Context) -> None:
     """Take the step. A domain that libvirt does not know (any more) has no records, and does not run."""
     with _domain(step) as domain:
         match step:
+            case DomainSaveMemory() | DomainGoOver() | DomainGoOn():
+                await _with_memory(step, domain, context)
             case DomainSnapshot():
-                domain_jobs.snapshot(step, domain)
+                domain_jobs.snapshot(step, domain, context)
             case DomainMerge():
                 await domain_jobs.merge(step, domain, context)
             case WriteRecords() if domain is not None:
@@ -44,6 +47,19 @@ async def do(step: LibvirtStep, context: Context) -> None:
                 domain.undefine(nvram=step.nvram)
             case _:
                 pass
+
+
+async def _with_memory(step: DomainMemoryStep, domain: DomainHandle | None, context: Context) -> None:
+    # What waits is loaded only where it is needed.
+    from snaptree.running.carry import domain_memory
+
+    match step:
+        case DomainSaveMemory():
+            await domain_memory.save(step, domain, context)
+        case DomainGoOver():
+            await domain_memory.go_over(step, domain, context)
+        case DomainGoOn():
+            domain_memory.go_on(step, domain, context)
 
 
 def _write(step: WriteRecords, domain: DomainHandle, context: Context) -> None:
@@ -77,18 +93,37 @@ def _require_untouched(step: WriteRecords, domain: DomainHandle, tree: Tree) -> 
             raise BusyError(f"{disk} of domain {domain.name} is {path} by now, which somebody else has made so", hint)
 
 
-def undo(step: LibvirtStep, context: Context) -> None:
+async def undo(step: LibvirtStep, context: Context) -> None:
     """Take the step back: what libvirt has begun is ended, and what it has written shows the same."""
     if isinstance(step, DomainMerge):
         with _domain(step) as domain:
             domain_jobs.unmerge(step, domain, context)
+    elif isinstance(step, DomainSnapshot):
+        with _domain(step) as domain:
+            domain_jobs.unsnapshot(step, domain, context)
+    elif isinstance(step, DomainSaveMemory | DomainGoOver):
+        from snaptree.running.carry import domain_memory
+
+        with _domain(step) as domain:
+            if isinstance(step, DomainGoOver):
+                await domain_memory.ungo(step, domain, context)
+            else:
+                domain_memory.unsave(step, context)
 
 
 def happened(step: LibvirtStep, context: Context) -> bool:
     """Whether it has happened, or goes on, though we did not live to see it."""
-    if not isinstance(step, DomainSnapshot | DomainMerge):
-        return False
     with _domain(step) as domain:
-        if isinstance(step, DomainSnapshot):
-            return domain_jobs.was_cut(step, domain)
-        return domain_jobs.went_on(step, domain)
+        match step:
+            case DomainSnapshot():
+                return domain_jobs.was_cut(step, domain)
+            case DomainMerge():
+                return domain_jobs.went_on(step, domain)
+            case DomainSaveMemory() | DomainGoOver():
+                from snaptree.running.carry import domain_memory
+
+                if isinstance(step, DomainSaveMemory):
+                    return domain_memory.was_saved(step, domain)
+                return domain_memory.has_gone(step, domain, context)
+            case _:
+                return False

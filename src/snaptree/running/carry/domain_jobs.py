@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 
 from snaptree.errors import CancelledError, ToolError
 from snaptree.images import durable
 from snaptree.images.facts import read_facts
 from snaptree.images.measure import holds
-from snaptree.model.live import OFF
+from snaptree.model.live import OFF, RUNNING
 from snaptree.planning.domain_steps import DomainMerge, DomainSnapshot
 from snaptree.planning.live_steps import LiveJob
 from snaptree.planning.steps import Move
 from snaptree.qemu.jobs import JobProgress
-from snaptree.running.carry import moving
+from snaptree.running.carry import firmware, moving
 from snaptree.running.carry.by_qemu import bytes_moved
 from snaptree.running.carry.live_merge import finish, header_says, holds_all, move_job
 from snaptree.running.context import Context
@@ -27,6 +28,7 @@ from snaptree.store.libvirt.calls import COMMIT, BlockJob, DomainHandle
 POLL_SECONDS = 0.02
 SETTLE_SECONDS = 10.0
 """So long libvirt's view may lag behind a job that has ended."""
+STANDS, GOES_ON = "stands still", "goes on"
 HELD = 1
 """Bytes a second while nothing is to move: libvirt knows no slower."""
 
@@ -34,13 +36,46 @@ HELD = 1
 # ---- snapshots ----------------------------------------------------------------------------------------------------
 
 
-def snapshot(step: DomainSnapshot, domain: DomainHandle | None) -> None:
+def snapshot(step: DomainSnapshot, domain: DomainHandle | None, context: Context) -> None:
     """Let the guest go on in the overlays. Where the domain has stopped they show what the tips show, or are tips."""
-    if domain is None or domain.state() == OFF or _are_tips(step, domain):
+    if domain is None or domain.state() == OFF:
         return
-    domain.cut({cut.disk: cut.overlay for cut in step.cuts}, quiesce=step.quiesce)
+    if not _are_tips(step, domain):
+        _cut(step, domain, context)
     if not _are_tips(step, domain):
         raise ToolError(f"libvirt reported success, but {step.cuts[0].overlay} is not what the guest writes to now")
+    _go_on(step, domain, context)
+
+
+def _cut(step: DomainSnapshot, domain: DomainHandle, context: Context) -> None:
+    overlays = {cut.disk: cut.overlay for cut in step.cuts}
+    # Where the file systems are to be frozen the guest's agent has to answer: the guest runs.
+    stands = bool(step.firmware) and not step.quiesce and domain.state() == RUNNING
+    if not stands:
+        domain.cut(overlays, quiesce=step.quiesce)
+        return
+    context.journal.note(step.about, STANDS)
+    begun = time.monotonic()
+    domain.stand_still()
+    try:
+        firmware.renew(step.firmware, context)
+        domain.cut(overlays, quiesce=False)
+    finally:
+        _go_on(step, domain, context)
+    context.paused = time.monotonic() - begun
+
+
+def _go_on(step: DomainSnapshot, domain: DomainHandle, context: Context) -> None:
+    """Let the guest go on that we have stopped."""
+    if context.journal.noted(step.about) == STANDS:
+        domain.go_on()
+        context.journal.note(step.about, GOES_ON)
+
+
+def unsnapshot(step: DomainSnapshot, domain: DomainHandle | None, context: Context) -> None:
+    """Take back what is not done yet: the guest goes on in its tips."""
+    if domain is not None:
+        _go_on(step, domain, context)
 
 
 def was_cut(step: DomainSnapshot, domain: DomainHandle | None) -> bool:

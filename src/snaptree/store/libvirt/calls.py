@@ -1,4 +1,4 @@
-"""The one module that calls libvirt. Its errors become ours here, and it prints none by itself.
+"""What calls libvirt, with ``memory.py``; nothing else does. Its errors become ours here, and it prints none by itself.
 
 Official calls only: nothing goes past libvirt to a QEMU that it runs.
 """
@@ -54,7 +54,7 @@ def usual_uri() -> str | None:
 
 
 @contextmanager
-def _explained(doing: str) -> Iterator[None]:
+def explained(doing: str) -> Iterator[None]:
     """Turn what libvirt says into an error of ours.
 
     :param doing: what was to be done, for the message: ``cannot DOING``.
@@ -114,7 +114,7 @@ class Libvirt:
 
     def __init__(self, uri: str) -> None:
         self._libvirt = binding()
-        with _explained(f"connect to libvirt at {uri}"):
+        with explained(f"connect to libvirt at {uri}"):
             self._connection = self._libvirt.open(uri)
             kind = str(self._connection.getType())
             self.uri = uri
@@ -133,7 +133,7 @@ class Libvirt:
 
     def domains(self) -> tuple[DomainHandle, ...]:
         """All domains, running or not, by name."""
-        with _explained("list the domains"):
+        with explained("list the domains"):
             found = self._connection.listAllDomains()
             return tuple(sorted((DomainHandle(self, each) for each in found), key=lambda each: each.name))
 
@@ -170,6 +170,19 @@ def _targets(definition: str) -> tuple[str, ...]:
     return tuple(target for target, _ in xml.disks(xml.parse(definition, "the domain's definition")))
 
 
+def snapshot_request(definition: str, overlays: Mapping[str, str]) -> xml.Element:
+    """What libvirt is asked for a snapshot with: these disks go on in these overlays, the others as they are."""
+    root = xml.etree().Element("domainsnapshot")
+    disks = xml.etree().SubElement(root, "disks")
+    for target in _targets(definition):
+        disk = xml.etree().SubElement(disks, "disk", name=target, snapshot="external" if target in overlays else "no")
+        if target in overlays:
+            disk.set("type", "file")
+            xml.etree().SubElement(disk, "driver", type="qcow2")
+            xml.etree().SubElement(disk, "source", file=overlays[target])
+    return root
+
+
 class DomainHandle:
     """One domain, to be asked and told."""
 
@@ -193,7 +206,7 @@ class DomainHandle:
     def state(self) -> str:
         """``off``, ``running`` or ``paused``."""
         libvirt = self._libvirt
-        with _explained(f"ask what domain {self.name} does"):
+        with explained(f"ask what domain {self.name} does"):
             number = self._domain.state()[0]
         if number in (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_CRASHED):
             return OFF
@@ -201,12 +214,12 @@ class DomainHandle:
 
     def is_persistent(self) -> bool:
         """Whether it outlives its QEMU."""
-        with _explained(f"read domain {self.name}"):
+        with explained(f"read domain {self.name}"):
             return bool(self._domain.isPersistent())
 
     def is_saved(self) -> bool:
         """Whether it has a managed save image, from which the next start goes on, on the disks of then."""
-        with _explained(f"read domain {self.name}"):
+        with explained(f"read domain {self.name}"):
             return bool(self._domain.hasManagedSaveImage(0))
 
     def definition(self, *, secure: bool = False, live: bool = False) -> str:
@@ -216,18 +229,18 @@ class DomainHandle:
         """
         flags = 0 if live else self._libvirt.VIR_DOMAIN_XML_INACTIVE
         flags |= self._libvirt.VIR_DOMAIN_XML_SECURE if secure else 0
-        with _explained(f"read the definition of domain {self.name}"):
+        with explained(f"read the definition of domain {self.name}"):
             return str(self._domain.XMLDesc(flags))
 
     def records(self, *, secure: bool = False) -> dict[str, str]:
         """The XML of each snapshot's record, by name."""
         flags = self._libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE if secure else 0
-        with _explained(f"read the snapshots of domain {self.name}"):
+        with explained(f"read the snapshots of domain {self.name}"):
             return {str(each.getName()): str(each.getXMLDesc(flags)) for each in self._domain.listAllSnapshots(0)}
 
     def current(self) -> str | None:
         """The name of the snapshot that libvirt takes for current."""
-        with _explained(f"read the snapshots of domain {self.name}"):
+        with explained(f"read the snapshots of domain {self.name}"):
             if not self._domain.hasCurrentSnapshot(0):
                 return None
             return str(self._domain.snapshotCurrent(0).getName())
@@ -237,7 +250,7 @@ class DomainHandle:
 
         :raise NotFoundError: there is none of that name.
         """
-        with _explained(f"read snapshot {name!r} of domain {self.name}"):
+        with explained(f"read snapshot {name!r} of domain {self.name}"):
             return str(self._domain.snapshotLookupByName(name, 0).getXMLDesc(0))
 
     def jobs(self) -> tuple[str, ...]:
@@ -246,7 +259,7 @@ class DomainHandle:
         if self.state() == OFF:
             return ()
         found: list[str] = []
-        with _explained(f"ask what jobs domain {self.name} has"):
+        with explained(f"ask what jobs domain {self.name} has"):
             kind = self._domain.jobInfo()[0]
             if kind != libvirt.VIR_DOMAIN_JOB_NONE:
                 found.append("a job (a migration, a save or a backup) is under way")
@@ -288,7 +301,7 @@ class DomainHandle:
 
     def define(self, text: str) -> None:
         """Give it another definition."""
-        with _explained(f"define domain {self.name}"):
+        with explained(f"define domain {self.name}"):
             self.connection._connection.defineXML(text)
 
     def redefine(self, text: str, name: str, *, current: bool = False) -> None:
@@ -299,7 +312,7 @@ class DomainHandle:
         libvirt = self._libvirt
         flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE
         flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT if current else 0
-        with _explained(f"write the record of snapshot {name!r}"):
+        with explained(f"write the record of snapshot {name!r}"):
             self._domain.snapshotCreateXML(text, flags)
 
     def forget_record(self, name: str) -> None:
@@ -317,12 +330,12 @@ class DomainHandle:
         libvirt = self._libvirt
         flags = libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
         flags |= libvirt.VIR_DOMAIN_UNDEFINE_NVRAM if nvram else libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM
-        with _explained(f"undefine domain {self.name}"):
+        with explained(f"undefine domain {self.name}"):
             self._domain.undefineFlags(flags)
 
     def start(self, *, paused: bool) -> None:
         """Start it."""
-        with _explained(f"start domain {self.name}"):
+        with explained(f"start domain {self.name}"):
             self._domain.createWithFlags(self._libvirt.VIR_DOMAIN_START_PAUSED if paused else 0)
 
     # ---- what runs ------------------------------------------------------------------------------------------------
@@ -330,20 +343,11 @@ class DomainHandle:
     def cut(self, overlays: Mapping[str, str], *, quiesce: bool) -> None:
         """Let the disks go on in overlays that are there already, all at one instant; the others stay as they are."""
         libvirt = self._libvirt
-        root = xml.etree().Element("domainsnapshot")
-        disks = xml.etree().SubElement(root, "disks")
-        for target in _targets(self.definition(live=True)):
-            disk = xml.etree().SubElement(
-                disks, "disk", name=target, snapshot="external" if target in overlays else "no"
-            )
-            if target in overlays:
-                disk.set("type", "file")
-                xml.etree().SubElement(disk, "driver", type="qcow2")
-                xml.etree().SubElement(disk, "source", file=overlays[target])
+        root = snapshot_request(self.definition(live=True), overlays)
         flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
         flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT
         flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_QUIESCE if quiesce else 0
-        with _explained(f"take a snapshot of domain {self.name}"):
+        with explained(f"take a snapshot of domain {self.name}"):
             self._domain.snapshotCreateXML(xml.text_of(root), flags)
 
     def commit(self, target: str, base: str, top: str, speed: int, *, active: bool, relative: bool) -> None:
@@ -357,7 +361,7 @@ class DomainHandle:
         flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES
         flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE if active else 0
         flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_RELATIVE if relative and not active else 0
-        with _explained(f"merge {top} into {base}"):
+        with explained(f"merge {top} into {base}"):
             self._domain.blockCommit(target, base, top, speed, flags)
 
     def pull(self, target: str, base: str | None, speed: int) -> None:
@@ -365,7 +369,7 @@ class DomainHandle:
         libvirt = self._libvirt
         flags = libvirt.VIR_DOMAIN_BLOCK_REBASE_BANDWIDTH_BYTES
         flags |= libvirt.VIR_DOMAIN_BLOCK_REBASE_RELATIVE if base is not None else 0
-        with _explained(f"merge layers into the tip of {target}"):
+        with explained(f"merge layers into the tip of {target}"):
             try:
                 self._domain.blockRebase(target, base, speed, flags)
             except libvirt.libvirtError as error:
@@ -396,14 +400,24 @@ class DomainHandle:
     def flush(self) -> float:
         """Have its QEMU bring to disk all that it keeps, by stopping the guest for a moment; for how many seconds."""
         since = time.monotonic()
-        with _explained(f"stop domain {self.name} for a moment"):
+        self.stand_still()
+        try:
+            return time.monotonic() - since
+        finally:
+            self.go_on()
+
+    def stand_still(self) -> None:
+        """Let the guest stand still."""
+        with explained(f"stop domain {self.name} for a moment"):
             self._domain.suspend()
-            try:
-                return time.monotonic() - since
-            finally:
+
+    def go_on(self) -> None:
+        """Let a guest go on that stands still."""
+        if self.state() == PAUSED:
+            with explained(f"let domain {self.name} go on"):
                 self._domain.resume()
 
     def stop(self) -> None:
         """Turn it off, as by pulling the plug."""
-        with _explained(f"turn domain {self.name} off"):
+        with explained(f"turn domain {self.name} off"):
             self._domain.destroy()

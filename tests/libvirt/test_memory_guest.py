@@ -1,0 +1,127 @@
+"""A Linux guest in a domain goes on from the very instant: what it counts in memory is what is on its disks."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from tests.kit.domain import of_libvirt
+from tests.libvirt.test_guest import Written
+from tests.libvirt.test_guest import initramfs as initramfs
+from tests.libvirt.test_guest import written as written
+
+from snaptree.errors import CancelledError
+from snaptree.machines.connection import Connection
+from snaptree.planning.create import SnapshotRequest
+from snaptree.running.control import Control
+from snaptree.running.progress import Progress
+
+pytestmark = [pytest.mark.root, pytest.mark.slow]
+
+
+def told(written: Written) -> list[int]:
+    """What the guest has said of what is flushed, in the order in which it did."""
+    rows = [line.split() for line in written.guest.lines() if line.startswith("F ")]
+    return [int(row[1]) for row in rows if len(row) == 3 and row[1].isdigit()]
+
+
+def goes_on_from(written: Written, name: str, line: str) -> None:
+    """Go elsewhere: the guest goes on where the memory of the name has it, and its disks are of that instant."""
+    held = written.holds(name)
+    before = len(told(written))
+    written.web(line)
+    written.guest.wait_for("the guest that has gone over", lambda _: len(told(written)) > before + 2)
+    # The line that was being written when it was saved may be joined to the one before.
+    first = told(written)[before + 1]
+    assert min(held) <= first + 40 and first <= max(held) + 80, (held, told(written)[before:])
+    written.web.agree()
+
+
+def on(written: Written) -> None:
+    """Let it write on for a while; it sees no I/O error."""
+    seen = len(told(written))
+    written.guest.wait_for("more records", lambda _: len(told(written)) > seen + 5)
+    assert written.guest.errors() == []
+
+
+def test_memory_goes_with_snapshots_and_branches(written: Written) -> None:
+    web = written.web
+    written.start()
+    web("snapshot @ m1 --memory")
+    on(written)
+    web("snapshot @ s2")
+    on(written)
+    kept = {name: written.holds(name) for name in ("m1", "s2")}
+    assert kept["m1"] < kept["s2"]
+    goes_on_from(written, "m1", "revert @ m1")
+    on(written)
+    parked = written.holds("main.1")
+    assert parked > kept["s2"]
+    web("snapshot @ m3 --memory")
+    goes_on_from(written, "main.1", "switch @ main.1")
+    on(written)
+    # virsh goes back to it as to one of its own.
+    held, before = written.holds("m3"), len(told(written))
+    web.virsh("snapshot-revert", "@", "m3")
+    written.guest.wait_for("the guest that virsh has loaded", lambda _: len(told(written)) > before + 2)
+    assert told(written)[before + 1] <= max(held) + 80
+    web("snapshot @ s4")
+    goes_on_from(written, "m1", "revert @ m1 --discard")
+    on(written)
+    assert {name: written.holds(name) for name in kept} == kept
+    web("delete @ m1 s2")
+    web.agree()
+    on(written)
+    last = written.guest.hold()
+    web.virsh("destroy", "@")
+    assert max(written.holds("main")) <= last + 1
+    web.forgiven.add("leaks")
+    web.sound()
+
+
+def test_it_is_stopped_while_the_memory_is_saved(written: Written) -> None:
+    """The guest goes on as it was, and nothing is left."""
+    web = written.web
+    written.start()
+    files, control = web.files(), Control(web.name)
+
+    def stop(progress: Progress) -> None:
+        if "save memory" in progress.summary:
+            control.cancelled.set()
+
+    with of_libvirt(web.own.uri), pytest.raises(CancelledError, match="stopped"):
+        Connection(str(web.state)).machine(web.name).run(
+            SnapshotRequest("m1", memory=True), progress=stop, control=control
+        )
+    assert web.files() == files and set(web.names()) == {"main"} and web.listed() == {}
+    written.guest.writes_on()
+    web.agree()
+    web.virsh("destroy", "@")
+
+
+@pytest.mark.parametrize("line", ["snapshot @ m2 --memory", "revert @ m1", "revert @ m1 --discard"])
+@pytest.mark.parametrize("after", [0.45, 0.6, 0.8, 1.1])
+def test_killed_at_some_moment(written: Written, line: str, after: float) -> None:
+    """Whatever it was at, libvirt brings it to an end, and recovery goes on from there; the guest goes on."""
+    web = written.web
+    written.start()
+    web("snapshot @ m1 --memory")
+    on(written)
+    kept = written.holds("m1")
+    process = written.command(line)
+    time.sleep(after)
+    process.kill()
+    process.communicate()
+    web("recover @")
+    web.agree()
+    assert web.show()["state"] == "running" and written.holds("m1") == kept
+    if web.show()["active_branch"] == "main" and "discard" not in line:
+        on(written)
+    for name in web.names():
+        written.holds(name)
+    web("gc @")
+    web("revert @ m1 --discard")
+    on(written)
+    web.virsh("destroy", "@")
+    web.forgiven.add("leaks")
+    web.sound()
