@@ -30,7 +30,7 @@ def with_memory(handle: DomainHandle, live: Live | None, tree: Tree, request: Re
     if live is None:
         return None
     moves = memory_moves(tree, live.state, request)
-    saves = isinstance(request, SnapshotRequest) and request.memory
+    saves = isinstance(request, SnapshotRequest) and (request.memory or request.internal)
     if not saves and not (moves is not None and moves.saves):
         return live
     return replace(live, memory=DomainMemory(handle).saveable())
@@ -71,7 +71,7 @@ async def merge_loose(machine: LibvirtMachine, before: Tree, lock: MachineLock) 
     survey = machine.survey(looked, looked.tree)
     nothing = Plan("merge", "merge what is loose", (), 0, looked.tree)
     plan = planned(looked.tree, survey, lambda measured: follow(nothing, before, measured, "auto"))
-    machine.require_by_libvirt(plan, survey)
-    plan = with_records(plan, machine.tell(looked))
+    tell = machine.tell(looked)
+    plan = with_records(machine.by_libvirt(plan, looked.tree, survey, tell), tell)
     lock.extend(files_of(plan))
     await executor.run(machine.database, machine.name, plan, lock=lock, spared=machine.opened())

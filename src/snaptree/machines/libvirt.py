@@ -44,7 +44,7 @@ from snaptree.model.tree import Tree
 from snaptree.planning import verbs
 from snaptree.planning.adopt import AttachRequest, DetachRequest
 from snaptree.planning.create import SnapshotRequest
-from snaptree.planning.domain_steps import Undefine, WriteRecords, with_records
+from snaptree.planning.domain_steps import Undefine, WriteRecords, forgotten_by_libvirt, with_records
 from snaptree.planning.health import ailments
 from snaptree.planning.plan import Plan
 from snaptree.planning.revert import RevertRequest, SwitchRequest, memory_moves
@@ -149,8 +149,8 @@ class LibvirtMachine(Operated):
             survey = replace(survey, running=False, live=None)
         require_real_folders(request)
         plan = planned(tree, survey, lambda measured: verbs.plan(tree, measured, request))
-        self.require_by_libvirt(plan, survey)
         tell = self.tell(looked)
+        plan = self.by_libvirt(plan, tree, survey, tell)
         if isinstance(request, RemoveRequest):
             undefine = Undefine(tell.uri, tell.uuid, looked.reading.domain.name, nvram=request.delete_files)
             steps: tuple[Step, ...] = (undefine, *plan.steps)
@@ -172,14 +172,15 @@ class LibvirtMachine(Operated):
         tips = tuple((disk.target, disk.path) for disk in looked.reading.domain.disks)
         return WriteRecords(self.config.uri, self.config.uuid, known=known, tips=tips)
 
-    def require_by_libvirt(self, plan: Plan, survey: Survey) -> None:
-        """See that libvirt has a call for all that QEMU would have to do.
+    def by_libvirt(self, plan: Plan, tree: Tree, survey: Survey, tell: WriteRecords) -> Plan:
+        """The plan in which libvirt does what QEMU would have to do with internal snapshots.
 
-        :raise RefusedError: it has none.
+        :raise RefusedError: it has no call for it.
         """
         if survey.live is None:
-            return
+            return plan
         opened = {survey.layers[each].path for each in survey.live.open}
+        plan = forgotten_by_libvirt(plan, tree, opened, tell)
         for step in (step for each in plan.every() for step in each.steps):
             if isinstance(step, DeleteInternal) and step.path in opened:
                 hint = f"shut it down first: 'virsh shutdown {self.name}'"
@@ -188,6 +189,7 @@ class LibvirtMachine(Operated):
                     "by themselves",
                     hint,
                 )
+        return plan
 
     def _require_possible(self, looked: Looked, request: Request) -> None:
         """See that the domain may be worked on so.
@@ -208,8 +210,7 @@ class LibvirtMachine(Operated):
         if not domain.persistent:
             hint = "make it persistent with 'virsh define'"
             raise RefusedError(f"domain {domain.name} is transient: libvirt forgets it when it stops", hint)
-        whole = isinstance(request, SnapshotRequest) and request.internal
-        if domain.state != OFF and (whole or isinstance(request, RemoveRequest)):
+        if domain.state != OFF and isinstance(request, RemoveRequest):
             hint = f"shut it down first: 'virsh shutdown {domain.name}'"
             raise RefusedError(f"domain {domain.name} is {domain.state}, and has to be off for this", hint)
 

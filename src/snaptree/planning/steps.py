@@ -14,7 +14,7 @@ from snaptree.model.layer import LayerId
 from snaptree.model.machine import MachineConfig
 from snaptree.model.sizes import readable
 from snaptree.planning.domain_memory_steps import DomainGoOn, DomainGoOver, DomainSaveMemory
-from snaptree.planning.domain_steps import DomainMerge, DomainSnapshot, Undefine, WriteRecords
+from snaptree.planning.domain_steps import DomainForget, DomainMerge, DomainSnapshot, Undefine, WriteRecords
 from snaptree.planning.live_steps import LiveMerge, LiveOpen, LiveSettle, LiveSnapshot, LiveSwap
 from snaptree.planning.memory_steps import GoOver, SaveMemory
 
@@ -400,6 +400,7 @@ Step: TypeAlias = (
     | DomainSaveMemory
     | DomainGoOver
     | DomainGoOn
+    | DomainForget
     | WriteRecords
     | Undefine
 )

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from snaptree.planning.domain_memory_steps import DomainGoOn, DomainGoOver, DomainSaveMemory
-from snaptree.planning.domain_steps import DomainMerge, DomainSnapshot, Undefine, WriteRecords
+from snaptree.planning.domain_steps import DomainForget, DomainMerge, DomainSnapshot, Undefine, WriteRecords
 from snaptree.planning.steps import (
     ApplyInternal,
     BuildFromPoint,
@@ -39,6 +39,7 @@ LIBVIRTS = (
     DomainSaveMemory,
     DomainGoOver,
     DomainGoOn,
+    DomainForget,
     WriteRecords,
     Undefine,
 )

@@ -9,14 +9,14 @@ from typing import TypeAlias
 from snaptree.errors import BusyError
 from snaptree.model.tree import Tree
 from snaptree.planning.domain_memory_steps import DomainGoOn, DomainGoOver, DomainMemoryStep, DomainSaveMemory
-from snaptree.planning.domain_steps import DomainMerge, DomainSnapshot, Undefine, WriteRecords
+from snaptree.planning.domain_steps import DomainForget, DomainMerge, DomainSnapshot, Undefine, WriteRecords
 from snaptree.running.carry import domain_jobs
 from snaptree.running.context import Context
 from snaptree.store import trees
 from snaptree.store.libvirt import applying
 from snaptree.store.libvirt.calls import DomainHandle, Libvirt
 
-LibvirtStep: TypeAlias = DomainSnapshot | DomainMerge | DomainMemoryStep | WriteRecords | Undefine
+LibvirtStep: TypeAlias = DomainSnapshot | DomainMerge | DomainMemoryStep | DomainForget | WriteRecords | Undefine
 _RECORD = "record "
 """Before the name of a record that is kept in the journal while libvirt has none of that name."""
 
@@ -41,6 +41,8 @@ async def do(step: LibvirtStep, context: Context) -> None:
                 domain_jobs.snapshot(step, domain, context)
             case DomainMerge():
                 await domain_jobs.merge(step, domain, context)
+            case DomainForget():
+                domain_jobs.forget(step, domain, context)
             case WriteRecords() if domain is not None:
                 _write(step, domain, context)
             case Undefine() if domain is not None:
@@ -116,7 +118,7 @@ def happened(step: LibvirtStep, context: Context) -> bool:
     with _domain(step) as domain:
         match step:
             case DomainSnapshot():
-                return domain_jobs.was_cut(step, domain)
+                return domain_jobs.was_taken(step, domain)
             case DomainMerge():
                 return domain_jobs.went_on(step, domain)
             case DomainSaveMemory() | DomainGoOver():

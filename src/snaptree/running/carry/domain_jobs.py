@@ -15,15 +15,16 @@ from snaptree.images import durable
 from snaptree.images.facts import read_facts
 from snaptree.images.measure import holds
 from snaptree.model.live import OFF, RUNNING
-from snaptree.planning.domain_steps import DomainMerge, DomainSnapshot
+from snaptree.planning.domain_steps import DomainForget, DomainMerge, DomainSnapshot
 from snaptree.planning.live_steps import LiveJob
-from snaptree.planning.steps import Move
+from snaptree.planning.steps import DeleteInternal, MakeInternal, Move
 from snaptree.qemu.jobs import JobProgress
-from snaptree.running.carry import firmware, moving
+from snaptree.running.carry import firmware, internals, moving
 from snaptree.running.carry.by_qemu import bytes_moved
 from snaptree.running.carry.live_merge import finish, header_says, holds_all, move_job
 from snaptree.running.context import Context
 from snaptree.store.libvirt.calls import COMMIT, BlockJob, DomainHandle
+from snaptree.store.libvirt.memory import DomainMemory
 
 POLL_SECONDS = 0.02
 SETTLE_SECONDS = 10.0
@@ -39,6 +40,14 @@ HELD = 1
 def snapshot(step: DomainSnapshot, domain: DomainHandle | None, context: Context) -> None:
     """Let the guest go on in the overlays. Where the domain has stopped they show what the tips show, or are tips."""
     if domain is None or domain.state() == OFF:
+        if step.marks and not was_taken(step, domain):
+            raise ToolError(f"the domain stopped before {step.marks[0].tag!r} was there", "take the snapshot again")
+        return
+    if step.marks:
+        if not was_taken(step, domain):
+            begun = time.monotonic()
+            DomainMemory(domain).mark(step.marks[0].tag, [mark.disk for mark in step.marks])
+            context.paused = time.monotonic() - begun
         return
     if not _are_tips(step, domain):
         _cut(step, domain, context)
@@ -76,11 +85,28 @@ def unsnapshot(step: DomainSnapshot, domain: DomainHandle | None, context: Conte
     """Take back what is not done yet: the guest goes on in its tips."""
     if domain is not None:
         _go_on(step, domain, context)
+    if domain is None or domain.state() == OFF:
+        for mark in step.marks:
+            internals.unmake(MakeInternal(mark.path, mark.tag), context)
 
 
-def was_cut(step: DomainSnapshot, domain: DomainHandle | None) -> bool:
-    """Whether the guest writes to the overlays, or did when it stopped."""
-    return domain is not None and _are_tips(step, domain)
+def forget(step: DomainForget, domain: DomainHandle | None, context: Context) -> None:
+    """Have an internal snapshot deleted; where the domain has stopped it is done without libvirt."""
+    if domain is not None and domain.state() != OFF:
+        DomainMemory(domain).delete_snapshot(step.name)
+        return
+    for path in step.paths:
+        internals.delete(DeleteInternal(path, step.name), context)
+
+
+def was_taken(step: DomainSnapshot, domain: DomainHandle | None) -> bool:
+    """Whether the guest writes to the overlays, or did when it stopped; or the internal snapshot is there."""
+    if domain is None:
+        return False
+    if not step.marks:
+        return _are_tips(step, domain)
+    DomainMemory(domain).settle()
+    return step.marks[0].tag in domain.records()
 
 
 def _are_tips(step: DomainSnapshot, domain: DomainHandle) -> bool:

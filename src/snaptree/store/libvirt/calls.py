@@ -63,10 +63,10 @@ def explained(doing: str) -> Iterator[None]:
     try:
         yield
     except libvirt.libvirtError as error:
-        raise _explain(libvirt, error, doing) from error
+        raise explain(libvirt, error, doing) from error
 
 
-def _explain(libvirt: Any, error: Any, doing: str) -> SnaptreeError:
+def explain(libvirt: Any, error: Any, doing: str) -> SnaptreeError:
     code, text = error.get_error_code(), " ".join(str(error.get_error_message() or error).split())
     said = f"cannot {doing}: {text}"
     if code in (libvirt.VIR_ERR_AUTH_FAILED, libvirt.VIR_ERR_AUTH_CANCELLED, libvirt.VIR_ERR_AUTH_UNAVAILABLE):
@@ -155,7 +155,7 @@ class Libvirt:
                 return DomainHandle(self, each())
             except self._libvirt.libvirtError as error:
                 if error.get_error_code() not in expected:
-                    raise _explain(self._libvirt, error, f"look for domain {word!r}") from error
+                    raise explain(self._libvirt, error, f"look for domain {word!r}") from error
         return None
 
     def volume(self, pool: str, name: str) -> str | None:
@@ -166,7 +166,8 @@ class Libvirt:
             return None
 
 
-def _targets(definition: str) -> tuple[str, ...]:
+def targets(definition: str) -> tuple[str, ...]:
+    """The disks of a definition, whatever they are."""
     return tuple(target for target, _ in xml.disks(xml.parse(definition, "the domain's definition")))
 
 
@@ -174,7 +175,7 @@ def snapshot_request(definition: str, overlays: Mapping[str, str]) -> xml.Elemen
     """What libvirt is asked for a snapshot with: these disks go on in these overlays, the others as they are."""
     root = xml.etree().Element("domainsnapshot")
     disks = xml.etree().SubElement(root, "disks")
-    for target in _targets(definition):
+    for target in targets(definition):
         disk = xml.etree().SubElement(disks, "disk", name=target, snapshot="external" if target in overlays else "no")
         if target in overlays:
             disk.set("type", "file")
@@ -263,7 +264,7 @@ class DomainHandle:
             kind = self._domain.jobInfo()[0]
             if kind != libvirt.VIR_DOMAIN_JOB_NONE:
                 found.append("a job (a migration, a save or a backup) is under way")
-            for target in _targets(self.definition(live=True)):
+            for target in targets(self.definition(live=True)):
                 try:
                     job = self._domain.blockJobInfo(target, 0)
                 except libvirt.libvirtError:
@@ -323,7 +324,7 @@ class DomainHandle:
             snapshot.delete(libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY)
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_SNAPSHOT:
-                raise _explain(libvirt, error, f"drop the record of snapshot {name!r}") from error
+                raise explain(libvirt, error, f"drop the record of snapshot {name!r}") from error
 
     def undefine(self, *, nvram: bool) -> None:
         """Have libvirt forget it with all its records; with ``nvram`` its UEFI variables go as well."""
@@ -384,7 +385,7 @@ class DomainHandle:
             self._domain.blockJobAbort(target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_BLOCK_COPY_ACTIVE:
-                raise _explain(libvirt, error, f"end the merge of {target}") from error
+                raise explain(libvirt, error, f"end the merge of {target}") from error
 
     def limit(self, target: str, speed: int) -> None:
         """Let so many bytes a second move from now on; 0 for no limit."""

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 
 from snaptree.errors import BusyError, RefusedError, UnhealthyError
 from snaptree.model.live import RUNNING
 from snaptree.model.memory import LIBVIRT, Saveable
 from snaptree.store.libvirt import xml
-from snaptree.store.libvirt.calls import DomainHandle, binding, explained, snapshot_request
+from snaptree.store.libvirt.calls import DomainHandle, binding, explain, explained, snapshot_request, targets
 from snaptree.store.libvirt.xml import Element
 
 IDLE_SECONDS = 600.0
@@ -177,3 +177,26 @@ class DomainMemory:
         flags = libvirt.VIR_DOMAIN_SAVE_RUNNING if state == RUNNING else libvirt.VIR_DOMAIN_SAVE_PAUSED
         with explained(f"load {path} into domain {self._handle.name}"):
             self._handle.connection._connection.restoreFlags(path, text, flags)
+
+    # ---- memory within an image -----------------------------------------------------------------------------------
+
+    def mark(self, name: str, disks: Collection[str]) -> None:
+        """Take an internal snapshot on these disks, which are all; libvirt saves the memory with it, and writes a
+        record."""
+        root = xml.etree().Element("domainsnapshot")
+        xml.put_text(root, "name", name)
+        xml.etree().SubElement(root, "memory", snapshot="internal")
+        element = xml.etree().SubElement(root, "disks")
+        for target in targets(self._handle.definition(live=True)):
+            xml.etree().SubElement(element, "disk", name=target, snapshot="internal" if target in disks else "no")
+        with explained(f"take a snapshot of domain {self._handle.name}"):
+            self._domain.snapshotCreateXML(xml.text_of(root), 0)
+
+    def delete_snapshot(self, name: str) -> None:
+        """Delete a snapshot, with all that there is of it; one that is not there is deleted already."""
+        libvirt = self._libvirt
+        try:
+            self._domain.snapshotLookupByName(name, 0).delete(0)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_SNAPSHOT:
+                raise explain(libvirt, error, f"delete snapshot {name!r}") from error
