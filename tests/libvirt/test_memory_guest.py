@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from tests.kit.domain import of_libvirt
+from tests.kit.domain import DomainScene, VirshRefusal, domain_scene, of_libvirt
+from tests.kit.libvirtd import LABELLED, Libvirtd, LibvirtUnavailable, libvirtd
 from tests.libvirt.test_guest import Written
 from tests.libvirt.test_guest import initramfs as initramfs
 from tests.libvirt.test_guest import written as written
@@ -125,3 +131,76 @@ def test_killed_at_some_moment(written: Written, line: str, after: float) -> Non
     web.virsh("destroy", "@")
     web.forgiven.add("leaks")
     web.sound()
+
+
+def daemons(own: Libvirtd) -> list[int]:
+    """The process of this libvirtd, and of none other."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            mine = str(own.log.parent) in (folder / "mountinfo").read_text()
+            if mine and (folder / "comm").read_text().strip() == "libvirtd":
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def answers(web: DomainScene) -> None:
+    """Wait until libvirtd is there."""
+    until = time.monotonic() + 30
+    while True:
+        try:
+            web.virsh("list")
+            return
+        except VirshRefusal:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+
+
+@pytest.fixture
+def mortal(initramfs: Path) -> Iterator[Written]:
+    """A domain of a libvirtd that may be killed."""
+    pytest.importorskip("libvirt")
+    try:
+        with libvirtd(LABELLED) as own, domain_scene(own) as found:
+            yield Written(found, initramfs)
+    except LibvirtUnavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("line", ["snapshot @ m2 --memory", "revert @ m1"])
+@pytest.mark.parametrize("after", [0.5, 0.65, 0.8, 1.0])
+def test_libvirtd_is_killed_at_some_moment(mortal: Written, line: str, after: float) -> None:
+    """QEMU lives on without it; what was begun is finished or undone when it is there again."""
+    written, web = mortal, mortal.web
+    written.start()
+    web("snapshot @ m1 --memory")
+    on(written)
+    kept = written.holds("m1")
+    (daemon,) = daemons(web.own)
+    inside = ["nsenter", "-t", str(daemon), "-m", "-p"]
+    with subprocess.Popen([*inside, "sleep", "600"]) as anchor:
+        try:
+            process = written.command(line)
+            time.sleep(after)
+            os.kill(daemon, signal.SIGKILL)
+            time.sleep(0.5)
+            # nsenter forks to be within the namespace of processes.
+            children = Path(f"/proc/{anchor.pid}/task/{anchor.pid}/children").read_text().split()
+            inside[2] = children[0]
+            subprocess.run([*inside, "libvirtd", "--timeout", "0", "--daemon"], check=True)
+            process.communicate()
+            answers(web)
+            web("recover @")
+            web.agree()
+            assert written.holds("m1") == kept and web.show()["state"] == "running"
+            on(written)
+            web("revert @ m1 --discard")
+            on(written)
+            web.virsh("destroy", "@")
+            web.forgiven.add("leaks")
+            web("gc @")
+            web.sound()
+        finally:
+            anchor.kill()

@@ -131,8 +131,8 @@ class DomainMemory:
                 raise UnhealthyError(f"{path} is of a domain with {file}, which is not there", hint)
         for target in sorted(set(disks or {}) - set(found)):
             raise RefusedError(f"{path} is of a domain that had no disk {target}", hint)
-        for place in _BOOTS_FROM:
-            file = root.findtext(place)
+        for element in _BOOTS_FROM:
+            file = root.findtext(element)
             if file and not os.path.exists(file):
                 raise UnhealthyError(f"{path} is of a domain with {file}, which is not there", hint)
 
