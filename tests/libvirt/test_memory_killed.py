@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
 from tests.kit.domain import URI, DomainScene
+from tests.libvirt.test_memory import with_variables
 from tests.libvirt.test_running import shown
 
 pytestmark = pytest.mark.root
@@ -162,8 +164,6 @@ def test_what_cannot_be_loaded_leaves_the_machine_as_it_was(web: DomainScene) ->
         file.seek(at)
         file.write(b"\xff" * 64)
     web("delete @ --branch parked")
-    import shutil
-
     shutil.rmtree(web.state)
     said = web("revert @ m1", status=12)
     assert "load" in said.err and web.show()["state"] == "running"
@@ -173,4 +173,19 @@ def test_what_cannot_be_loaded_leaves_the_machine_as_it_was(web: DomainScene) ->
     assert web.show()["state"] == "running"
     web.agree()
     web.virsh("destroy", "@")
+    web.sound()
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("when", [1, 2, 3])
+def test_killed_while_the_guest_stands_still_for_its_variables(domain: DomainScene, when: int, before: bool) -> None:
+    web, _ = domain, with_variables(domain)
+    web.virsh("start", "@")
+    assert killed(web, "snapshot @ s9", when, before=before)
+    web("recover @")
+    assert web.show()["state"] == "running"
+    web.agree()
+    web("revert @ s9" if "s9" in web.names() else "snapshot @ s9")
+    web.virsh("destroy", "@")
+    web("gc @")
     web.sound()

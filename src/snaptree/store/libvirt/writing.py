@@ -78,8 +78,8 @@ def record(before: Element | None, domain: Element, wanted: Wanted, tree: Tree, 
     root = xml.clone(before) if before is not None else _new(domain, wanted)
     xml.put_text(root, "name", wanted.name)
     xml.put_text(root, "description", wanted.description or None, after="name")
-    if root.findtext("creationTime") == "0":
-        xml.put_text(root, "creationTime", str(int(wanted.created)))
+    # One that libvirt wrote when it saved the memory of a branch has the time of that.
+    xml.put_text(root, "creationTime", str(int(wanted.created)))
     _put_parent(root, wanted.parent)
     _put_disks(root, "disks", wanted, wanted.overlays, resolve)
     _put_disks(root, "revertDisks", wanted, wanted.reverts, resolve)
