@@ -141,14 +141,19 @@ def test_killed_and_started_by_hand(web: DomainScene, line: str) -> None:
     web.sound()
 
 
-def test_killed_and_started_and_off_again(web: DomainScene) -> None:
-    """Its disks may be newer than the memory that was saved: it is started anew."""
-    prepared(web)
+@pytest.mark.parametrize("word", ["", "..w"])
+def test_killed_and_started_and_off_again(web: DomainScene, word: str) -> None:
+    """It goes on from the memory that was saved if its disks have not been written to since, and is started anew
+    otherwise."""
+    kept = prepared(web)
     assert killed(web, "revert @ m1", 1, before=False)
     web.virsh("start", "@")
     web.virsh("destroy", "@")
+    if word:
+        web.write(word)
     assert "was undone" in web("recover @").out
-    assert web.show()["state"] == "running"
+    assert web.show()["state"] == "running" and set(web.names()) == set(kept)
+    assert shown(web, "main") == ("b1w....." if word else kept["main"])
     web.agree()
     web.virsh("destroy", "@")
     web.sound()

@@ -289,7 +289,8 @@ def _fits(path: str, domain: DomainHandle, calls: DomainMemory) -> bool:
     if save_image.problem_of(path):
         return False
     latest = max((os.stat(chain[0]).st_mtime for chain in domain.chains().values() if chain), default=0.0)
-    return not calls.may_have_run() and latest <= os.stat(path).st_mtime + LAST_WRITES_SECONDS
+    saved = os.stat(path).st_mtime
+    return latest <= saved or (latest <= saved + LAST_WRITES_SECONDS and not calls.may_have_run())
 
 
 def go_on(step: DomainGoOn, domain: DomainHandle | None, context: Context) -> None:
