@@ -174,7 +174,7 @@ def test_what_cannot_be_loaded_leaves_the_machine_as_it_was(web: DomainScene) ->
     assert "load" in said.err and web.show()["state"] == "running"
     assert set(web.names()) == {"s1", "m1", "main"}
     web.agree()
-    web("revert @ m1 --discard", status=12)
+    assert "started anew" in web("revert @ m1 --discard", status=12).err
     assert web.show()["state"] == "running"
     web.agree()
     web.virsh("destroy", "@")

@@ -288,9 +288,11 @@ def _fits(path: str, domain: DomainHandle, calls: DomainMemory) -> bool:
     """Whether the memory that was saved is whole, and the disks are those of its instant still."""
     if save_image.problem_of(path):
         return False
-    latest = max((os.stat(chain[0]).st_mtime for chain in domain.chains().values() if chain), default=0.0)
-    saved = os.stat(path).st_mtime
-    return latest <= saved or (latest <= saved + LAST_WRITES_SECONDS and not calls.may_have_run())
+    tips = [chain[0] for chain in domain.chains().values() if chain and os.path.exists(chain[0])]
+    saved, latest = os.stat(path).st_mtime, max(os.stat(tip).st_mtime for tip in tips)
+    if latest <= saved and all(map(os.path.isfile, tips)):
+        return True
+    return latest <= saved + LAST_WRITES_SECONDS and not calls.may_have_run()
 
 
 def go_on(step: DomainGoOn, domain: DomainHandle | None, context: Context) -> None:
