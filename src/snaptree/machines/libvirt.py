@@ -47,8 +47,10 @@ from snaptree.planning.create import SnapshotRequest
 from snaptree.planning.domain_steps import Undefine, WriteRecords, forgotten_by_libvirt, with_records
 from snaptree.planning.health import ailments
 from snaptree.planning.plan import Plan
+from snaptree.planning.remembering import Moves
 from snaptree.planning.revert import RevertRequest, SwitchRequest, memory_moves
 from snaptree.planning.steps import DeleteInternal, Step
+from snaptree.planning.sweep import follow
 from snaptree.planning.verbs import GcRequest, RemoveRequest, RenameRequest, RepairRequest, Request, SetRequest
 from snaptree.running import loops
 from snaptree.running.control import Control
@@ -149,8 +151,8 @@ class LibvirtMachine(Operated):
             survey = replace(survey, running=False, live=None)
         require_real_folders(request)
         plan = planned(tree, survey, lambda measured: verbs.plan(tree, measured, request))
-        tell = self.tell(looked)
-        plan = self.by_libvirt(plan, tree, survey, tell)
+        tell = self._tell(looked)
+        plan = self._by_libvirt(plan, tree, survey, tell)
         if isinstance(request, RemoveRequest):
             undefine = Undefine(tell.uri, tell.uuid, looked.reading.domain.name, nvram=request.delete_files)
             steps: tuple[Step, ...] = (undefine, *plan.steps)
@@ -165,14 +167,14 @@ class LibvirtMachine(Operated):
             plan = replace(plan, steps=(*plan.steps, tell))
         return plan
 
-    def tell(self, looked: Looked) -> WriteRecords:
+    def _tell(self, looked: Looked) -> WriteRecords:
         """The step that tells libvirt of a change of the tree that was just read."""
         assert self.config.uri is not None and self.config.uuid is not None
         known = tuple(sorted(each.name for each in looked.reading.records))
         tips = tuple((disk.target, disk.path) for disk in looked.reading.domain.disks)
         return WriteRecords(self.config.uri, self.config.uuid, known=known, tips=tips)
 
-    def by_libvirt(self, plan: Plan, tree: Tree, survey: Survey, tell: WriteRecords) -> Plan:
+    def _by_libvirt(self, plan: Plan, tree: Tree, survey: Survey, tell: WriteRecords) -> Plan:
         """The plan in which libvirt does what QEMU would have to do with internal snapshots.
 
         :raise RefusedError: it has no call for it.
@@ -241,7 +243,7 @@ class LibvirtMachine(Operated):
             before = seen(tree, request)
             goes = self._going(looked, request)
             moves = memory_moves(tree, looked.reading.domain.state, request)
-            if (looked.reading.domain.state != OFF or moves is not None) and goes is None and not loops.runs():
+            if looked.reading.domain.state != OFF and goes is None and not loops.runs():
                 raise LoopNeededError
             plan = self._plan(looked, tree, request, off=goes is not None)
             if confirm is not None and not confirm(plan):
@@ -258,7 +260,7 @@ class LibvirtMachine(Operated):
             if read(self.handle) != looked.reading:
                 hint = "see what did it, and try again"
                 raise BusyError(f"domain {self.name} has been changed since it was planned", hint)
-            self.keep(tree)
+            self._keep(tree)
             off = looked.reading.domain.state == OFF and moves is None
             try:
                 outcome = await executor.run(
@@ -267,25 +269,54 @@ class LibvirtMachine(Operated):
                     plan,
                     lock=lock,
                     still=still(tree, request) if off else (),
-                    spared=self.opened(),
+                    spared=self._opened(),
                     report=progress or unheard,
                     control=control,
                 )
             except BaseException:
                 if not operations.unfinished(self.database, self.name):
                     if goes is not None:
-                        self.start(goes.before)
+                        self._start(goes.before)
                     elif isinstance(request, SnapshotRequest) and request.memory:
                         # Memory that could not be saved may leave overlays; what it leaves loose, gc merges.
                         with suppress(SnaptreeError):
-                            await domain_memories.merge_loose(self, tree, lock)
+                            await self._merge_loose(tree, lock)
                 raise
             if moves is not None:
-                why = await domain_memories.arrive(self, moves, tree, lock)
+                why = await self._arrive(moves, tree, lock)
                 outcome.said += [why] if why else []
         if goes is not None:
-            self.start(goes.after)
+            self._start(goes.after)
         return as_it_went(plan, outcome)
+
+    async def _arrive(self, moves: Moves, before: Tree, lock: MachineLock) -> str:
+        """What is left to be done after the domain has gone over: merging what is loose, and starting it where no
+        memory was loaded. Why something is not merged, if so."""
+        why = ""
+        try:
+            await self._merge_loose(before, lock)
+        except SnaptreeError as error:
+            why = f"what is loose is not merged yet: {error.message}; 'snaptree gc {self.name}' does it"
+        if moves.loads is None:
+            self._start(moves.after)
+        return why
+
+    async def _merge_loose(self, before: Tree, lock: MachineLock) -> None:
+        """Merge what an operation has made loose that could not be planned with it.
+
+        :param before: the tree before that operation.
+        """
+        from snaptree.running import executor
+        from snaptree.running.holding import files_of
+
+        looked = self.look()
+        survey = self.survey(looked, looked.tree)
+        nothing = Plan("merge", "merge what is loose", (), 0, looked.tree)
+        plan = planned(looked.tree, survey, lambda measured: follow(nothing, before, measured, "auto"))
+        tell = self._tell(looked)
+        plan = with_records(self._by_libvirt(plan, looked.tree, survey, tell), tell)
+        lock.extend(files_of(plan))
+        await executor.run(self.database, self.name, plan, lock=lock, spared=self._opened())
 
     def _going(self, looked: Looked, request: Request) -> Going | None:
         """What the domain does before and after a request to go elsewhere; ``None`` when it is off and stays so."""
@@ -295,12 +326,11 @@ class LibvirtMachine(Operated):
         after = request.power or before
         return None if before == after == OFF else Going(before, after)
 
-    def start(self, state: str) -> None:
-        """Start it, unless it is to be off or runs."""
+    def _start(self, state: str) -> None:
         if state != OFF and not self._runs():
             self.handle.start(paused=state == PAUSED)
 
-    def keep(self, tree: Tree) -> None:
+    def _keep(self, tree: Tree) -> None:
         """Put the tree that was read into the state file: steps change what is there."""
         kept = trees.find_config(self.database, self.name)
         config = self.config if kept is None else replace(self.config, created=kept.created)
@@ -317,9 +347,9 @@ class LibvirtMachine(Operated):
         from snaptree.running import recovery
 
         lock.extend(recovery.files_of(self.database, self.name))
-        return await recovery.recover(self.database, self.name, lock, None, control, self.opened())
+        return await recovery.recover(self.database, self.name, lock, None, control, self._opened())
 
-    def opened(self) -> frozenset[tuple[int, int]]:
+    def _opened(self) -> frozenset[tuple[int, int]]:
         """The files (device and inode) that its QEMU has open, by what libvirt says."""
         found: set[tuple[int, int]] = set()
         for path in (path for chain in self.handle.chains().values() for path in chain) if self._runs() else ():

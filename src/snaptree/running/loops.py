@@ -4,6 +4,7 @@ takes as long as a small merge."""
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -48,3 +49,13 @@ async def within(work: Coroutine[Any, Any, Result]) -> Result:
     import asyncio
 
     return asyncio.run(work)
+
+
+async def rest(seconds: float) -> None:
+    """Wait so long: with the loop that runs, or without one."""
+    if runs():
+        import asyncio
+
+        await asyncio.sleep(seconds)
+    else:
+        time.sleep(seconds)

@@ -7,8 +7,8 @@ to be given up is started anew.
 
 from __future__ import annotations
 
-import asyncio
 import os
+import threading
 import time
 from collections.abc import Callable
 
@@ -20,6 +20,7 @@ from snaptree.model.memory import LIBVIRT
 from snaptree.planning.domain_memory_steps import DomainGoOn, DomainGoOver, DomainSaveMemory
 from snaptree.planning.live_steps import Kept
 from snaptree.planning.memory_steps import Save
+from snaptree.running import loops
 from snaptree.running.carry import firmware
 from snaptree.running.carry import memory as saving
 from snaptree.running.carry.making import unmake
@@ -129,10 +130,18 @@ async def _waited_for(
 
     :raise CancelledError: it was.
     """
-    task = asyncio.ensure_future(asyncio.to_thread(call))
-    stopped = False
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            call()
+        except BaseException as error:
+            failed.append(error)
+
+    thread, stopped = threading.Thread(target=work), False
+    thread.start()
     try:
-        while not task.done():
+        while thread.is_alive():
             if context.cancelled.is_set():
                 calls.cancel()
                 stopped = True
@@ -140,15 +149,13 @@ async def _waited_for(
                 keeping.look()
             if used and (written := calls.written()) is not None:
                 context.moved(written, max(written, used))
-            await asyncio.wait([task], timeout=POLL_SECONDS)
+            await loops.rest(POLL_SECONDS)
     finally:
-        await asyncio.wait([task])
-    try:
-        task.result()
-    except SnaptreeError:
-        if stopped:
-            raise CancelledError("stopped while the memory was saved: the machine is as it was") from None
-        raise
+        thread.join()
+    if failed and stopped:
+        raise CancelledError("stopped while the memory was saved: the machine is as it was")
+    if failed:
+        raise failed[0]
 
 
 # ---- going over ---------------------------------------------------------------------------------------------------
