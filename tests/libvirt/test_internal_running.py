@@ -85,11 +85,30 @@ def test_what_libvirt_does_not_take(domain: DomainScene) -> None:
     web.sound()
 
 
-def test_going_back_starts_it_anew(web: DomainScene) -> None:
+def test_going_back_loads_the_memory(web: DomainScene) -> None:
     web.virsh("start", "@")
     web("snapshot @ i1 --internal")
+    web.virsh("setmaxmem", "@", "96M", "--config")
     web("revert @ i1")
-    assert web.show()["state"] == "running" and shown(web, "main") == "b......."
+    assert web.show()["state"] == "running" and shown(web, "main") == "b......." and tags(web) == ["i1", "main.1"]
+    # It is what it was then until it is switched off.
+    assert "<memory unit='KiB'>65536<" in web.virsh("dumpxml", "@")
+    assert "<memory unit='KiB'>98304<" in web.virsh("dumpxml", "@", "--inactive")
+    web.agree()
+    web.virsh("destroy", "@")
+    web.write(".1")
+    said = web("revert @ i1 --discard")
+    assert "from the memory of 'i1'" in said.out and web.show()["state"] == "running"
+    assert shown(web, "main") == "b......."
+    web.agree()
+    web("revert @ i1 --stopped")
+    assert web.show()["state"] == "off"
+    web.sound()
+    web("revert @ i1 --no-memory --running")
+    # Below an overlay it is not loaded.
+    web("snapshot @ s2")
+    said = web("revert @ i1")
+    assert "from the memory" not in said.out and web.show()["state"] == "running"
     web.agree()
     web.virsh("destroy", "@")
     web.sound()

@@ -285,6 +285,9 @@ class LibvirtMachine(Operated):
             if moves is not None:
                 why = await self._arrive(moves, tree, lock)
                 outcome.said += [why] if why else []
+            within = domain_memories.within(looked.tree, looked.reading, request)
+            if goes is not None and goes.after != OFF and within is not None:
+                outcome.said += domain_memories.load_within(self.handle, within.name, goes.after, self.tree)
         if goes is not None:
             self._start(goes.after)
         return as_it_went(plan, outcome)
@@ -323,7 +326,8 @@ class LibvirtMachine(Operated):
         before = looked.reading.domain.state
         if not isinstance(request, RevertRequest | SwitchRequest) or memory_moves(looked.tree, before, request):
             return None
-        after = request.power or before
+        within = domain_memories.within(looked.tree, looked.reading, request)
+        after = request.power or (within.state if within is not None else before)
         return None if before == after == OFF else Going(before, after)
 
     def _start(self, state: str) -> None:

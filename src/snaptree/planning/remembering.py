@@ -131,7 +131,7 @@ def save_within(draft: Draft, marks: Sequence[Mark], name: str) -> None:
             draft.needs.setdefault(identity.device, found.used + DEVICES_BYTES)
     draft.pause += found.used / SPEED
     draft.extra += found.used
-    draft.notes.append("libvirt saves the memory with it, within an image; going back to it starts the machine anew")
+    draft.notes.append("libvirt saves the memory with it, within an image")
 
 
 def _like(draft: Draft) -> str:

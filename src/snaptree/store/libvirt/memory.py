@@ -192,6 +192,14 @@ class DomainMemory:
         with explained(f"take a snapshot of domain {self._handle.name}"):
             self._domain.snapshotCreateXML(xml.text_of(root), 0)
 
+    def load_within(self, name: str, state: str) -> None:
+        """Start the domain from the memory that is within an image, as it was defined then."""
+        libvirt = self._libvirt
+        running = state == RUNNING
+        flags = libvirt.VIR_DOMAIN_SNAPSHOT_REVERT_RUNNING if running else libvirt.VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED
+        with explained(f"load the memory of snapshot {name!r}"):
+            self._domain.revertToSnapshot(self._domain.snapshotLookupByName(name, 0), flags)
+
     def delete_snapshot(self, name: str) -> None:
         """Delete a snapshot, with all that there is of it; one that is not there is deleted already."""
         libvirt = self._libvirt
