@@ -79,9 +79,11 @@ def test_what_libvirt_does_not_take(domain: DomainScene) -> None:
     web.define("vda=web.qcow2", "vdb=data.raw")
     web.virsh("start", "@")
     assert "vdb is raw" in web("snapshot @ i1 --internal", status=REFUSED).err
-    assert "on all disks" in web("snapshot @ i1 --internal --exclude vdb", status=REFUSED).err
+    assert "has no record" in web("snapshot @ i1 --internal --exclude vdb", status=REFUSED).err
+    assert "within them" in web(f"snapshot @ i1 --internal --file vda={web.disks}/x.qcow2", status=REFUSED).err
     web.virsh("destroy", "@")
-    web("snapshot @ i1 --internal --exclude vdb")
+    assert "has no record" in web("snapshot @ i1 --internal --exclude vdb", status=REFUSED).err
+    web("snapshot @ i1 --internal")
     web.sound()
 
 

@@ -14,7 +14,7 @@ from tests.kit import images
 from tests.kit.domain import DomainScene, domain_scene, of_libvirt, refused
 from tests.libvirt.test_running import shown
 
-from snaptree.errors import ToolError
+from snaptree.errors import BusyError
 from snaptree.machines.connection import Connection
 from snaptree.planning.create import SnapshotRequest
 from snaptree.planning.plan import Plan
@@ -349,9 +349,8 @@ def test_no_room(web: DomainScene, small: Path) -> None:
     web.virsh("start", "@")
     (small / "filler").write_bytes(bytes(150 << 20))
     assert "there is" in web(f"snapshot @ m1 --memory --memory-file {small}/m1", status=NO_SPACE).err
-    assert set(web.names()) == {"main"}
-    web.agree()
-    is_off(web)
+    assert set(web.names()) == {"main"} and web.show()["state"] == "running"
+    web.virsh("destroy", "@")
 
 
 def test_libvirt_writes_the_memory_elsewhere(web: DomainScene, small: Path) -> None:
@@ -377,11 +376,12 @@ def test_libvirt_fails_to_save(web: DomainScene) -> None:
         web.virsh("blockcopy", "@", "vda", "--dest", web.folder / "copy.qcow2", "--transient-job", "--bandwidth", "1")
         return True
 
-    with of_libvirt(web.own.uri), pytest.raises(ToolError, match="save the memory"):
+    with of_libvirt(web.own.uri), pytest.raises(BusyError, match="save the memory"):
         Connection(str(web.state)).machine(web.name).run(SnapshotRequest("m1", memory=True), confirm=confirm)
     assert web.files() == files and web.show()["state"] == "running" and set(web.names()) == {"main"}
     assert "is at work" in web("snapshot @ m1 --memory", status=BUSY).err
     web.virsh("blockjob", "@", "vda", "--abort")
+    web("snapshot @ m1 --memory")
     web.agree()
     is_off(web)
 

@@ -106,7 +106,7 @@ def require_within(tree: Tree, survey: Survey, request: SnapshotRequest) -> None
         raise UsageError("libvirt keeps the memory of an internal snapshot within an image", "leave out --memory-file")
     if request.quiesce:
         raise UsageError("--quiesce is for snapshots without memory, which libvirt saves with internal ones", hint)
-    if request.exclude or request.files:
+    if request.files:
         raise RefusedError("libvirt takes an internal snapshot of a running domain on all disks, within them", hint)
     for disk, tip in sorted(tree.active_branch.tips.items()):
         if tree.layers[tip.layer].format != "qcow2":
