@@ -185,6 +185,7 @@ def test_what_cannot_be_loaded_leaves_the_machine_as_it_was(web: DomainScene) ->
 @pytest.mark.parametrize("when", [1, 2, 3])
 def test_killed_while_the_guest_stands_still_for_its_variables(domain: DomainScene, when: int, before: bool) -> None:
     web, _ = domain, with_variables(domain)
+    web("snapshot @ s1")
     web.virsh("start", "@")
     assert killed(web, "snapshot @ s9", when, before=before)
     web("recover @")

@@ -26,6 +26,8 @@ from snaptree.running.carry import memory as saving
 from snaptree.running.carry.making import unmake
 from snaptree.running.context import Context
 from snaptree.running.guard import PIVOT
+from snaptree.store import trees
+from snaptree.store.libvirt import applying
 from snaptree.store.libvirt.calls import DomainHandle
 from snaptree.store.libvirt.memory import DomainMemory
 
@@ -269,8 +271,10 @@ async def ungo(step: DomainGoOver, domain: DomainHandle | None, context: Context
         before = context.journal.recall(_BEFORE)
         if before not in (None, OFF) and domain.state() == OFF:
             await _go_back(step, before or OFF, domain, calls, context)
-        if step.parks:
+        if step.parks and step.parks in domain.records():
             domain.forget_record(step.parks)
+            # While it was current libvirt took what it goes back by from the one before.
+            applying.apply(domain, trees.load_tree(context.journal.database, context.journal.machine), known=())
     if step.save is not None:
         unmake(step.save.path, context)
 
