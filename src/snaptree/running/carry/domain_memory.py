@@ -32,6 +32,9 @@ from snaptree.store.libvirt.calls import DomainHandle
 from snaptree.store.libvirt.memory import DomainMemory
 
 POLL_SECONDS = 0.01
+EARLY_SECONDS = 0.2
+"""libvirt 11.3 answers nobody to the end who asks how far it is, or tells it to stop, before it has begun to save: so
+long after it has stopped the guest it is left alone."""
 LAST_WRITES_SECONDS = 5.0
 """So long after its memory has been saved a QEMU that ends may still write to its images what it has kept."""
 _BEFORE = "the domain was"
@@ -142,15 +145,19 @@ async def _waited_for(
 
     thread, stopped = threading.Thread(target=work), False
     thread.start()
+    saving_since: float | None = None
     try:
         while thread.is_alive():
-            if context.cancelled.is_set():
-                calls.cancel()
-                stopped = True
             if keeping is not None:
                 keeping.look()
-            if used and (written := calls.written()) is not None:
-                context.moved(written, max(written, used))
+            if used and saving_since is None and calls.stands_still():
+                saving_since = time.monotonic()
+            if saving_since is not None and time.monotonic() > saving_since + EARLY_SECONDS:
+                if context.cancelled.is_set():
+                    calls.cancel()
+                    stopped = True
+                elif (written := calls.written()) is not None:
+                    context.moved(written, max(written, used))
             await loops.rest(POLL_SECONDS)
     finally:
         thread.join()

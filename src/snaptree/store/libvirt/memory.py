@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 
 from snaptree.errors import BusyError, RefusedError, UnhealthyError
-from snaptree.model.live import RUNNING
+from snaptree.model.live import PAUSED, RUNNING
 from snaptree.model.memory import LIBVIRT, Saveable
 from snaptree.store.libvirt import xml
 from snaptree.store.libvirt.calls import DomainHandle, binding, explain, explained, snapshot_request, targets
@@ -59,6 +59,10 @@ class DomainMemory:
         with explained(f"ask what domain {self._handle.name} does"):
             state, why = self._domain.state()[:2]
         return bool(state == libvirt.VIR_DOMAIN_PAUSED and why == libvirt.VIR_DOMAIN_PAUSED_SNAPSHOT)
+
+    def stands_still(self) -> bool:
+        """Whether the guest stands still."""
+        return self._handle.state() == PAUSED
 
     def may_have_run(self) -> bool:
         """Whether a domain that is off may have run since libvirt turned it off with a snapshot, by what it says."""
