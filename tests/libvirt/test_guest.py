@@ -40,8 +40,9 @@ class Written:
         shutil.copy(initramfs, place / "initramfs")
         images.create(domain.disks / "vda.qcow2", DISK_BYTES)
         images.create(domain.disks / "vdb.raw", DISK_BYTES, "raw")
-        console = f"<serial type='unix'><source mode='bind' path='{place}/console'/><log file='{place}/console.log'/>"
-        domain.define("vda=vda.qcow2", "vdb=vdb.raw", devices=f"{console}</serial><memballoon model='none'/>")
+        log = f"<log file='{place}/console.log' append='on'/>"
+        console = f"<serial type='unix'><source mode='bind' path='{place}/console'/>{log}</serial>"
+        domain.define("vda=vda.qcow2", "vdb=vdb.raw", devices=f"{console}<memballoon model='none'/>")
         text = (domain.folder / "domain.xml").read_text().replace("<memory unit='MiB'>64<", "<memory unit='MiB'>96<")
         boot = f"<kernel>{place}/kernel</kernel><initrd>{place}/initramfs</initrd>"
         boot += "<cmdline>console=ttyS0 quiet panic=1 no_timer_check</cmdline></os>"

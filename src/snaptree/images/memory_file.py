@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 
+from snaptree.images import save_image
 from snaptree.images.facts import open_to_read
 from snaptree.images.inode import generation_of
 from snaptree.model.layer import Identity
-from snaptree.model.memory import Memory
+from snaptree.model.memory import LIBVIRT, Memory
 
 _END_BYTES = 64 << 10
 """So much of each end is hashed: reading gigabytes would take as long as loading them."""
@@ -47,7 +48,12 @@ def ailment(memory: Memory) -> str:
     One that was moved away and back, or restored from a backup, is as good: it is known by what it holds.
     """
     try:
-        now = identity_of(memory.path)
+        descriptor = open_to_read(memory.path)
+        try:
+            now = identity_at(descriptor)
+            broken = save_image.problem(descriptor, memory.path) if memory.form == LIBVIRT else ""
+        finally:
+            os.close(descriptor)
     except FileNotFoundError:
         return f"the memory file {memory.path} is not there"
     except OSError as error:
@@ -61,4 +67,4 @@ def ailment(memory: Memory) -> str:
     same = kept is not None and (now.inode, now.generation) == (kept.inode, kept.generation)
     if kept is not None and same and now.mtime_ns != kept.mtime_ns:
         return f"the memory file {memory.path} was written to since"
-    return ""
+    return broken

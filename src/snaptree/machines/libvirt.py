@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from snaptree.errors import BusyError, CancelledError, RefusedError
+from snaptree.errors import BusyError, CancelledError, RefusedError, SnaptreeError
 from snaptree.images import durable
 from snaptree.images.locks import MachineLock
+from snaptree.machines import domain_memories
 from snaptree.machines.domain_reading import Reading, found_tree, live_of, other_domains_on, read
 from snaptree.machines.findings import Finding
 from snaptree.machines.going import Going
@@ -38,16 +39,18 @@ from snaptree.machines.power import Power
 from snaptree.machines.survey import planned, read_survey
 from snaptree.model.live import OFF, PAUSED
 from snaptree.model.machine import LIBVIRT, MachineConfig
-from snaptree.model.survey import Survey
+from snaptree.model.survey import Start, Survey
 from snaptree.model.tree import Tree
 from snaptree.planning import verbs
 from snaptree.planning.adopt import AttachRequest, DetachRequest
 from snaptree.planning.create import SnapshotRequest
-from snaptree.planning.domain_steps import Undefine, WriteRecords, with_records
+from snaptree.planning.domain_steps import Undefine, WriteRecords, forgotten_by_libvirt, with_records
 from snaptree.planning.health import ailments
 from snaptree.planning.plan import Plan
+from snaptree.planning.remembering import Moves
 from snaptree.planning.revert import RevertRequest, SwitchRequest, memory_moves
 from snaptree.planning.steps import DeleteInternal, Step
+from snaptree.planning.sweep import follow
 from snaptree.planning.verbs import GcRequest, RemoveRequest, RenameRequest, RepairRequest, Request, SetRequest
 from snaptree.running.control import Control
 from snaptree.running.listening import heard
@@ -102,7 +105,9 @@ class LibvirtMachine(Machine):
         power = Power(looked.reading.domain.state, live_of(looked.reading, tree))
         survey = read_survey(self.database, self.config, tree, folders, beside=beside, power=power)
         others = other_domains_on(self.handle, tree) if beside else ()
-        return replace(survey, libvirt=True, outsiders=(*survey.outsiders, *others))
+        # How it is started libvirt knows by itself.
+        start = Start("", "/", "")
+        return replace(survey, libvirt=True, start=start, outsiders=(*survey.outsiders, *others))
 
     def view(self, *, deep: bool = False) -> View:
         """The machine as it is now; takes no lock.
@@ -137,16 +142,13 @@ class LibvirtMachine(Machine):
         :param off: the domain is turned off for it, if it runs.
         """
         survey = self.survey(looked, tree, folders_of(request))
+        survey = replace(survey, live=domain_memories.with_memory(self.handle, survey.live, tree, request))
         if off:
             survey = replace(survey, running=False, live=None)
         require_real_folders(request)
         plan = planned(tree, survey, lambda measured: verbs.plan(tree, measured, request))
-        if survey.live is not None:
-            self._require_by_libvirt(plan, {tree.layers[each].path for each in survey.live.open})
-        assert self.config.uri is not None and self.config.uuid is not None
-        known = tuple(sorted(each.name for each in looked.reading.records))
-        tips = tuple((disk.target, disk.path) for disk in looked.reading.domain.disks)
-        tell = WriteRecords(self.config.uri, self.config.uuid, known=known, tips=tips)
+        tell = self._tell(looked)
+        plan = self._by_libvirt(plan, tree, survey, tell)
         if isinstance(request, RemoveRequest):
             undefine = Undefine(tell.uri, tell.uuid, looked.reading.domain.name, nvram=request.delete_files)
             steps: tuple[Step, ...] = (undefine, *plan.steps)
@@ -156,16 +158,27 @@ class LibvirtMachine(Machine):
         if isinstance(request, RenameRequest):
             tell = replace(tell, renamed=((request.old, request.new),))
         plan = with_records(plan, tell)
+        domain_memories.require_loadable(self.handle, plan)
         if isinstance(request, GcRequest):
             plan = replace(plan, steps=(*plan.steps, tell))
         return plan
 
-    def _require_by_libvirt(self, plan: Plan, opened: Collection[str]) -> None:
-        """See that libvirt has a call for all that QEMU would have to do.
+    def _tell(self, looked: Looked) -> WriteRecords:
+        """The step that tells libvirt of a change of the tree that was just read."""
+        assert self.config.uri is not None and self.config.uuid is not None
+        known = tuple(sorted(each.name for each in looked.reading.records))
+        tips = tuple((disk.target, disk.path) for disk in looked.reading.domain.disks)
+        return WriteRecords(self.config.uri, self.config.uuid, known=known, tips=tips)
 
-        :param opened: what the domain's QEMU has open.
-        :raise RefusedError: it has none.
+    def _by_libvirt(self, plan: Plan, tree: Tree, survey: Survey, tell: WriteRecords) -> Plan:
+        """The plan in which libvirt does what QEMU would have to do with internal snapshots.
+
+        :raise RefusedError: it has no call for it.
         """
+        if survey.live is None:
+            return plan
+        opened = {survey.layers[each].path for each in survey.live.open}
+        plan = forgotten_by_libvirt(plan, tree, opened, tell)
         for step in (step for each in plan.every() for step in each.steps):
             if isinstance(step, DeleteInternal) and step.path in opened:
                 hint = f"shut it down first: 'virsh shutdown {self.name}'"
@@ -174,6 +187,7 @@ class LibvirtMachine(Machine):
                     "by themselves",
                     hint,
                 )
+        return plan
 
     def _require_possible(self, looked: Looked, request: Request) -> None:
         """See that the domain may be worked on so.
@@ -194,16 +208,9 @@ class LibvirtMachine(Machine):
         if not domain.persistent:
             hint = "make it persistent with 'virsh define'"
             raise RefusedError(f"domain {domain.name} is transient: libvirt forgets it when it stops", hint)
-        if isinstance(request, SnapshotRequest) and (request.memory or request.memory_file is not None):
-            hint = f"leave out --memory, or use 'virsh snapshot-create-as {domain.name} --memspec'"
-            raise RefusedError("the memory of a libvirt domain is not saved yet", hint)
-        whole = isinstance(request, SnapshotRequest) and request.internal
-        if domain.state != OFF and (whole or isinstance(request, RemoveRequest)):
+        if domain.state != OFF and isinstance(request, RemoveRequest):
             hint = f"shut it down first: 'virsh shutdown {domain.name}'"
             raise RefusedError(f"domain {domain.name} is {domain.state}, and has to be off for this", hint)
-        if memory_moves(looked.tree, domain.state, request) is not None:
-            hint = "leave the memory alone with --no-memory, or go back with 'virsh snapshot-revert'"
-            raise RefusedError("the memory of a libvirt domain is not loaded yet", hint)
 
     async def operate(
         self,
@@ -231,6 +238,7 @@ class LibvirtMachine(Machine):
             lock.extend(anchors(tree))
             before = seen(tree, request)
             goes = self._going(looked, request)
+            moves = memory_moves(tree, looked.reading.domain.state, request)
             plan = self._plan(looked, tree, request, off=goes is not None)
             if confirm is not None and not confirm(plan):
                 raise CancelledError("nothing was done", "")
@@ -247,7 +255,7 @@ class LibvirtMachine(Machine):
                 hint = "see what did it, and try again"
                 raise BusyError(f"domain {self.name} has been changed since it was planned", hint)
             self._keep(tree)
-            off = looked.reading.domain.state == OFF
+            off = looked.reading.domain.state == OFF and moves is None
             try:
                 outcome = await executor.run(
                     self.database,
@@ -260,19 +268,60 @@ class LibvirtMachine(Machine):
                     control=control,
                 )
             except BaseException:
-                if goes is not None and not operations.unfinished(self.database, self.name):
-                    self._start(goes.before)
+                if not operations.unfinished(self.database, self.name):
+                    if goes is not None:
+                        self._start(goes.before)
+                    elif isinstance(request, SnapshotRequest) and request.memory:
+                        # Memory that could not be saved may leave overlays; what it leaves loose, gc merges.
+                        with suppress(SnaptreeError):
+                            await self._merge_loose(tree, lock)
                 raise
+            if moves is not None:
+                why = await self._arrive(moves, tree, lock)
+                outcome.said += [why] if why else []
+            within = domain_memories.within(looked.tree, looked.reading, request)
+            if goes is not None and goes.after != OFF and within is not None:
+                outcome.said += domain_memories.load_within(self.handle, within.name, goes.after, self.tree)
         if goes is not None:
             self._start(goes.after)
         return as_it_went(plan, outcome)
 
+    async def _arrive(self, moves: Moves, before: Tree, lock: MachineLock) -> str:
+        """What is left to be done after the domain has gone over: merging what is loose, and starting it where no
+        memory was loaded. Why something is not merged, if so."""
+        why = ""
+        try:
+            await self._merge_loose(before, lock)
+        except SnaptreeError as error:
+            why = f"what is loose is not merged yet: {error.message}; 'snaptree gc {self.name}' does it"
+        if moves.loads is None:
+            self._start(moves.after)
+        return why
+
+    async def _merge_loose(self, before: Tree, lock: MachineLock) -> None:
+        """Merge what an operation has made loose that could not be planned with it.
+
+        :param before: the tree before that operation.
+        """
+        from snaptree.running import executor
+        from snaptree.running.holding import files_of
+
+        looked = self.look()
+        survey = self.survey(looked, looked.tree)
+        nothing = Plan("merge", "merge what is loose", (), 0, looked.tree)
+        plan = planned(looked.tree, survey, lambda measured: follow(nothing, before, measured, "auto"))
+        tell = self._tell(looked)
+        plan = with_records(self._by_libvirt(plan, looked.tree, survey, tell), tell)
+        lock.extend(files_of(plan))
+        await executor.run(self.database, self.name, plan, lock=lock, spared=self._opened)
+
     def _going(self, looked: Looked, request: Request) -> Going | None:
         """What the domain does before and after a request to go elsewhere; ``None`` when it is off and stays so."""
-        if not isinstance(request, RevertRequest | SwitchRequest):
-            return None
         before = looked.reading.domain.state
-        after = request.power or before
+        if not isinstance(request, RevertRequest | SwitchRequest) or memory_moves(looked.tree, before, request):
+            return None
+        within = domain_memories.within(looked.tree, looked.reading, request)
+        after = request.power or (within.state if within is not None else before)
         return None if before == after == OFF else Going(before, after)
 
     def _start(self, state: str) -> None:

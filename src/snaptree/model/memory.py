@@ -8,8 +8,9 @@ from types import MappingProxyType
 
 from snaptree.model.layer import Identity
 
-BACKGROUND, MAPPED, PLAIN = "background", "mapped-ram", "plain"
-"""How memory is written: while the guest runs on, or while it waits, in QEMU's newer form or in its older one."""
+BACKGROUND, MAPPED, PLAIN, LIBVIRT = "background", "mapped-ram", "plain", "libvirt"
+"""How memory is written: while the guest runs on, or while it waits, in QEMU's newer form or in its older one; or by
+libvirt, while it waits, as libvirt's save images are."""
 
 
 @dataclass(frozen=True, slots=True)

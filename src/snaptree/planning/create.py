@@ -113,8 +113,14 @@ def snapshot(tree: Tree, survey: Survey, request: SnapshotRequest) -> Plan:
     both = sorted(set(request.exclude) & set(request.files))
     if both:
         raise UsageError(f"{both[0]} is both excluded and given a file", "give one of --exclude and --file")
+    if request.internal and request.exclude and survey.libvirt:
+        hint = "leave out --exclude, or take it external (without --internal)"
+        raise RefusedError(f"libvirt has no record for an internal snapshot without {request.exclude[0]}", hint)
+    within = request.internal and survey.libvirt and survey.live is not None
     if request.memory or request.memory_file is not None:
         remembering.require_saveable(tree, survey, request)
+    if within:
+        remembering.require_within(tree, survey, request)
     draft = Draft(tree, survey, request.files)
     branch = tree.active_branch
     points: dict[str, Point] = {}
@@ -157,13 +163,15 @@ def snapshot(tree: Tree, survey: Survey, request: SnapshotRequest) -> Plan:
     saved: Memory | None = None
     if survey.live is not None:
         cuts = _cuts(draft, points, tips)
-        if request.memory:
+        if request.memory and not within:
             saved = remembering.save(draft, cuts, tuple(marks), request.name, request.memory_file)
         else:
             agent = survey.agent if request.quiesce else None
             draft.prepare.append(LiveSnapshot(cuts, request.quiesce, agent, tuple(marks), firmware.kept(draft)))
             draft.pause = QUIESCE_SECONDS if request.quiesce else CUT_SECONDS
         draft.pause += _marking(draft, marks)
+        if within:
+            remembering.save_within(draft, marks, request.name)
     taken = Snapshot(
         name=request.name,
         parent=branch.parent,
@@ -201,7 +209,9 @@ def _consistency(survey: Survey, request: SnapshotRequest) -> str:
     """What the disks are at the snapshot's instant."""
     if survey.live is None:
         return "off"
-    return "memory" if request.memory else "quiesced" if request.quiesce else "crash"
+    if request.memory or (request.internal and survey.libvirt):
+        return "memory"
+    return "quiesced" if request.quiesce else "crash"
 
 
 def _cuts(draft: Draft, points: Mapping[str, Point], tips: Mapping[str, Point]) -> tuple[Cut, ...]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from snaptree.model.branch import Branch
 from snaptree.model.domain import BRANCH, EXTERNAL, INTERNAL, PLACEHOLDER, Domain, Hints, Record
 from snaptree.model.layer import Layer, LayerId, Point
-from snaptree.model.memory import Memory
+from snaptree.model.memory import LIBVIRT, Memory
 from snaptree.model.snapshot import Snapshot
 from snaptree.model.survey import LayerFacts
 from snaptree.model.tree import MAX_CHAIN, Tree
@@ -182,7 +182,7 @@ def _memories(records: Iterable[Record], known: Tree | None, sizes: Mapping[str,
         if memory is None:
             number += 1
             state = "paused" if record.state == "paused" else "running"
-            memory = Memory(number, record.memory, "libvirt", sizes.get(record.memory, 0), state=state)
+            memory = Memory(number, record.memory, LIBVIRT, sizes.get(record.memory, 0), state=state)
         found[memory.id] = memory
     return found
 

@@ -9,9 +9,9 @@
   as its overlay. So that is the one layer that stands on the point, in the active line, and no file at all where others
   stand there as well.
 - Deleting a record from which nothing grew virsh unlinks its point; deleting another one it merges into the point what
-  stands on it in the active line, whatever the record says. Where others need these files, internal snapshots are in
-  them, or libvirt 11.3 would crash, the record is guarded: virsh takes it for one whose deletion was interrupted, and
-  refuses.
+  stands on it in the active line, whatever the record says; and with either it unlinks the memory. Where others need
+  these files, internal snapshots are in them, or libvirt 11.3 would crash, the record is guarded: virsh takes it for
+  one whose deletion was interrupted, and refuses.
 """
 
 from __future__ import annotations
@@ -189,6 +189,8 @@ def _wanted(tree: Tree, named: Snapshot | Branch, family: _Family) -> Wanted:
         else:
             overlays = tips
     is_snapshot = isinstance(named, Snapshot)
+    # With a record goes the file with its memory.
+    lent = named.memory is not None and any(each is not named and each.memory == named.memory for each in tree.named)
     return Wanted(
         name=named.name,
         kind=SNAPSHOT if is_snapshot else BRANCH,
@@ -203,7 +205,9 @@ def _wanted(tree: Tree, named: Snapshot | Branch, family: _Family) -> Wanted:
         memory=tree.memories[named.memory].path if named.memory is not None else None,
         firmware=named.firmware,
         guarded=frozenset(
-            disk for disk, point in external.items() if not _may_go(tree, named.name, point.layer, family, grown)
+            disk
+            for disk, point in external.items()
+            if lent or not _may_go(tree, named.name, point.layer, family, grown)
         ),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -92,6 +92,46 @@ def save(draft: Draft, cuts: tuple[Cut, ...], marks: tuple[Mark, ...], label: st
     draft.prepare.append(SaveMemory(cuts, memory.path, _like(draft), found.forms, found.used, marks, keeps))
     draft.pause = PAUSE_SECONDS if found.forms[0] == BACKGROUND else found.used / SPEED
     return memory
+
+
+def require_within(tree: Tree, survey: Survey, request: SnapshotRequest) -> None:
+    """Refuse an internal snapshot of a running domain that libvirt does not take: it takes one of all disks, with the
+    memory, under the snapshot's own name.
+
+    :raise UsageError: the request contradicts itself.
+    :raise RefusedError: a disk, a name or the firmware is in the way.
+    """
+    hint = f"take it external (without --internal), or shut it down first: 'virsh shutdown {tree.machine}'"
+    if request.memory_file is not None:
+        raise UsageError("libvirt keeps the memory of an internal snapshot within an image", "leave out --memory-file")
+    if request.quiesce:
+        raise UsageError("--quiesce is for snapshots without memory, which libvirt saves with internal ones", hint)
+    if request.files:
+        raise RefusedError("libvirt takes an internal snapshot of a running domain on all disks, within them", hint)
+    for disk, tip in sorted(tree.active_branch.tips.items()):
+        if tree.layers[tip.layer].format != "qcow2":
+            raise RefusedError(f"{disk} is raw, and libvirt takes internal snapshots of a running domain on all", hint)
+    if request.name.isdigit():
+        raise RefusedError(f"{request.name!r} is a number, which QEMU takes for another one's", "choose another name")
+    if survey.firmware:
+        raise RefusedError("libvirt takes no internal snapshots of a running domain with UEFI variables", hint)
+
+
+def save_within(draft: Draft, marks: Sequence[Mark], name: str) -> None:
+    """Let there be room for the memory that libvirt saves within an image.
+
+    :raise RefusedError: an image has something of that name.
+    """
+    found = saveable(draft.survey)
+    for mark in marks:
+        if mark.tag != name:
+            raise RefusedError(f"{mark.path} has an internal snapshot {name!r} already", "choose another name")
+        identity = draft.facts(draft.before.active_branch.tips[mark.disk].layer).identity
+        if identity is not None:
+            draft.needs.setdefault(identity.device, found.used + DEVICES_BYTES)
+    draft.pause += found.used / SPEED
+    draft.extra += found.used
+    draft.notes.append("libvirt saves the memory with it, within an image")
 
 
 def _like(draft: Draft) -> str:

@@ -146,6 +146,8 @@ async def _carry_out(machine: str, plan: Plan, context: Context, report: Report)
     except BaseException as error:
         if journal.step < plan.point_of_no_return and not await _happened(plan, context):
             await undo_all(plan.steps[: journal.step + 1], context, str(error))
+            for each in context.said:
+                _add_hint(error, each)
             if plan.way is not None:
                 _add_hint(error, f"everything kept is whole; 'snaptree gc {machine}' goes on with the merge")
         else:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from snaptree.errors import BusyError
 from snaptree.images.locks import ImageLock, who_has_open
+from snaptree.planning.domain_steps import DomainForget
 from snaptree.planning.live_steps import LiveMerge, LiveOpen, LiveSnapshot
 from snaptree.planning.memory_steps import SaveMemory
 from snaptree.planning.plan import Plan
@@ -29,7 +30,7 @@ from snaptree.planning.steps import (
     Unlink,
 )
 
-WRITTEN_BY_QEMU = (LiveSnapshot, SaveMemory, LiveOpen, LiveMerge, DeleteInternal)
+WRITTEN_BY_QEMU = (LiveSnapshot, SaveMemory, LiveOpen, LiveMerge, DeleteInternal, DomainForget)
 """The steps in which the machine's QEMU itself writes to what it has open."""
 
 
@@ -46,7 +47,7 @@ def written_by(step: Step) -> tuple[str, ...]:
             )
         case LiveSnapshot() | SaveMemory():
             return tuple(mark.path for mark in step.marks)
-        case LiveOpen():
+        case LiveOpen() | DomainForget():
             return step.paths
         case TakeName():
             return (step.source, step.target)

@@ -5,7 +5,15 @@
 
 from __future__ import annotations
 
-from snaptree.planning.domain_steps import DomainMerge, DomainSnapshot, DomainSwap, Undefine, WriteRecords
+from snaptree.planning.domain_memory_steps import DomainGoOn, DomainGoOver, DomainSaveMemory
+from snaptree.planning.domain_steps import (
+    DomainForget,
+    DomainMerge,
+    DomainSnapshot,
+    DomainSwap,
+    Undefine,
+    WriteRecords,
+)
 from snaptree.planning.steps import (
     ApplyInternal,
     BuildFromPoint,
@@ -32,7 +40,17 @@ from snaptree.running.carry import firmware, headers, internals, making, sharing
 from snaptree.running.carry import moving as moving
 from snaptree.running.context import Context
 
-LIBVIRTS = (DomainSnapshot, DomainMerge, DomainSwap, WriteRecords, Undefine)
+LIBVIRTS = (
+    DomainSnapshot,
+    DomainMerge,
+    DomainSwap,
+    DomainSaveMemory,
+    DomainGoOver,
+    DomainGoOn,
+    DomainForget,
+    WriteRecords,
+    Undefine,
+)
 """Those that libvirt takes."""
 
 

@@ -6,13 +6,22 @@ from typing import TypeAlias
 
 from snaptree.errors import BusyError
 from snaptree.model.tree import Tree
-from snaptree.planning.domain_steps import DomainMerge, DomainSnapshot, DomainSwap, Undefine, WriteRecords
+from snaptree.planning.domain_memory_steps import DomainGoOn, DomainGoOver, DomainMemoryStep, DomainSaveMemory
+from snaptree.planning.domain_steps import (
+    DomainForget,
+    DomainMerge,
+    DomainSnapshot,
+    DomainSwap,
+    Undefine,
+    WriteRecords,
+)
 from snaptree.running.context import Context
 from snaptree.store import trees
 from snaptree.store.libvirt import applying
 from snaptree.store.libvirt.calls import DomainHandle, connected
 
-LibvirtStep: TypeAlias = DomainSnapshot | DomainMerge | DomainSwap | WriteRecords | Undefine
+DiskStep: TypeAlias = DomainSnapshot | DomainMerge | DomainSwap | DomainForget
+LibvirtStep: TypeAlias = DiskStep | DomainMemoryStep | WriteRecords | Undefine
 _RECORD = "record "
 """Before the name of a record that is kept in the journal while libvirt has none of that name."""
 
@@ -26,7 +35,9 @@ async def do(step: LibvirtStep, context: Context) -> None:
     """Take the step. A domain that libvirt does not know (any more) has no records, and does not run."""
     domain = _domain(step)
     match step:
-        case DomainSnapshot() | DomainMerge() | DomainSwap():
+        case DomainSaveMemory() | DomainGoOver() | DomainGoOn():
+            await _with_memory(step, domain, context)
+        case DomainSnapshot() | DomainMerge() | DomainSwap() | DomainForget():
             await _change(step, domain, context)
         case WriteRecords() if domain is not None:
             _write(step, domain, context)
@@ -36,19 +47,32 @@ async def do(step: LibvirtStep, context: Context) -> None:
             pass
 
 
-async def _change(
-    step: DomainSnapshot | DomainMerge | DomainSwap, domain: DomainHandle | None, context: Context
-) -> None:
+async def _change(step: DiskStep, domain: DomainHandle | None, context: Context) -> None:
     """What is done to the disks of a domain that runs; with one that is off it is not even loaded."""
     from snaptree.running.carry import domain_jobs, domain_swap
 
     match step:
         case DomainSnapshot():
-            domain_jobs.snapshot(step, domain)
+            domain_jobs.snapshot(step, domain, context)
         case DomainMerge():
             await domain_jobs.merge(step, domain, context)
         case DomainSwap():
             await domain_swap.swap(step, domain, context)
+        case DomainForget():
+            domain_jobs.forget(step, domain, context)
+
+
+async def _with_memory(step: DomainMemoryStep, domain: DomainHandle | None, context: Context) -> None:
+    # What waits is loaded only where it is needed.
+    from snaptree.running.carry import domain_memory
+
+    match step:
+        case DomainSaveMemory():
+            await domain_memory.save(step, domain, context)
+        case DomainGoOver():
+            await domain_memory.go_over(step, domain, context)
+        case DomainGoOn():
+            domain_memory.go_on(step, domain, context)
 
 
 def _write(step: WriteRecords, domain: DomainHandle, context: Context) -> None:
@@ -84,26 +108,38 @@ def _require_untouched(step: WriteRecords, domain: DomainHandle, tree: Tree) -> 
 
 async def undo(step: LibvirtStep, context: Context) -> None:
     """Take the step back: what libvirt has begun is ended, and what it has written shows the same."""
-    if not isinstance(step, DomainMerge | DomainSwap):
+    if not isinstance(step, DomainSnapshot | DomainMerge | DomainSwap | DomainSaveMemory | DomainGoOver):
         return
-    from snaptree.running.carry import domain_jobs, domain_swap
+    from snaptree.running.carry import domain_jobs, domain_memory, domain_swap
 
     domain = _domain(step)
     if isinstance(step, DomainMerge):
         domain_jobs.unmerge(step, domain, context)
-    else:
+    elif isinstance(step, DomainSwap):
         await domain_swap.unswap(step, domain, context)
+    elif isinstance(step, DomainSnapshot):
+        domain_jobs.unsnapshot(step, domain, context)
+    elif isinstance(step, DomainGoOver):
+        await domain_memory.ungo(step, domain, context)
+    else:
+        domain_memory.unsave(step, context)
 
 
 async def happened(step: LibvirtStep, context: Context) -> bool:
     """Whether it has happened, or goes on, though we did not live to see it."""
-    if not isinstance(step, DomainSnapshot | DomainMerge | DomainSwap):
+    if not isinstance(step, DomainSnapshot | DomainMerge | DomainSwap | DomainSaveMemory | DomainGoOver):
         return False
-    from snaptree.running.carry import domain_jobs, domain_swap
+    from snaptree.running.carry import domain_jobs, domain_memory, domain_swap
 
     domain = _domain(step)
-    if isinstance(step, DomainSnapshot):
-        return domain_jobs.was_cut(step, domain)
-    if isinstance(step, DomainSwap):
-        return await domain_swap.went_over(step, domain, context)
-    return domain_jobs.went_on(step, domain)
+    match step:
+        case DomainSnapshot():
+            return domain_jobs.was_taken(step, domain)
+        case DomainMerge():
+            return domain_jobs.went_on(step, domain)
+        case DomainSwap():
+            return await domain_swap.went_over(step, domain, context)
+        case DomainSaveMemory():
+            return domain_memory.was_saved(step, domain)
+        case DomainGoOver():
+            return domain_memory.has_gone(step, domain, context)

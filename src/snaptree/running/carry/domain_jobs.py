@@ -7,25 +7,28 @@ the definition, which libvirt changes with it, and the headers.
 from __future__ import annotations
 
 import os
+import time
 
 from snaptree.errors import CancelledError, ToolError
 from snaptree.images import durable, write_back
 from snaptree.images.facts import read_facts
 from snaptree.images.measure import holds
-from snaptree.model.live import OFF
-from snaptree.planning.domain_steps import DomainMerge, DomainSnapshot
+from snaptree.model.live import OFF, RUNNING
+from snaptree.planning.domain_steps import DomainForget, DomainMerge, DomainSnapshot
 from snaptree.planning.live_steps import LiveJob
-from snaptree.planning.steps import Move
+from snaptree.planning.steps import DeleteInternal, MakeInternal, Move
 from snaptree.running import loops
-from snaptree.running.carry import moving
+from snaptree.running.carry import firmware, internals, moving
 from snaptree.running.carry.finishing import finish, header_says, holds_all, move_job, moved_of
 from snaptree.running.context import Context
 from snaptree.store.libvirt.calls import COMMIT, BlockJob, DomainHandle
+from snaptree.store.libvirt.memory import DomainMemory
 
 POLL_SECONDS, SHORTEST = 0.02, 0.002
 """How often libvirt is asked how far it is: first after a moment, since there may be little to merge."""
 SETTLE_SECONDS = 10.0
 """So long libvirt's view may lag behind a job that has ended."""
+STANDS, GOES_ON = "stands still", "goes on"
 HELD = 1
 """Bytes a second while nothing is to move: libvirt knows no slower."""
 
@@ -33,18 +36,76 @@ HELD = 1
 # ---- snapshots ----------------------------------------------------------------------------------------------------
 
 
-def snapshot(step: DomainSnapshot, domain: DomainHandle | None) -> None:
+def snapshot(step: DomainSnapshot, domain: DomainHandle | None, context: Context) -> None:
     """Let the guest go on in the overlays. Where the domain has stopped they show what the tips show, or are tips."""
-    if domain is None or domain.state() == OFF or _are_tips(step, domain):
+    if domain is None or domain.state() == OFF:
+        if step.marks and not was_taken(step, domain):
+            raise ToolError(f"the domain stopped before {step.marks[0].tag!r} was there", "take the snapshot again")
         return
-    domain.cut({cut.disk: cut.overlay for cut in step.cuts}, quiesce=step.quiesce)
+    if step.marks:
+        if not was_taken(step, domain):
+            begun = time.monotonic()
+            DomainMemory(domain).mark(step.marks[0].tag, [mark.disk for mark in step.marks])
+            context.paused = time.monotonic() - begun
+        return
+    if not _are_tips(step, domain):
+        _cut(step, domain, context)
     if not _are_tips(step, domain):
         raise ToolError(f"libvirt reported success, but {step.cuts[0].overlay} is not what the guest writes to now")
+    _go_on(step, domain, context)
 
 
-def was_cut(step: DomainSnapshot, domain: DomainHandle | None) -> bool:
-    """Whether the guest writes to the overlays, or did when it stopped."""
-    return domain is not None and _are_tips(step, domain)
+def _cut(step: DomainSnapshot, domain: DomainHandle, context: Context) -> None:
+    overlays = {cut.disk: cut.overlay for cut in step.cuts}
+    # Where the file systems are to be frozen the guest's agent has to answer: the guest runs.
+    stands = bool(step.firmware) and not step.quiesce and domain.state() == RUNNING
+    if not stands:
+        domain.cut(overlays, quiesce=step.quiesce)
+        return
+    context.journal.note(step.about, STANDS)
+    begun = time.monotonic()
+    domain.stand_still()
+    try:
+        firmware.renew(step.firmware, context)
+        domain.cut(overlays, quiesce=False)
+    finally:
+        _go_on(step, domain, context)
+    context.paused = time.monotonic() - begun
+
+
+def _go_on(step: DomainSnapshot, domain: DomainHandle, context: Context) -> None:
+    """Let the guest go on that we have stopped."""
+    if context.journal.noted(step.about) == STANDS:
+        domain.go_on()
+        context.journal.note(step.about, GOES_ON)
+
+
+def unsnapshot(step: DomainSnapshot, domain: DomainHandle | None, context: Context) -> None:
+    """Take back what is not done yet: the guest goes on in its tips."""
+    if domain is not None:
+        _go_on(step, domain, context)
+    if domain is None or domain.state() == OFF:
+        for mark in step.marks:
+            internals.unmake(MakeInternal(mark.path, mark.tag), context)
+
+
+def forget(step: DomainForget, domain: DomainHandle | None, context: Context) -> None:
+    """Have an internal snapshot deleted; where the domain has stopped it is done without libvirt."""
+    if domain is not None and domain.state() != OFF:
+        DomainMemory(domain).delete_snapshot(step.name)
+        return
+    for path in step.paths:
+        internals.delete(DeleteInternal(path, step.name), context)
+
+
+def was_taken(step: DomainSnapshot, domain: DomainHandle | None) -> bool:
+    """Whether the guest writes to the overlays, or did when it stopped; or the internal snapshot is there."""
+    if domain is None:
+        return False
+    if not step.marks:
+        return _are_tips(step, domain)
+    DomainMemory(domain).settle()
+    return step.marks[0].tag in domain.records()
 
 
 def _are_tips(step: DomainSnapshot, domain: DomainHandle) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from snaptree.errors import NotFoundError, RefusedError, ToolError
 from snaptree.images import durable, small
+from snaptree.planning.domain_memory_steps import DomainGoOver
 from snaptree.planning.live_steps import Kept
 from snaptree.planning.memory_steps import GoOver
 from snaptree.planning.steps import CopyFirmware, RemoveFirmware, Step
@@ -39,11 +40,18 @@ def require_there(steps: Iterable[Step]) -> None:
             _require_no_link(step.role, step.source, step.target)
             _require_state(step.role, step.source, made)
             made.add(step.target)
-        elif isinstance(step, GoOver) and step.load is not None:
-            for each in step.load.firmware:
+        elif isinstance(step, GoOver | DomainGoOver):
+            for each in _loaded(step):
                 _require_no_link(each.role, each.copy, each.live)
                 _require_state(each.role, each.copy, made)
                 _require_state(each.role, each.live, made)
+
+
+def _loaded(step: GoOver | DomainGoOver) -> tuple[Kept, ...]:
+    """The pieces that a QEMU which loads memory finds."""
+    if isinstance(step, DomainGoOver):
+        return step.pieces
+    return step.load.firmware if step.load is not None else ()
 
 
 def _require_state(role: str, path: str, made: Collection[str]) -> None:
@@ -78,6 +86,11 @@ def renew(copies: Iterable[Kept], context: Context) -> None:
     for each in copies:
         if not small.same(each.live, each.copy):
             small.replace(each.live, each.copy, context.token)
+
+
+def changed(copies: Iterable[Kept]) -> bool:
+    """Whether something has changed since it was copied."""
+    return any(not small.same(each.live, each.copy) for each in copies)
 
 
 def require_unchanged(copies: Iterable[Kept]) -> None:

@@ -8,6 +8,7 @@ record changes others (libvirt gives them the parent's files), and so does anoth
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from snaptree.model.tree import Tree
 from snaptree.planning.records import Wanted, wanted_records
 from snaptree.store.libvirt import writing, xml
 from snaptree.store.libvirt.calls import DomainHandle
+from snaptree.store.libvirt.memory import DomainMemory
 from snaptree.store.libvirt.xml import Element
 
 ROUNDS = 4
@@ -77,6 +79,8 @@ def difference(
     again: set[str] = set()
     for each in wanted:
         source = sources.get(each.name)
+        if source is None and each.memory is not None:
+            source = _of_memory(handle, tree, each.memory, before)
         now = writing.record(source, definition, each, tree, resolve)
         if each.name in there and _lost_memory(before[each.name], each):
             again.add(each.name)
@@ -99,6 +103,21 @@ def difference(
         ),
         again=frozenset(again),
     )
+
+
+def _of_memory(handle: DomainHandle, tree: Tree, path: str, records: Mapping[str, Element]) -> Element:
+    """What a new record with a memory is made of: another record that has it, or the domain in the memory file."""
+    memory = next(each for each in tree.memories.values() if each.path == path)
+    for record in records.values():
+        kept = record.find("memory")
+        domain = record.find("domain")
+        if domain is not None and kept is not None and os.path.realpath(kept.get("file", "")) == path:
+            found = writing.with_memory(domain, memory, record.find("cookie"))
+            inactive = record.find("inactiveDomain")
+            if inactive is not None:
+                found.find("domain").addnext(xml.clone(inactive))
+            return found
+    return writing.with_memory(xml.parse(DomainMemory(handle).definition(path), f"the domain in {path}"), memory)
 
 
 def _lost_memory(before: Element, wanted: Wanted) -> bool:

@@ -71,6 +71,8 @@ def explain(libvirt: Any, error: Any, doing: str) -> SnaptreeError:
         return NotFoundError(said, "see 'virsh list --all'")
     if code in (libvirt.VIR_ERR_OPERATION_TIMEOUT, libvirt.VIR_ERR_BLOCK_COPY_ACTIVE):
         return BusyError(said, "see 'virsh domjobinfo', and try again")
+    if "due to previous migration" in text:
+        return RefusedError(said, "its memory has been saved while it stood still: let it run for a moment first")
     if code == libvirt.VIR_ERR_OPERATION_INVALID and "job" in text:
         return BusyError(said, "see 'virsh domjobinfo', and try again")
     if code in (libvirt.VIR_ERR_NO_CONNECT, libvirt.VIR_ERR_INVALID_CONN):

@@ -1,4 +1,4 @@
-"""The one module that calls libvirt, whose errors become ours.
+"""What calls libvirt, with ``binding.py`` and ``memory.py``; nothing else does. Its errors become ours.
 
 Official calls only: nothing goes past libvirt to a QEMU that it runs.
 """
@@ -122,8 +122,22 @@ def connected(uri: str) -> Libvirt:
     return found
 
 
-def _targets(definition: str) -> tuple[str, ...]:
+def targets(definition: str) -> tuple[str, ...]:
+    """The disks of a definition, whatever they are."""
     return tuple(target for target, _ in xml.disks(xml.parse(definition, "the domain's definition")))
+
+
+def snapshot_request(definition: str, overlays: Mapping[str, str]) -> xml.Element:
+    """What libvirt is asked for a snapshot with: these disks go on in these overlays, the others as they are."""
+    root = xml.etree().Element("domainsnapshot")
+    disks = xml.etree().SubElement(root, "disks")
+    for target in targets(definition):
+        disk = xml.etree().SubElement(disks, "disk", name=target, snapshot="external" if target in overlays else "no")
+        if target in overlays:
+            disk.set("type", "file")
+            xml.etree().SubElement(disk, "driver", type="qcow2")
+            xml.etree().SubElement(disk, "source", file=overlays[target])
+    return root
 
 
 class DomainHandle:
@@ -206,7 +220,7 @@ class DomainHandle:
             kind = self._domain.jobInfo()[0]
             if kind != libvirt.VIR_DOMAIN_JOB_NONE:
                 found.append("a job (a migration, a save or a backup) is under way")
-            for target in _targets(self.definition(live=True)):
+            for target in targets(self.definition(live=True)):
                 try:
                     job = self._domain.blockJobInfo(target, 0)
                 except libvirt.libvirtError:
@@ -298,16 +312,7 @@ class DomainHandle:
     def cut(self, overlays: Mapping[str, str], *, quiesce: bool) -> None:
         """Let the disks go on in overlays that are there already, all at one instant; the others stay as they are."""
         libvirt = self._libvirt
-        root = xml.etree().Element("domainsnapshot")
-        disks = xml.etree().SubElement(root, "disks")
-        for target in _targets(self.definition(live=True)):
-            disk = xml.etree().SubElement(
-                disks, "disk", name=target, snapshot="external" if target in overlays else "no"
-            )
-            if target in overlays:
-                disk.set("type", "file")
-                xml.etree().SubElement(disk, "driver", type="qcow2")
-                xml.etree().SubElement(disk, "source", file=overlays[target])
+        root = snapshot_request(self.definition(live=True), overlays)
         flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
         flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT
         flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_QUIESCE if quiesce else 0
@@ -379,11 +384,21 @@ class DomainHandle:
     def flush(self) -> float:
         """Have its QEMU bring to disk all that it keeps, by stopping the guest for a moment; for how many seconds."""
         since = time.monotonic()
+        self.stand_still()
+        try:
+            return time.monotonic() - since
+        finally:
+            self.go_on()
+
+    def stand_still(self) -> None:
+        """Let the guest stand still."""
         with explained(f"stop domain {self.name} for a moment"):
             self._domain.suspend()
-            try:
-                return time.monotonic() - since
-            finally:
+
+    def go_on(self) -> None:
+        """Let a guest go on that stands still."""
+        if self.state() == PAUSED:
+            with explained(f"let domain {self.name} go on"):
                 self._domain.resume()
 
     def stop(self) -> None:

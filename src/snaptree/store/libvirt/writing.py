@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from snaptree.errors import UnhealthyError
 from snaptree.model.domain import PLACEHOLDER
+from snaptree.model.memory import Memory
 from snaptree.model.tree import Tree
 from snaptree.planning.naming import renamed_roots
 from snaptree.planning.records import Wanted
@@ -80,6 +81,8 @@ def record(before: Element | None, domain: Element, wanted: Wanted, tree: Tree, 
     root = xml.clone(before) if before is not None else _new(domain, wanted)
     xml.put_text(root, "name", wanted.name)
     xml.put_text(root, "description", wanted.description or None, after="name")
+    # One that libvirt wrote when it saved the memory of a branch has the time of that.
+    xml.put_text(root, "creationTime", str(int(wanted.created)))
     _put_parent(root, wanted.parent)
     _put_disks(root, "disks", wanted, wanted.overlays, resolve)
     _put_disks(root, "revertDisks", wanted, wanted.reverts, resolve)
@@ -102,6 +105,23 @@ def record(before: Element | None, domain: Element, wanted: Wanted, tree: Tree, 
     xml.put_own(inner, "record", _mark(wanted))
     if xml.own(inner, "domain") is None:
         xml.put_own(inner, "domain", hints(tree))
+    return root
+
+
+def with_memory(domain: Element, memory: Memory, cookie: Element | None = None) -> Element:
+    """What a new record is made of whose memory is there already.
+
+    :param domain: the domain as it was when it was saved.
+    :param cookie: what libvirt keeps besides in a record with memory.
+    """
+    root = xml.etree().Element("domainsnapshot")
+    xml.put_text(root, "name", "")
+    xml.put_text(root, "state", memory.state)
+    xml.put_text(root, "creationTime", "0")
+    xml.etree().SubElement(root, "memory", snapshot="external", file=memory.path)
+    root.append(xml.clone(domain))
+    if cookie is not None:
+        root.append(xml.clone(cookie))
     return root
 
 

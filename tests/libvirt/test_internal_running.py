@@ -1,0 +1,141 @@
+"""Internal snapshots of a domain that runs: libvirt takes and deletes them, with the memory, on all disks at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+
+import pytest
+from tests.kit import images
+from tests.kit.domain import URI, DomainScene
+from tests.libvirt.test_running import shown
+
+pytestmark = pytest.mark.root
+REFUSED = 6
+
+_PROGRAM = """
+import os, signal, sys
+from snaptree.cli.main import run
+from snaptree.store.libvirt.memory import DomainMemory
+
+def killed(real):
+    def call(*words, **more):
+        if {before}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(*words, **more)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return call
+
+setattr(DomainMemory, {what!r}, killed(getattr(DomainMemory, {what!r})))
+sys.exit(run(sys.argv[1:]))
+"""
+"""snaptree, killed just before or after it asks libvirt for this."""
+
+
+def tags(web: DomainScene, name: str = "main", disk: str = "vda") -> list[str]:
+    """The internal snapshots in the file of a name."""
+    said = images.run("qemu-img", "info", "-U", "-f", "qcow2", "--output=json", web.path(name, disk))
+    return [each["name"] for each in json.loads(said).get("snapshots", [])]
+
+
+def test_they_are_taken_and_deleted_while_it_runs(domain: DomainScene) -> None:
+    web = domain
+    web.define("vda=web.qcow2", "vdb=data.qcow2")
+    web.virsh("start", "@")
+    for name in ("i1", "i2", "i3"):
+        said = web(f"snapshot @ {name} --internal")
+        assert "saves the memory with it" in said.out
+    assert web.listed() == {"i1": None, "i2": "i1", "i3": "i2"} and web.current() == "i3"
+    assert web.names()["i1"]["consistency"] == "memory" and web.show()["snapshots"][0]["kind"] == "internal"
+    assert (
+        web.record("i2").find("memory").get("snapshot") == "internal"
+        and web.record("i2").findtext("state") == "running"
+    )
+    assert tags(web) == ["i1", "i2", "i3"] == tags(web, disk="vdb")
+    web.agree()
+    web("delete @ i2")
+    assert tags(web) == ["i1", "i3"] == tags(web, disk="vdb") and web.listed() == {"i1": None, "i3": "i1"}
+    web.agree()
+    # virsh goes back to one, with its memory; and an external one is taken above.
+    web.virsh("snapshot-revert", "@", "i1")
+    assert web.virsh("domstate", "@").strip() == "running"
+    web("verify @ --repair")
+    web("snapshot @ s4")
+    web.agree()
+    said = web("delete @ i3", status=REFUSED)
+    assert "does not delete" in said.err and "shut it down" in said.err and "i3" in web.listed()
+    web.virsh("destroy", "@")
+    web("delete @ i3")
+    web.sound()
+    assert web.listed() == {"i1": None, "s4": "i1"}
+
+
+def test_what_libvirt_does_not_take(domain: DomainScene) -> None:
+    web = domain
+    web.define("vda=web.qcow2", "vdb=data.raw")
+    web.virsh("start", "@")
+    assert "vdb is raw" in web("snapshot @ i1 --internal", status=REFUSED).err
+    assert "has no record" in web("snapshot @ i1 --internal --exclude vdb", status=REFUSED).err
+    assert "within them" in web(f"snapshot @ i1 --internal --file vda={web.disks}/x.qcow2", status=REFUSED).err
+    web.virsh("destroy", "@")
+    assert "has no record" in web("snapshot @ i1 --internal --exclude vdb", status=REFUSED).err
+    web("snapshot @ i1 --internal")
+    web.sound()
+
+
+def test_going_back_loads_the_memory(web: DomainScene) -> None:
+    web.virsh("start", "@")
+    web("snapshot @ i1 --internal")
+    web.virsh("setmaxmem", "@", "96M", "--config")
+    web("revert @ i1")
+    assert web.show()["state"] == "running" and shown(web, "main") == "b......." and tags(web) == ["i1", "main.1"]
+    # It is what it was then until it is switched off.
+    assert "<memory unit='KiB'>65536<" in web.virsh("dumpxml", "@")
+    assert "<memory unit='KiB'>98304<" in web.virsh("dumpxml", "@", "--inactive")
+    web.agree()
+    web.virsh("destroy", "@")
+    web.write(".1")
+    said = web("revert @ i1 --discard")
+    assert "from the memory of 'i1'" in said.out and web.show()["state"] == "running"
+    assert shown(web, "main") == "b......."
+    web.agree()
+    web("revert @ i1 --stopped")
+    assert web.show()["state"] == "off"
+    web.sound()
+    web("revert @ i1 --no-memory --running")
+    # Below an overlay it is not loaded.
+    web("snapshot @ s2")
+    said = web("revert @ i1")
+    assert "from the memory" not in said.out and web.show()["state"] == "running"
+    web.agree()
+    web.virsh("destroy", "@")
+    web.sound()
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize(("line", "what"), [("snapshot @ i2 --internal", "mark"), ("delete @ i1", "delete_snapshot")])
+@pytest.mark.parametrize("destroyed", [False, True], ids=["runs-on", "destroyed"])
+def test_killed(web: DomainScene, line: str, what: str, before: bool, destroyed: bool) -> None:
+    web.virsh("start", "@")
+    web("snapshot @ i1 --internal")
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM.format(what=what, before=before), *shlex.split(line.replace("@", web.name))],
+        env={**os.environ, URI: web.own.uri, "SNAPTREE_STATE": str(web.state)},
+        cwd=web.disks,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    if destroyed:
+        web.virsh("destroy", "@")
+    web("recover @")
+    web.agree()
+    expected = {"i1", "main"} if what == "mark" else {"main"}
+    assert set(web.names()) == (expected | {"i2"} if what == "mark" and not before else expected)
+    assert set(tags(web)) == set(web.names()) - {"main"}
+    if not destroyed:
+        web.virsh("destroy", "@")
+    web.sound()
