@@ -369,7 +369,9 @@ class DomainHandle:
             try:
                 self._domain.blockRebase(target, base, speed, flags)
             except libvirt.libvirtError as error:
-                if base is None or error.get_error_code() != libvirt.VIR_ERR_CONFIG_UNSUPPORTED:
+                # On absolute names, such as virsh writes, it does not go by relative ones.
+                absolute = (libvirt.VIR_ERR_CONFIG_UNSUPPORTED, libvirt.VIR_ERR_OPERATION_INVALID)
+                if base is None or error.get_error_code() not in absolute:
                     raise
                 self._domain.blockRebase(target, base, speed, libvirt.VIR_DOMAIN_BLOCK_REBASE_BANDWIDTH_BYTES)
 
