@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -41,9 +41,10 @@ from snaptree.model.machine import MachineConfig
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
 from snaptree.planning import verbs
+from snaptree.planning.accept import OwnRequest, all_owned
 from snaptree.planning.adopt import AttachRequest, DetachRequest
 from snaptree.planning.create import SnapshotRequest
-from snaptree.planning.domain_steps import Undefine, WriteRecords, with_records
+from snaptree.planning.domain_steps import Undefine, WriteRecords, deferred, with_records
 from snaptree.planning.health import ailments
 from snaptree.planning.plan import Plan
 from snaptree.planning.revert import RevertRequest, SwitchRequest, memory_moves
@@ -140,17 +141,20 @@ class LibvirtMachine(Operated):
 
         :param off: the domain is turned off for it, if it runs.
         """
-        survey = self.survey(looked, tree, folders_of(request))
+        # Of what is to be owned it is read as well who else stands on it.
+        read_as = all_owned(tree) if isinstance(request, OwnRequest) else tree
+        survey = self.survey(looked, read_as, folders_of(request))
         if off:
             survey = replace(survey, running=False, live=None)
         require_real_folders(request)
         plan = planned(tree, survey, lambda measured: verbs.plan(tree, measured, request))
+        going: tuple[tuple[str, str], ...] = ()
         if survey.live is not None:
-            self._require_by_libvirt(plan, {tree.layers[each].path for each in survey.live.open})
+            plan, going = deferred(plan, {tree.layers[each].path for each in survey.live.open})
         assert self.config.uri is not None and self.config.uuid is not None
         known = tuple(sorted(each.name for each in looked.reading.records))
         tips = tuple((disk.target, disk.path) for disk in looked.reading.domain.disks)
-        tell = WriteRecords(self.config.uri, self.config.uuid, known=known, tips=tips)
+        tell = WriteRecords(self.config.uri, self.config.uuid, known=known, tips=tips, going=going)
         if isinstance(request, RemoveRequest):
             undefine = Undefine(tell.uri, tell.uuid, looked.reading.domain.name, nvram=request.delete_files)
             steps: tuple[Step, ...] = (undefine, *plan.steps)
@@ -161,23 +165,24 @@ class LibvirtMachine(Operated):
             tell = replace(tell, renamed=((request.old, request.new),))
         plan = with_records(plan, tell)
         if isinstance(request, GcRequest):
-            plan = replace(plan, steps=(*plan.steps, tell))
+            left = looked.reading.domain.hints.going if survey.live is None else frozenset()
+            gone = self._leftovers(tree, survey, left)
+            touched = sorted({*plan.touches, *(each.path for each in gone)})
+            tell = replace(tell, cleared=tuple(sorted(left)))
+            plan = replace(plan, steps=(*plan.steps, *gone, tell), touches=tuple(touched))
         return plan
 
-    def _require_by_libvirt(self, plan: Plan, opened: Collection[str]) -> None:
-        """See that libvirt has a call for all that QEMU would have to do.
-
-        :param opened: what the domain's QEMU has open.
-        :raise RefusedError: it has none.
-        """
-        for step in (step for each in plan.every() for step in each.steps):
-            if isinstance(step, DeleteInternal) and step.path in opened:
-                hint = f"shut it down first: 'virsh shutdown {self.name}'"
-                raise RefusedError(
-                    f"domain {self.name} is running on {step.path}, whose internal snapshots libvirt does not delete "
-                    "by themselves",
-                    hint,
-                )
+    @staticmethod
+    def _leftovers(tree: Tree, survey: Survey, going: Iterable[tuple[str, str]]) -> list[DeleteInternal]:
+        """The steps that delete internal snapshots which nothing shows any more, of a domain that is off."""
+        layers = {layer.path: layer for layer in tree.layers.values() if layer.owned}
+        return [
+            DeleteInternal(path, tag)
+            for path, tag in sorted(going)
+            if path in layers
+            and tag not in tree.internals.get(layers[path].id, ())
+            and any(each.name == tag for each in survey.layers[layers[path].id].internals)
+        ]
 
     def _require_possible(self, looked: Looked, request: Request) -> None:
         """See that the domain may be worked on so.
@@ -189,6 +194,9 @@ class LibvirtMachine(Operated):
         if isinstance(request, SetRequest | AttachRequest | DetachRequest):
             hint = f"use 'virsh attach-disk {domain.name}', 'virsh detach-disk' or 'virsh edit'"
             raise RefusedError(f"{domain.name} is a libvirt domain: its disks and settings are libvirt's", hint)
+        if not domain.disks and not isinstance(request, RemoveRequest | RepairRequest):
+            left = "; ".join(f"{disk} is left alone: {why}" for disk, why in sorted(domain.left.items()))
+            raise RefusedError(f"domain {domain.name} has no disk that snaptree looks after", left)
         if jobs := self.handle.jobs():
             hint = f"see 'virsh domjobinfo {domain.name}' and 'virsh blockjob'; wait for its end, or abort it"
             raise BusyError(f"libvirt is at work on domain {domain.name}: {jobs[0]}", hint)

@@ -14,6 +14,7 @@ from snaptree.running.context import Context
 from snaptree.store import trees
 from snaptree.store.libvirt import applying
 from snaptree.store.libvirt.calls import DomainHandle, Libvirt
+from snaptree.store.libvirt.writing import Going
 
 LibvirtStep: TypeAlias = DomainSnapshot | DomainMerge | WriteRecords | Undefine
 _RECORD = "record "
@@ -58,6 +59,7 @@ def _write(step: WriteRecords, domain: DomainHandle, context: Context) -> None:
         keep=lambda name, text: context.journal.note(_RECORD + name, text),
         kept=kept,
         known=step.known,
+        going=Going(frozenset(step.going), frozenset(step.cleared)),
     )
 
 
