@@ -97,8 +97,8 @@ def read_unlocked(chain: Sequence[tuple[str, str]], tag: str | None = None) -> b
 
 
 def info(path: str | Path, image_format: str = "qcow2") -> dict[str, Any]:
-    """What ``qemu-img info`` says of the one file."""
-    found: dict[str, Any] = json.loads(run("qemu-img", "info", "-f", image_format, "--output=json", path))
+    """What ``qemu-img info`` says of the one file, which a QEMU may have open."""
+    found: dict[str, Any] = json.loads(run("qemu-img", "info", "-U", "-f", image_format, "--output=json", path))
     return found
 
 
