@@ -87,7 +87,8 @@ def read_unlocked(chain: Sequence[tuple[str, str]], tag: str | None = None) -> b
     """
     graph: dict[str, Any] | None = None
     for path, image_format in reversed(chain):
-        file = {"driver": "file", "filename": path, "locking": "off"}
+        device = os.path.exists(path) and not os.path.isfile(path)
+        file = {"driver": "host_device" if device else "file", "filename": path, "locking": "off"}
         below = {"backing": graph} if image_format == "qcow2" else {}
         graph = {"driver": image_format, "file": file, **below}
     with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:

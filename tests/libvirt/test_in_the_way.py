@@ -54,7 +54,7 @@ def test_a_job_of_libvirts(web: DomainScene) -> None:
 
 @pytest.mark.slow
 def test_it_is_being_migrated(web: DomainScene) -> None:
-    web("snapshot @ s1")
+    """Before its first snapshot: libvirt migrates none that has any."""
     # The firmware puts this into the domain's memory, which then takes a while to be sent.
     for name, content in (("kernel", guest.kernel().read_bytes()), ("initrd", os.urandom(48 << 20))):
         (web.folder / name).write_bytes(content)
@@ -81,7 +81,7 @@ def test_it_is_being_migrated(web: DomainScene) -> None:
         finally:
             said = process.communicate(timeout=60)[0]
         assert process.returncode != 0, said
-    web("delete @ s1")
+    web("snapshot @ s1")
     web.agree()
     assert web.shows() == "b......."
 

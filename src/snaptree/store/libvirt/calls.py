@@ -332,14 +332,21 @@ class DomainHandle:
         libvirt = self._libvirt
         root = xml.etree().Element("domainsnapshot")
         disks = xml.etree().SubElement(root, "disks")
-        for target in _targets(self.definition(live=True)):
+        running = xml.parse(self.definition(live=True), "the domain's definition")
+        if mixed := xml.out_of_order(running):
+            raise RefusedError(
+                f"libvirt would take {mixed} of domain {self.name} for another disk: it was defined without its bus",
+                "shut the domain down and start it again: from then on libvirt knows its disks' order",
+            )
+        for target, now in xml.disks(running):
             disk = xml.etree().SubElement(
                 disks, "disk", name=target, snapshot="external" if target in overlays else "no"
             )
             if target in overlays:
                 disk.set("type", "file")
                 xml.etree().SubElement(disk, "driver", type="qcow2")
-                xml.etree().SubElement(disk, "source", file=overlays[target])
+                source = xml.etree().SubElement(disk, "source", file=overlays[target])
+                source.extend(xml.clone(each) for each in now.findall("source/seclabel"))
         flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
         flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT
         flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_QUIESCE if quiesce else 0
