@@ -32,6 +32,23 @@ _LOOP_CONFIG = struct.Struct("=I4x52xI176x64x")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+@contextlib.contextmanager
+def loop_device(path: Path) -> Iterator[Path]:
+    """The file as a block device; it goes with the last one who has it open or mounted."""
+    with path.open("r+b") as file, open("/dev/loop-control", "rb") as control:
+        while True:
+            device = Path(f"/dev/loop{fcntl.ioctl(control, _LOOP_CTL_GET_FREE)}")
+            with device.open("r+b", buffering=0) as loop:
+                try:
+                    fcntl.ioctl(loop, _LOOP_CONFIGURE, _LOOP_CONFIG.pack(file.fileno(), _AUTOCLEAR))
+                except OSError as error:
+                    if error.errno != errno.EBUSY:
+                        raise
+                    continue
+                yield device
+                return
+
+
 class Disk:
     """A disk with a new file system, not mounted yet; skips the test where that cannot be.
 
@@ -85,18 +102,8 @@ class Disk:
         if self.source.is_block_device():
             yield self.source
             return
-        with self.source.open("r+b") as file, open("/dev/loop-control", "rb") as control:
-            while True:
-                path = Path(f"/dev/loop{fcntl.ioctl(control, _LOOP_CTL_GET_FREE)}")
-                with path.open("r+b", buffering=0) as loop:
-                    try:
-                        fcntl.ioctl(loop, _LOOP_CONFIGURE, _LOOP_CONFIG.pack(file.fileno(), _AUTOCLEAR))
-                    except OSError as error:
-                        if error.errno != errno.EBUSY:
-                            raise
-                        continue
-                    yield path
-                    return
+        with loop_device(self.source) as path:
+            yield path
 
     def unmount(self, seconds: float = 20.0) -> None:
         """Unmount it, as soon as the last process has let go of it."""

@@ -8,8 +8,9 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,26 @@ SCHEMA = Path("/usr/share/libvirt/schemas/domainsnapshot.rng")
 URI = "LIBVIRT_DEFAULT_URI"
 _DOMAIN = """<domain type='qemu'><name>{name}</name><uuid>{uuid}</uuid><memory unit='MiB'>64</memory><vcpu>1</vcpu>
 <os><type arch='x86_64' machine='q35'>hvm</type></os>{more}<devices>{disks}{devices}</devices></domain>"""
+
+
+def define_text(
+    name: str, number: str, disks: Iterable[tuple[str, Path, str]], *, more: str = "", devices: str = ""
+) -> str:
+    """A domain's XML.
+
+    :param disks: target, path and format; what is no regular file is a block device.
+    """
+    elements = []
+    for target, path, form in disks:
+        kind, key = ("block", "dev") if path.is_block_device() else ("file", "file")
+        bus = "scsi" if target.startswith("sd") else "virtio"
+        elements.append(
+            f"<disk type='{kind}' device='disk'><driver name='qemu' type='{form}'/><source {key}='{path}'/>"
+            f"<target dev='{target}' bus='{bus}'/></disk>"
+        )
+    if any("bus='scsi'" in each for each in elements):
+        elements.append("<controller type='scsi' model='virtio-scsi'/>")
+    return _DOMAIN.format(name=name, uuid=number, disks="".join(elements), more=more, devices=devices)
 
 
 @contextlib.contextmanager
@@ -75,19 +96,17 @@ class DomainScene(Scene):
 
     def define(self, *disks: str, more: str = "", devices: str = "") -> None:
         """Define the domain; a disk is ``TARGET=FILE`` (qcow2, or raw by its name), made if it is not there."""
-        elements = []
+        found = []
         for each in disks:
             target, _, name = each.partition("=")
             form = "raw" if name.endswith(".raw") else "qcow2"
             path = self.disks / name
             if not path.exists():
                 images.create(path, SLOTS * SLOT, form)
-            elements.append(
-                f"<disk type='file' device='disk'><driver name='qemu' type='{form}'/><source file='{path}'/>"
-                f"<target dev='{target}' bus='virtio'/></disk>"
-            )
-        text = _DOMAIN.format(name=self.name, uuid=self.uuid, disks="".join(elements), more=more, devices=devices)
-        self.define_xml(text)
+            found.append((target, path, form))
+            # As virt-install makes them, and virsh its overlays.
+            path.chmod(0o600)
+        self.define_xml(define_text(self.name, self.uuid, found, more=more, devices=devices))
 
     def define_xml(self, text: str) -> None:
         """Define a domain by its XML."""
@@ -107,7 +126,12 @@ class DomainScene(Scene):
         return super().names(machine or self.name)
 
     def shows(self, name: str = "main", disk: str = "vda", machine: str = "") -> str:
-        return super().shows(name, disk, machine or self.name)
+        shown = self.show(machine)
+        if shown["state"] == "off":
+            return super().shows(name, disk, machine or self.name)
+        (named,) = [each for each in (*shown["snapshots"], *shown["branches"]) if each["name"] == name]
+        point = (named.get("points") or named.get("tips"))[disk]
+        return word_of(self.unlocked(point["path"], point["internal"], shown))
 
     def path(self, name: str, disk: str = "vda", machine: str = "") -> Path:
         return super().path(name, disk, machine or self.name)
@@ -116,24 +140,71 @@ class DomainScene(Scene):
         return super().chain(name, disk, machine or self.name)
 
     def write(self, word: str, disk: str = "vda", machine: str = "") -> None:
-        """The guest writes, while it was on for a moment, to what libvirt starts it with."""
-        path, form = self.source(disk)
+        """The guest writes to what libvirt starts it with.
+
+        Off, it was on for a moment; of one that runs, what it has written is put there while it is off for a moment.
+        """
+        runs = self.runs(machine)
+        if runs:
+            self.virsh("destroy", machine or "@")
+        path, form = self.source(disk, machine)
         self.fill(path, form, word)
+        if runs:
+            self.virsh("start", machine or "@")
 
-    def definition(self) -> Any:
+    def runs(self, machine: str = "") -> bool:
+        """Whether the domain has a QEMU."""
+        return self.virsh("domstate", machine or "@").strip() != "shut off"
+
+    def be(self, state: str) -> None:
+        """Let the domain be ``off`` or ``running``."""
+        if self.runs() != (state == "running"):
+            self.virsh("start" if state == "running" else "destroy", "@")
+
+    def back(self, name: str) -> None:
+        """virsh goes back to a snapshot; a domain that ran runs again."""
+        runs = self.runs()
+        for attempt in range(3):
+            try:
+                self.virsh("snapshot-revert", "@", name)
+                break
+            except VirshRefusal as error:
+                # virsh names its overlays by the second.
+                assert "already exists" in str(error) and attempt < 2, error
+                time.sleep(1.1)
+        self.be("running" if runs else "off")
+
+    def definition(self, machine: str = "") -> Any:
         """The domain's definition, as XML."""
-        return etree.fromstring(self.virsh("dumpxml", "--inactive", "@"))
+        return etree.fromstring(self.virsh("dumpxml", "--inactive", machine or "@"))
 
-    def source(self, disk: str = "vda") -> tuple[Path, str]:
-        """The file that libvirt starts the domain with, and the format that it gives it."""
-        for each in self.definition().findall("devices/disk"):
+    def source(self, disk: str = "vda", machine: str = "") -> tuple[Path, str]:
+        """The file or device that libvirt starts the domain with, and the format that it gives it."""
+        for each in self.definition(machine).findall("devices/disk"):
             if each.find("target").get("dev") == disk:
-                return Path(each.find("source").get("file")), each.find("driver").get("type")
+                source = each.find("source")
+                return Path(source.get("file") or source.get("dev")), each.find("driver").get("type")
         raise AssertionError(f"the domain has no disk {disk}")
 
     def virsh_shows(self, disk: str = "vda") -> str:
         """What libvirt would start the domain with."""
-        return word_of(images.read(*self.source(disk)))
+        path, form = self.source(disk)
+        return word_of(self.unlocked(str(path), None, self.show()) if self.runs() else images.read(path, form))
+
+    @staticmethod
+    def unlocked(path: str, tag: str | None, shown: Any) -> bytes:
+        """What a layer shows while a QEMU has it open."""
+        layers = {each["path"]: each for each in shown["layers"]}
+        chain: list[tuple[str, str]] = []
+        at: str | None = path
+        while at is not None:
+            chain.append((at, layers[at]["format"]))
+            at = layers[at]["parent"]
+        return images.read_unlocked(chain, tag)
+
+    def written(self, machine: str) -> set[str]:
+        shown = self.show(machine)
+        return {each["path"] for each in shown["disks"]} if shown["state"] != "off" else set()
 
     def listed(self) -> dict[str, str | None]:
         """virsh's snapshots, and the parent of each."""
@@ -159,7 +230,7 @@ class DomainScene(Scene):
         """All of them, without a virsh for each."""
         libvirt = Libvirt(self.own.uri)
         try:
-            found = libvirt.find(self.uuid)
+            found = libvirt.find(self.name)
             assert found is not None
             return {name: etree.fromstring(text) for name, text in found.records().items()}
         finally:
@@ -171,11 +242,14 @@ class DomainScene(Scene):
         """libvirt and snaptree say the same, the records are as libvirt's schema has them, and so do they stay when the
         state file is gone."""
         shown = self.show()
-        assert self.source()[0] == Path(shown["disks"][0]["path"])
+        for each in shown["disks"]:
+            assert self.source(each["target"])[0] == Path(each["path"])
         for line in self.virsh("domblklist", "@").splitlines():
             target, path = line.split(None, 1)
-            assert path.strip() in (each["path"] for each in shown["disks"] if each["target"] == target)
+            known = [each["path"] for each in shown["disks"] if each["target"] == target]
+            assert path.strip() in known or not known
         found = self(f"verify {self.name} --json").json["findings"]
+        found = [each for each in found if " is left alone: " not in each["detail"]]
         wrong = [each for each in found if each["severity"] == "error" or each["kind"] in ("records", "note")]
         assert wrong == [], wrong
         listed = self.records()
@@ -202,7 +276,11 @@ class DomainScene(Scene):
     def sound(self, *machines: str) -> None:
         with of_libvirt(self.own.uri):
             super().sound(*(machines or (self.name,)))
-        self.agree()
+        before = self.name
+        for each in machines or (before,):
+            self.name = each
+            self.agree()
+        self.name = before
 
     def remove(self) -> None:
         """Take the domain away."""
@@ -232,18 +310,27 @@ def _without_what_is_remembered(shown: Any) -> Any:
 
 
 @contextlib.contextmanager
-def domain_scene(own: Libvirtd, place: Path | None = None) -> Iterator[DomainScene]:
-    """A scene in a folder that every user may look into; pytest's own are private.
+def kept_folder(place: Path | None = None) -> Iterator[Path]:
+    """A folder that every user may look into; pytest's own are private.
 
     :param place: where that folder is.
     """
     folder = Path(tempfile.mkdtemp(prefix="snaptree-domain-", dir=place or images.SCRATCH))
-    scene = DomainScene(folder, own)
     try:
-        yield scene
+        yield folder
     finally:
-        scene.remove()
         shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def domain_scene(own: Libvirtd, place: Path | None = None) -> Iterator[DomainScene]:
+    """A scene in a folder that every user may look into, there if a place is named."""
+    with kept_folder(place) as folder:
+        scene = DomainScene(folder, own)
+        try:
+            yield scene
+        finally:
+            scene.remove()
 
 
 def refused(scene: DomainScene, *words: str | Path) -> str:
@@ -253,3 +340,25 @@ def refused(scene: DomainScene, *words: str | Path) -> str:
     except VirshRefusal as error:
         return str(error)
     raise AssertionError(f"virsh {' '.join(map(str, words))} did it")
+
+
+def goes_on(web: DomainScene, to: str) -> None:
+    """virsh takes a snapshot, goes back, and deletes; what it does not touch stays."""
+    held = {name: web.shows(name) for name in (*web.names(), to) if name != web.show()["active_branch"]}
+    here = web.virsh_shows()
+    web.virsh("snapshot-create-as", "@", "by-virsh", "--disk-only")
+    assert web.virsh_shows() == here
+    web.virsh("snapshot-delete", "@", "by-virsh")
+    assert web.virsh_shows() == here
+    web.back(to)
+    assert web.virsh_shows() == held[to]
+    assert {name: web.shows(name) for name in held} == held
+    left_behind(web)
+    web("snapshot @ after-virsh")
+    web.sound()
+
+
+def left_behind(web: DomainScene) -> None:
+    """What virsh no longer needs it leaves behind, where unlinking it could have harmed somebody."""
+    needed = {each["path"] for each in web.show()["layers"]}
+    web.left |= {path for path in web.disks.iterdir() if str(path) not in needed}

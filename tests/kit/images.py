@@ -87,7 +87,8 @@ def read_unlocked(chain: Sequence[tuple[str, str]], tag: str | None = None) -> b
     """
     graph: dict[str, Any] | None = None
     for path, image_format in reversed(chain):
-        file = {"driver": "file", "filename": path, "locking": "off"}
+        device = os.path.exists(path) and not os.path.isfile(path)
+        file = {"driver": "host_device" if device else "file", "filename": path, "locking": "off"}
         below = {"backing": graph} if image_format == "qcow2" else {}
         graph = {"driver": image_format, "file": file, **below}
     with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
@@ -97,8 +98,8 @@ def read_unlocked(chain: Sequence[tuple[str, str]], tag: str | None = None) -> b
 
 
 def info(path: str | Path, image_format: str = "qcow2") -> dict[str, Any]:
-    """What ``qemu-img info`` says of the one file."""
-    found: dict[str, Any] = json.loads(run("qemu-img", "info", "-f", image_format, "--output=json", path))
+    """What ``qemu-img info`` says of the one file, which a QEMU may have open."""
+    found: dict[str, Any] = json.loads(run("qemu-img", "info", "-U", "-f", image_format, "--output=json", path))
     return found
 
 

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,25 @@ class Libvirtd:
     uri: str
     log: Path
 
+    def process(self) -> int | None:
+        """The daemon's process; ``None`` while there is none."""
+        for each in Path("/proc").glob("[0-9]*"):
+            try:
+                if (each / "comm").read_text() != "libvirtd\n":
+                    continue
+                if f"{self.log.parent}/run /run " in (each / "mountinfo").read_text():
+                    return int(each.name)
+            except OSError:
+                continue
+        return None
+
+    def wait(self) -> None:
+        """Wait until one that was killed is there again, and answers."""
+        until = time.monotonic() + SECONDS
+        while subprocess.run(["virsh", "-q", "-c", self.uri, "list"], capture_output=True, check=False).returncode:
+            assert time.monotonic() < until, "libvirtd has not come back"
+            time.sleep(0.05)
+
     def virsh(self, *words: str | Path) -> str:
         """What ``virsh`` prints.
 
@@ -78,12 +98,13 @@ class Libvirtd:
 
 
 @contextlib.contextmanager
-def libvirtd(qemu_conf: str = AS_ROOT, keep: Path | None = None) -> Iterator[Libvirtd]:
+def libvirtd(qemu_conf: str = AS_ROOT, keep: Path | None = None, *, lasting: bool = False) -> Iterator[Libvirtd]:
     """A libvirtd for the block.
 
     :param qemu_conf: the text of its ``qemu.conf``.
     :param keep: of the file systems on loop devices it sees those that are mounted there. Others it would keep from
         being mounted again elsewhere, once they have been unmounted.
+    :param lasting: when it is killed another one takes its place, as where systemd looks after it.
     :raise LibvirtUnavailable: it is not installed, this is not root, or it does not answer.
     """
     if os.geteuid() != 0:
@@ -96,7 +117,8 @@ def libvirtd(qemu_conf: str = AS_ROOT, keep: Path | None = None) -> Iterator[Lib
     try:
         for each in _OWN:
             (place / each).mkdir()
-        (place / "etc" / "libvirtd.conf").write_text(_DAEMON)
+        # Between two of one host nothing is migrated.
+        (place / "etc" / "libvirtd.conf").write_text(f'{_DAEMON}host_uuid = "{uuid.uuid4()}"\n')
         (place / "etc" / "qemu.conf").write_text(qemu_conf)
         for each in ("virtlogd.conf", "libvirt.conf"):
             (place / "etc" / each).touch()
@@ -105,7 +127,8 @@ def libvirtd(qemu_conf: str = AS_ROOT, keep: Path | None = None) -> Iterator[Lib
         binds = "; ".join(f"mount --bind {place}/{own} {there}" for own, there in _OWN.items())
         # The shell stays, as the first process of the namespace: it is the one that reaps what the others leave.
         let_go = _LET_GO.format(keep=keep or "/dev/null")
-        script = f"set -e{let_go}{binds}; virtlogd --timeout 0 & libvirtd --timeout 0 & wait"
+        daemon = "while true; do libvirtd --timeout 0 || true; done" if lasting else "libvirtd --timeout 0"
+        script = f"set -e{let_go}{binds}; virtlogd --timeout 0 & {daemon} & wait"
         words = [
             "setpriv",
             "--pdeathsig",

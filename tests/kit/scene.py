@@ -183,7 +183,9 @@ class Scene:
             assert [each for each in found if each["severity"] == "error"] == []
             assert Connection(str(self.state)).machine(machine).unfinished() == ()
         there = {path for path in self.disks.rglob("*") if path.is_file()}
-        assert there == known | {path for path in self.left if path.exists()}
+        assert there == {path for path in known if not path.is_block_device()} | {
+            path for path in self.left if path.exists()
+        }
         assert hidden_files(self.folder) == []
 
 

@@ -27,6 +27,12 @@ def domain(own: Libvirtd) -> Iterator[DomainScene]:
         yield found
 
 
+@pytest.fixture(params=["off", pytest.param("running", marks=pytest.mark.slow)])
+def state(request: pytest.FixtureRequest) -> str:
+    """What the domain does."""
+    return str(request.param)
+
+
 @pytest.fixture
 def web(domain: DomainScene) -> DomainScene:
     """A domain with one qcow2 disk that shows ``b.......``."""

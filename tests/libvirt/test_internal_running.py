@@ -12,7 +12,6 @@ import sys
 import pytest
 from tests.kit import images
 from tests.kit.domain import URI, DomainScene
-from tests.libvirt.test_running import shown
 
 pytestmark = pytest.mark.root
 REFUSED = 6
@@ -92,7 +91,7 @@ def test_going_back_loads_the_memory(web: DomainScene) -> None:
     web("snapshot @ i1 --internal")
     web.virsh("setmaxmem", "@", "96M", "--config")
     web("revert @ i1")
-    assert web.show()["state"] == "running" and shown(web, "main") == "b......." and tags(web) == ["i1", "main.1"]
+    assert web.show()["state"] == "running" and web.shows("main") == "b......." and tags(web) == ["i1", "main.1"]
     # It is what it was then until it is switched off.
     assert "<memory unit='KiB'>65536<" in web.virsh("dumpxml", "@")
     assert "<memory unit='KiB'>98304<" in web.virsh("dumpxml", "@", "--inactive")
@@ -101,7 +100,7 @@ def test_going_back_loads_the_memory(web: DomainScene) -> None:
     web.write(".1")
     said = web("revert @ i1 --discard")
     assert "from the memory of 'i1'" in said.out and web.show()["state"] == "running"
-    assert shown(web, "main") == "b......."
+    assert web.shows("main") == "b......."
     web.agree()
     web("revert @ i1 --stopped")
     assert web.show()["state"] == "off"

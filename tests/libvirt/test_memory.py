@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from tests.kit import images
 from tests.kit.domain import DomainScene, domain_scene, of_libvirt, refused
-from tests.libvirt.test_running import shown
 
 from snaptree.errors import BusyError
 from snaptree.machines.connection import Connection
@@ -53,7 +52,7 @@ def test_a_memory_snapshot_is_as_virsh_has_it(web: DomainScene) -> None:
     web.agree()
     # virsh goes back to it as to one of its own, and it runs then.
     web.virsh("snapshot-revert", "@", "m1")
-    assert web.virsh("domstate", "@").strip() == "running" and shown(web, "m1") == "b1......"
+    assert web.virsh("domstate", "@").strip() == "running" and web.shows("m1") == "b1......"
     web("snapshot @ m2 --memory --memory-file elsewhere")
     assert memory_of(web, "m2") == web.disks / "elsewhere"
     web("delete @ m1")
@@ -72,7 +71,7 @@ def test_going_back_to_memory_with_the_domain_off(web: DomainScene) -> None:
     web.write("..2")
     web("revert @ m1")
     assert web.show()["state"] == "running" and memory_of(web, "m1").exists()
-    assert shown(web, "main") == "b1......" and shown(web, "main.1") == "b12....."
+    assert web.shows("main") == "b1......" and web.shows("main.1") == "b12....."
     assert web.names()["main.1"]["memory"] is None
     web.agree()
     is_off(web)
@@ -119,7 +118,7 @@ def test_what_is_not_wanted_goes(web: DomainScene) -> None:
     assert "goes on from the instant" in said.out and web.show()["state"] == "running"
     assert web.listed() == {"s1": None} and set(web.names()) == {"s1", "main"}
     web.agree()
-    assert shown(web, "main") == "b1......" and len(web.show()["layers"]) == 2
+    assert web.shows("main") == "b1......" and len(web.show()["layers"]) == 2
     is_off(web)
     assert web.files() == {each["path"].rsplit("/", 1)[1] for each in web.show()["layers"]}
 
@@ -128,7 +127,7 @@ def test_memory_of_now_goes_with_what_has_none(web: DomainScene) -> None:
     remembered(web)
     web("revert @ s1 --memory")
     assert web.show()["state"] == "running" and memory_of(web, "main.1").exists()
-    assert shown(web, "main") == "b......."
+    assert web.shows("main") == "b......."
     web.agree()
     web("switch @ main.1 --no-memory --stopped")
     assert web.show()["state"] == "off" and web.shows("main.1") == "b1......"
@@ -159,12 +158,12 @@ def test_a_memory_that_several_have(web: DomainScene) -> None:
     assert memory.exists() and memory_of(web, "other") == memory
     web.agree()
     web("switch @ other")
-    assert not memory.exists() and shown(web, "other") == "b1......" and web.show()["state"] == "running"
+    assert not memory.exists() and web.shows("other") == "b1......" and web.show()["state"] == "running"
     web.agree()
     is_off(web)
     # virsh goes back to what is parked with memory.
     web.virsh("snapshot-revert", "@", "main")
-    assert web.virsh("domstate", "@").strip() == "running" and shown(web, "main") == "b1......"
+    assert web.virsh("domstate", "@").strip() == "running" and web.shows("main") == "b1......"
     web("snapshot @ again")
     web.agree()
     web.virsh("destroy", "@")

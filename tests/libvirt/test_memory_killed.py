@@ -12,7 +12,6 @@ import sys
 import pytest
 from tests.kit.domain import URI, DomainScene
 from tests.libvirt.test_memory import with_variables
-from tests.libvirt.test_running import shown
 
 pytestmark = pytest.mark.root
 
@@ -66,7 +65,7 @@ def prepared(web: DomainScene) -> dict[str, str]:
     web.virsh("start", "@")
     web("snapshot @ m1 --memory")
     web("revert @ m1 --keep-as parked")
-    return {name: shown(web, name) for name in web.names()}
+    return {name: web.shows(name) for name in web.names()}
 
 
 def killed(web: DomainScene, line: str, when: int, *, before: bool) -> bool:
@@ -93,7 +92,7 @@ def one(web: DomainScene, line: str, when: int, *, before: bool) -> None:
     assert state == "running" or "--stopped" in line
     for name, named in web.names().items():
         # What was worked on is parked as it was; what is gone back to shows what it did.
-        assert shown(web, name) in {kept.get(name, kept["main"]), kept["m1"], kept["s1"]}, name
+        assert web.shows(name) in {kept.get(name, kept["main"]), kept["m1"], kept["s1"]}, name
         assert named["memory"] is None or os.path.exists(named["memory"])
     there = {str(path) for path in web.disks.iterdir() if path.suffix == ".memory"}
     assert there == {named["memory"] for named in web.names().values() if named["memory"]}
@@ -136,7 +135,7 @@ def test_killed_and_started_by_hand(web: DomainScene, line: str) -> None:
     web("recover @")
     assert web.virsh("domid", "@") == number and set(web.names()) == set(kept)
     web.agree()
-    assert {name: shown(web, name) for name in kept} == kept
+    assert {name: web.shows(name) for name in kept} == kept
     web.virsh("destroy", "@")
     web.sound()
 
@@ -153,7 +152,7 @@ def test_killed_and_started_and_off_again(web: DomainScene, word: str) -> None:
         web.write(word)
     assert "was undone" in web("recover @").out
     assert web.show()["state"] == "running" and set(web.names()) == set(kept)
-    assert shown(web, "main") == ("b1w....." if word else kept["main"])
+    assert web.shows("main") == ("b1w....." if word else kept["main"])
     web.agree()
     web.virsh("destroy", "@")
     web.sound()

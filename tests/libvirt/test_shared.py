@@ -25,7 +25,7 @@ from tests.kit.images import MiB
 from tests.kit.libvirtd import LABELLED, Libvirtd, LibvirtUnavailable, libvirtd
 from tests.kit.stage import kill_and_wait, killed_at, processes_of
 from tests.libvirt.test_guest import Written
-from tests.libvirt.test_running import line, shown
+from tests.libvirt.test_running import line
 
 pytestmark = pytest.mark.root
 BUSY, REFUSED = 5, 6
@@ -113,14 +113,14 @@ def alike(web: DomainScene, *disks: str) -> None:
 
 def virsh_goes_on(web: DomainScene) -> None:
     """virsh takes a snapshot of what runs, looks at all, and deletes it."""
-    here = shown(web, "main")
+    here = web.shows("main")
     web.virsh("snapshot-create-as", "@", "by-virsh", "--disk-only")
     assert "by-virsh" in web.virsh("snapshot-list", "@", "--tree")
     for name in web.listed():
         assert "<domainsnapshot>" in web.virsh("snapshot-dumpxml", "@", name)
     assert web.virsh("domblklist", "@").split()[1] == chain_of_libvirt(web)[0]
     web.virsh("snapshot-delete", "@", "by-virsh")
-    assert shown(web, "main") == here and "by-virsh" not in web.listed()
+    assert web.shows("main") == here and "by-virsh" not in web.listed()
 
 
 def stopped(web: DomainScene) -> None:
@@ -158,7 +158,7 @@ def test_blocks_are_shared_while_it_runs(web: DomainScene, gone: str) -> None:
     alike(web)
     assert len(web.show()["layers"]) == 4 - len(gone.split())
     kept = {name: word for name, word in before.items() if name not in gone.split()}
-    assert {name: shown(web, name) for name in kept} == kept == {name: shown(web, name) for name in web.names()}
+    assert {name: web.shows(name) for name in kept} == kept == {name: web.shows(name) for name in web.names()}
     virsh_goes_on(web)
     web("snapshot @ after")
     alike(web)
@@ -175,7 +175,7 @@ def test_a_fork_gets_copies_of_its_own(web: DomainScene) -> None:
     web("delete @ s2 --merge reflink")
     alike(web)
     del before["s2"]
-    assert {name: shown(web, name) for name in web.names()} == before
+    assert {name: web.shows(name) for name in web.names()} == before
     stopped(web)
     assert {name: web.shows(name) for name in web.names()} == before
 
@@ -312,7 +312,7 @@ def whole(web: DomainScene, before: dict[str, str]) -> None:
     """Everything that has a name shows what it did, while it runs or not."""
     runs = web.show()["state"] == "running"
     for name in web.names():
-        word = shown(web, name) if runs else web.shows(name)
+        word = web.shows(name) if runs else web.shows(name)
         assert word == before[name], (name, word)
 
 

@@ -17,6 +17,7 @@ from snaptree.machines.machine import Machine
 from snaptree.machines.options import AddOptions
 from snaptree.machines.standalone import existing
 from snaptree.model.machine import LIBVIRT
+from snaptree.planning.accept import OwnRequest
 from snaptree.planning.adopt import DetachRequest
 from snaptree.planning.launch import checked_command
 from snaptree.planning.verbs import RemoveRequest, SetRequest
@@ -99,6 +100,7 @@ def add_command(
 @_qmp
 @_agent
 @_start
+@click.option("--adopt", is_flag=True, help="Of a domain of libvirt's: own what its disks stand on.")
 @changing
 def set_command(
     machine: str,
@@ -108,11 +110,18 @@ def set_command(
     qmp: str | None,
     agent: str | None,
     start: str | None,
+    adopt: bool,
     only_plan: bool,
     as_json: bool,
     wait: float,
 ) -> None:
     """Change what is remembered of a machine. An empty value forgets it."""
+    if adopt:
+        if bases or any(each is not None for each in (nvram, tpm, qmp, agent, start)):
+            raise UsageError("--adopt is for libvirt's domains, and the other options are not", "give one of them")
+        domain = connection().machine(machine)
+        carry_out(domain, OwnRequest(), only_plan=only_plan, as_json=as_json, wait=wait)
+        return
     found = connection().standalone(machine)
     changes: dict[str, Any] = {}
     if bases:
@@ -128,7 +137,7 @@ def set_command(
             {"start": checked_command(start), "folder": os.getcwd()} if start else {"start": None, "folder": None}
         )
     if not changes:
-        raise UsageError("nothing to set", "give --base, --nvram, --tpm, --qmp, --agent or --start")
+        raise UsageError("nothing to set", "give --base, --nvram, --tpm, --qmp, --agent, --start or --adopt")
     request = SetRequest(dataclasses.replace(found.config, **changes))
     carry_out(found, request, only_plan=only_plan, as_json=as_json, wait=wait)
 

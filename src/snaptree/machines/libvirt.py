@@ -42,9 +42,10 @@ from snaptree.model.machine import LIBVIRT, MachineConfig
 from snaptree.model.survey import Start, Survey
 from snaptree.model.tree import Tree
 from snaptree.planning import verbs
+from snaptree.planning.accept import OwnRequest, all_owned
 from snaptree.planning.adopt import AttachRequest, DetachRequest
 from snaptree.planning.create import SnapshotRequest
-from snaptree.planning.domain_steps import Undefine, WriteRecords, forgotten_by_libvirt, with_records
+from snaptree.planning.domain_steps import Undefine, WriteRecords, deferred, forgotten_by_libvirt, with_records
 from snaptree.planning.health import ailments
 from snaptree.planning.plan import Plan
 from snaptree.planning.remembering import Moves
@@ -141,14 +142,15 @@ class LibvirtMachine(Machine):
 
         :param off: the domain is turned off for it, if it runs.
         """
-        survey = self.survey(looked, tree, folders_of(request))
+        # Of what is to be owned it is read as well who else stands on it.
+        read_as = all_owned(tree) if isinstance(request, OwnRequest) else tree
+        survey = self.survey(looked, read_as, folders_of(request))
         survey = replace(survey, live=domain_memories.with_memory(self.handle, survey.live, tree, request))
         if off:
             survey = replace(survey, running=False, live=None)
         require_real_folders(request)
         plan = planned(tree, survey, lambda measured: verbs.plan(tree, measured, request))
-        tell = self._tell(looked)
-        plan = self._by_libvirt(plan, tree, survey, tell)
+        plan, tell = self._by_libvirt(plan, tree, survey, self._tell(looked))
         if isinstance(request, RemoveRequest):
             undefine = Undefine(tell.uri, tell.uuid, looked.reading.domain.name, nvram=request.delete_files)
             steps: tuple[Step, ...] = (undefine, *plan.steps)
@@ -160,7 +162,11 @@ class LibvirtMachine(Machine):
         plan = with_records(plan, tell)
         domain_memories.require_loadable(self.handle, plan)
         if isinstance(request, GcRequest):
-            plan = replace(plan, steps=(*plan.steps, tell))
+            left = looked.reading.domain.hints.going if survey.live is None else frozenset()
+            gone = self._leftovers(tree, survey, left)
+            touched = sorted({*plan.touches, *(each.path for each in gone)})
+            tell = replace(tell, cleared=tuple(sorted(left)))
+            plan = replace(plan, steps=(*plan.steps, *gone, tell), touches=tuple(touched))
         return plan
 
     def _tell(self, looked: Looked) -> WriteRecords:
@@ -170,24 +176,29 @@ class LibvirtMachine(Machine):
         tips = tuple((disk.target, disk.path) for disk in looked.reading.domain.disks)
         return WriteRecords(self.config.uri, self.config.uuid, known=known, tips=tips)
 
-    def _by_libvirt(self, plan: Plan, tree: Tree, survey: Survey, tell: WriteRecords) -> Plan:
-        """The plan in which libvirt does what QEMU would have to do with internal snapshots.
+    @staticmethod
+    def _by_libvirt(plan: Plan, tree: Tree, survey: Survey, tell: WriteRecords) -> tuple[Plan, WriteRecords]:
+        """The plan in which libvirt does what QEMU would have to do with internal snapshots, and what it is told later.
 
-        :raise RefusedError: it has no call for it.
+        What it has no call for waits until the domain is off.
         """
         if survey.live is None:
-            return plan
+            return plan, tell
         opened = {survey.layers[each].path for each in survey.live.open}
-        plan = forgotten_by_libvirt(plan, tree, opened, tell)
-        for step in (step for each in plan.every() for step in each.steps):
-            if isinstance(step, DeleteInternal) and step.path in opened:
-                hint = f"shut it down first: 'virsh shutdown {self.name}'"
-                raise RefusedError(
-                    f"domain {self.name} is running on {step.path}, whose internal snapshots libvirt does not delete "
-                    "by themselves",
-                    hint,
-                )
-        return plan
+        plan, going = deferred(forgotten_by_libvirt(plan, tree, opened, tell), opened)
+        return plan, replace(tell, going=going)
+
+    @staticmethod
+    def _leftovers(tree: Tree, survey: Survey, going: Iterable[tuple[str, str]]) -> list[DeleteInternal]:
+        """The steps that delete internal snapshots which nothing shows any more, of a domain that is off."""
+        layers = {layer.path: layer for layer in tree.layers.values() if layer.owned}
+        return [
+            DeleteInternal(path, tag)
+            for path, tag in sorted(going)
+            if path in layers
+            and tag not in tree.internals.get(layers[path].id, ())
+            and any(each.name == tag for each in survey.layers[layers[path].id].internals)
+        ]
 
     def _require_possible(self, looked: Looked, request: Request) -> None:
         """See that the domain may be worked on so.
@@ -199,6 +210,9 @@ class LibvirtMachine(Machine):
         if isinstance(request, SetRequest | AttachRequest | DetachRequest):
             hint = f"use 'virsh attach-disk {domain.name}', 'virsh detach-disk' or 'virsh edit'"
             raise RefusedError(f"{domain.name} is a libvirt domain: its disks and settings are libvirt's", hint)
+        if not domain.disks and not isinstance(request, RemoveRequest | RepairRequest):
+            left = "; ".join(f"{disk} is left alone: {why}" for disk, why in sorted(domain.left.items()))
+            raise RefusedError(f"domain {domain.name} has no disk that snaptree looks after", left)
         if jobs := self.handle.jobs():
             hint = f"see 'virsh domjobinfo {domain.name}' and 'virsh blockjob'; wait for its end, or abort it"
             raise BusyError(f"libvirt is at work on domain {domain.name}: {jobs[0]}", hint)
@@ -310,8 +324,7 @@ class LibvirtMachine(Machine):
         survey = self.survey(looked, looked.tree)
         nothing = Plan("merge", "merge what is loose", (), 0, looked.tree)
         plan = planned(looked.tree, survey, lambda measured: follow(nothing, before, measured, "auto"))
-        tell = self._tell(looked)
-        plan = with_records(self._by_libvirt(plan, looked.tree, survey, tell), tell)
+        plan = with_records(*self._by_libvirt(plan, looked.tree, survey, self._tell(looked)))
         lock.extend(files_of(plan))
         await executor.run(self.database, self.name, plan, lock=lock, spared=self._opened)
 

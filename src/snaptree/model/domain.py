@@ -32,7 +32,8 @@ class Hints:
 
     ``active`` is the active branch's name, ``parent`` the snapshot that it grew from, ``roots`` the path and format
     that each disk's root came with, ``renamed`` where that is until it can have its name again, ``owned`` the layers
-    that are not foreign, ``made`` those that snaptree made.
+    that are not foreign, ``made`` those that snaptree made. ``going`` are the path and tag of internal snapshots that
+    nothing shows any more: they go when the domain is off.
     """
 
     active: str | None = None
@@ -42,6 +43,7 @@ class Hints:
     renamed: Mapping[str, str] = field(default_factory=dict)
     owned: frozenset[str] = frozenset()
     made: frozenset[str] = frozenset()
+    going: frozenset[tuple[str, str]] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from snaptree.planning.domain_memory_steps import DomainGoOver, going_on, gone_over_by_libvirt, saved_by_libvirt
-from snaptree.planning.live_steps import File, LiveMerge, LiveSnapshot
+from snaptree.planning.live_steps import File, LiveMerge, LiveOpen, LiveSnapshot
 from snaptree.planning.memory_steps import GoOver, SaveMemory
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ class WriteRecords:
     The tree is the one that is recorded when the step is taken, so that it can be taken any number of times.
     ``renamed`` are the names that a record had and has now, ``known`` the records that there were: one that has come
     since is somebody else's, and is not dropped. ``tips`` are the files that the disks began on: where the domain has
-    others by now, and not those that it is to have, somebody has changed it since.
+    others by now, and not those that it is to have, somebody has changed it since. ``going`` are internal snapshots
+    (path and tag) that nothing shows any more and that are still there, ``cleared`` those that are not any more.
     """
 
     kind: ClassVar[str] = "write-records"
@@ -37,6 +38,8 @@ class WriteRecords:
     renamed: tuple[tuple[str, str], ...] = ()
     known: tuple[str, ...] = ()
     tips: tuple[tuple[str, str], ...] = ()
+    going: tuple[tuple[str, str], ...] = ()
+    cleared: tuple[tuple[str, str], ...] = ()
 
     @property
     def summary(self) -> str:
@@ -212,6 +215,33 @@ def forgotten_by_libvirt(plan: Plan, before: Tree, opened: Collection[str], step
             steps += gone
             gone = []
     return replace(plan, steps=tuple(steps))
+
+
+def deferred(plan: Plan, opened: Collection[str]) -> tuple[Plan, tuple[tuple[str, str], ...]]:
+    """The plan without the deletion of internal snapshots in what a running domain has open; and those, path and tag.
+
+    libvirt has no call for it. Their names go all the same, and they go themselves when the domain is off.
+    """
+    from snaptree.planning.steps import DeleteInternal
+
+    def waits(step: Step) -> bool:
+        return isinstance(step, LiveOpen) or (isinstance(step, DeleteInternal) and step.path in opened)
+
+    def without(each: Plan) -> Plan:
+        late = [step for step in each.steps if isinstance(step, DeleteInternal) and waits(step)]
+        notes = tuple(
+            f"{step.path} keeps what {step.tag!r} had until the domain is off: gc does it then" for step in late
+        )
+        return replace(
+            each,
+            steps=tuple(step for step in each.steps if not waits(step)),
+            point_of_no_return=each.point_of_no_return - sum(map(waits, each.steps[: each.point_of_no_return])),
+            notes=(*each.notes, *notes),
+            then=tuple(without(following) for following in each.then),
+        )
+
+    late = [step for each in plan.every() for step in each.steps if isinstance(step, DeleteInternal) and waits(step)]
+    return without(plan), tuple((step.path, step.tag) for step in late)
 
 
 def _by_libvirt(each: Step, step: WriteRecords, plan: Plan) -> Step:

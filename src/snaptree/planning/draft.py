@@ -131,8 +131,11 @@ class Draft:
     def new_path(self, disk: str, label: str) -> str:
         """A path for a new file of the disk: the one that the user chose, or one beside the disk's root.
 
+        Beside a block device nothing can be kept: what stands on one goes where the user has put the first.
+
         :raise ExistsError: the chosen file exists.
         :raise NotFoundError: the chosen folder does not.
+        :raise RefusedError: the disk is a block device, and nobody has said where to.
         """
         chosen = self.chosen.pop(disk, None)
         if chosen is not None:
@@ -140,9 +143,26 @@ class Draft:
             if not chosen.endswith(".qcow2"):
                 raise RefusedError(f"{chosen} does not end in .qcow2, which new layers are", "name it NAME.qcow2")
             return chosen
-        folder, base = posixpath.split(self.before.roots[disk][0])
+        folder, base = posixpath.split(self.beside(disk))
         stem = base.rsplit(".", 1)[0] if "." in base[1:] else base
         return self.free_path(folder, stem, label, ".qcow2", "layer")
+
+    def beside(self, disk: str) -> str:
+        """The path that new files of the disk are put beside, and named after.
+
+        :raise RefusedError: the disk is a block device, and none of its layers is a file.
+        """
+        root = self.before.roots[disk][0]
+        layers = [each for each in self.tree.layers.values() if each.disk == disk]
+        if not any(each.path == root and self.facts(each.id).block_device for each in layers):
+            return root
+        files = [each for each in layers if each.owned and not self.facts(each.id).block_device]
+        if not files:
+            raise RefusedError(
+                f"{root} is a block device, beside which no file can be kept",
+                f"say where to with --file {disk}=FOLDER/NAME.qcow2; later ones are put beside that",
+            )
+        return posixpath.join(posixpath.dirname(min(files, key=lambda each: each.id).path), posixpath.basename(root))
 
     def take_path(self, chosen: str, option: str) -> None:
         """See that a new file can have the path that the user chose with the option, and keep it for that.

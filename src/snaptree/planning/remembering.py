@@ -173,7 +173,7 @@ def _new_path(draft: Draft, label: str, chosen: str | None) -> str:
     if chosen is not None:
         draft.take_path(chosen, "--memory-file")
         return chosen
-    folder = posixpath.dirname(draft.before.roots[draft.before.disks[0]][0])
+    folder = posixpath.dirname(draft.beside(draft.before.disks[0]))
     return draft.free_path(folder, draft.before.machine, label, ".memory", "memory file")
 
 

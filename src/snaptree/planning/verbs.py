@@ -64,6 +64,7 @@ class RemoveRequest:
 
 Request: TypeAlias = (
     accept.AcceptRequest
+    | accept.OwnRequest
     | adopt.AttachRequest
     | adopt.DetachRequest
     | create.BranchRequest
@@ -130,6 +131,8 @@ def plan(tree: Tree, survey: Survey, request: Request) -> Plan:
             return adopt.remove(tree, survey, delete_files=request.delete_files)
         case accept.AcceptRequest():
             return accept.accept(tree, survey, request)
+        case accept.OwnRequest():
+            return accept.own(tree, survey)
         case SetRequest():
             return _set(tree, request)
         case RepairRequest():

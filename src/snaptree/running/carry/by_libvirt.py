@@ -19,6 +19,7 @@ from snaptree.running.context import Context
 from snaptree.store import trees
 from snaptree.store.libvirt import applying
 from snaptree.store.libvirt.calls import DomainHandle, connected
+from snaptree.store.libvirt.writing import Going
 
 DiskStep: TypeAlias = DomainSnapshot | DomainMerge | DomainSwap | DomainForget
 LibvirtStep: TypeAlias = DiskStep | DomainMemoryStep | WriteRecords | Undefine
@@ -87,6 +88,7 @@ def _write(step: WriteRecords, domain: DomainHandle, context: Context) -> None:
         keep=lambda name, text: context.journal.note(_RECORD + name, text),
         kept=kept,
         known=step.known,
+        going=Going(frozenset(step.going), frozenset(step.cleared)),
     )
 
 

@@ -18,6 +18,7 @@ from snaptree.planning.records import Wanted, wanted_records
 from snaptree.store.libvirt import writing, xml
 from snaptree.store.libvirt.calls import DomainHandle
 from snaptree.store.libvirt.memory import DomainMemory
+from snaptree.store.libvirt.writing import Going
 from snaptree.store.libvirt.xml import Element
 
 ROUNDS = 4
@@ -57,12 +58,14 @@ def difference(
     renamed: Mapping[str, str] | None = None,
     kept: Mapping[str, str] | None = None,
     known: Collection[str] | None = None,
+    going: Going | None = None,
 ) -> Difference:
     """What libvirt has to be told of the tree.
 
     :param renamed: names by the names that records had before.
     :param kept: XML of records that were dropped to be written anew, by name.
     :param known: the records that may be dropped, besides a placeholder; all without it.
+    :param going: what changes of what is noted of internal snapshots.
     """
     resolve = handle.connection.volume
     definition = xml.parse(handle.definition(secure=True), "the domain's definition")
@@ -88,7 +91,7 @@ def difference(
             _drop_memory(now)
         if each.name not in there or not xml.same(now, before[each.name]):
             changed.append((each.name, xml.text_of(now)))
-    domain = writing.definition(definition, tree, before.values(), resolve)
+    domain = writing.definition(definition, tree, before.values(), resolve, going)
     current = next((each.name for each in wanted if each.current), None)
     return Difference(
         definition=None if xml.same(domain, definition) else xml.text_of(domain),
@@ -143,17 +146,19 @@ def apply(
     keep: Keep = lambda name, text: None,
     kept: Mapping[str, str] | None = None,
     known: Collection[str] | None = None,
+    going: Going | None = None,
 ) -> None:
     """Tell libvirt what the tree says.
 
     :param keep: keeps, durably, a record that must be dropped before it can be written anew.
     :param kept: what was kept so, by a process that was killed.
     :param known: the records that may be dropped, besides a placeholder; all without it.
+    :param going: what changes of what is noted of internal snapshots.
     :raise ToolError: libvirt refuses something, or does not keep what it is told.
     """
     kept = dict(kept or {})
     for _ in range(ROUNDS):
-        found = difference(handle, tree, renamed, kept, known)
+        found = difference(handle, tree, renamed, kept, known, going)
         if not found:
             return
         if found.definition is not None:
@@ -169,6 +174,6 @@ def apply(
             handle.redefine(handle.records(secure=True)[found.current], found.current, current=True)
         for name in found.gone:
             handle.forget_record(name)
-    left = difference(handle, tree, renamed, kept, known)
+    left = difference(handle, tree, renamed, kept, known, going)
     if left:
         raise ToolError(f"libvirt does not keep what it is told: {left.sentences()[0]}", "see the log of libvirtd")

@@ -128,15 +128,26 @@ def targets(definition: str) -> tuple[str, ...]:
 
 
 def snapshot_request(definition: str, overlays: Mapping[str, str]) -> xml.Element:
-    """What libvirt is asked for a snapshot with: these disks go on in these overlays, the others as they are."""
+    """What libvirt is asked for a snapshot with: these disks go on in these overlays, the others as they are.
+
+    :raise RefusedError: libvirt would take one disk for another.
+    """
     root = xml.etree().Element("domainsnapshot")
     disks = xml.etree().SubElement(root, "disks")
-    for target in targets(definition):
+    running = xml.parse(definition, "the domain's definition")
+    if mixed := xml.out_of_order(running):
+        raise RefusedError(
+            f"libvirt would take {mixed} of domain {running.findtext('name')} for another disk: it was defined without "
+            "its bus",
+            "shut the domain down and start it again: from then on libvirt knows its disks' order",
+        )
+    for target, now in xml.disks(running):
         disk = xml.etree().SubElement(disks, "disk", name=target, snapshot="external" if target in overlays else "no")
         if target in overlays:
             disk.set("type", "file")
             xml.etree().SubElement(disk, "driver", type="qcow2")
-            xml.etree().SubElement(disk, "source", file=overlays[target])
+            source = xml.etree().SubElement(disk, "source", file=overlays[target])
+            source.extend(xml.clone(each) for each in now.findall("source/seclabel"))
     return root
 
 
@@ -342,7 +353,9 @@ class DomainHandle:
             try:
                 self._domain.blockRebase(target, base, speed, flags)
             except libvirt.libvirtError as error:
-                if base is None or error.get_error_code() != libvirt.VIR_ERR_CONFIG_UNSUPPORTED:
+                # On absolute names, such as virsh writes, it does not go by relative ones.
+                absolute = (libvirt.VIR_ERR_CONFIG_UNSUPPORTED, libvirt.VIR_ERR_OPERATION_INVALID)
+                if base is None or error.get_error_code() not in absolute:
                     raise
                 self._domain.blockRebase(target, base, speed, libvirt.VIR_DOMAIN_BLOCK_REBASE_BANDWIDTH_BYTES)
 

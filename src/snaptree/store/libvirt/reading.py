@@ -134,4 +134,5 @@ def hints_of(domain: Element | None) -> Hints:
         renamed={each.get("disk", ""): each.get("now", "") for each in xml.children(found, "root") if each.get("now")},
         owned=frozenset(each.get("path", "") for each in layers),
         made=frozenset(each.get("path", "") for each in layers if each.get("made") == "yes"),
+        going=frozenset((each.get("path", ""), each.get("snapshot", "")) for each in xml.children(found, "going")),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from snaptree.errors import UnhealthyError
 from snaptree.model.domain import PLACEHOLDER
@@ -11,15 +12,29 @@ from snaptree.model.tree import Tree
 from snaptree.planning.naming import renamed_roots
 from snaptree.planning.records import Wanted
 from snaptree.store.libvirt import xml
+from snaptree.store.libvirt.reading import hints_of
 from snaptree.store.libvirt.xml import Element, Resolve
 
 Row = tuple[str, str, tuple[str, str] | None, bool]
 """A disk of a record: its target, how it was taken, its overlay, and whether virsh is kept from deleting it."""
+
+
+@dataclass(frozen=True)
+class Going:
+    """Internal snapshots, by path and tag, that nothing shows any more: ``more`` that are still there, and ``done``."""
+
+    more: frozenset[tuple[str, str]] = frozenset()
+    done: frozenset[tuple[str, str]] = frozenset()
+
+
 _FIRST_STATE = {"crash": "disk-snapshot", "quiesced": "disk-snapshot"}
 
 
-def hints(tree: Tree) -> Element:
-    """What the domain's metadata is to say."""
+def hints(tree: Tree, going: Iterable[tuple[str, str]] = ()) -> Element:
+    """What the domain's metadata is to say.
+
+    :param going: internal snapshots that nothing shows any more, by path and tag.
+    """
     found = xml.new_own("domain", active=tree.active, created=repr(tree.active_branch.created))
     if tree.active_branch.parent is not None:
         found.set("parent", tree.active_branch.parent)
@@ -35,13 +50,20 @@ def hints(tree: Tree) -> Element:
             layers[layer.path] = layers.get(layer.path, False) or layer.made
     for path, made in sorted(layers.items()):
         xml.add_own(found, "layer", path=path, **({"made": "yes"} if made else {}))
+    named = {(tree.layers[layer].path, tag) for layer, tags in tree.internals.items() for tag in tags}
+    for path, tag in sorted(set(going) - named):
+        if path in layers:
+            xml.add_own(found, "going", path=path, snapshot=tag)
     return found
 
 
-def definition(before: Element, tree: Tree, records: Iterable[Element], resolve: Resolve) -> Element:
+def definition(
+    before: Element, tree: Tree, records: Iterable[Element], resolve: Resolve, going: Going | None = None
+) -> Element:
     """The domain's definition with its disks on the active tips.
 
     :param records: where the description of a disk is taken from that the definition has not.
+    :param going: what is to be noted of internal snapshots that nothing shows any more.
     :raise UnhealthyError: nothing describes a disk.
     """
     domain = xml.clone(before)
@@ -54,7 +76,8 @@ def definition(before: Element, tree: Tree, records: Iterable[Element], resolve:
         layer = tree.layers[tip.layer]
         xml.put_source(disk, layer.path, layer.format, resolve)
     xml.put_own(domain, "record", None)
-    xml.put_own(domain, "domain", hints(tree))
+    known = hints_of(before).going
+    xml.put_own(domain, "domain", hints(tree, known if going is None else (known | going.more) - going.done))
     return domain
 
 

@@ -73,6 +73,27 @@ def disks(domain: Element | None) -> Iterator[tuple[str, Element]]:
             yield target.get("dev"), disk
 
 
+def out_of_order(domain: Element) -> str | None:
+    """A disk of a running ``<domain>`` that libvirt 11.3 takes for another one when it takes a snapshot of them.
+
+    It goes by their numbers in its own list and in a copy, and the copy is sorted: within each bus by the target. One
+    that was defined without a bus has been put into the list before the bus was known.
+    """
+    copied: list[tuple[str, tuple[int, str]]] = []
+    found: list[tuple[str, tuple[int, str]]] = []
+    names: list[str] = []
+    for name, disk in disks(domain):
+        bus = disk.find("target").get("bus", "")
+        letters = name.removeprefix("x")[2:].rstrip("0123456789")
+        each = (bus, (len(letters), letters))
+        found.append(each)
+        names.append(name)
+        same = [at for at, other in enumerate(copied) if other[0] == bus]
+        later = [at for at in same if copied[at][1] > each[1]]
+        copied.insert(later[0] if later else same[-1] + 1 if same else len(copied), each)
+    return next((name for name, one, other in zip(names, found, copied, strict=True) if one != other), None)
+
+
 def path_of(disk: Element, resolve: Resolve) -> str | None:
     """The canonical path of the file that a disk, of a domain or of a record, begins on; ``None`` for other sources."""
     source = disk.find("source")

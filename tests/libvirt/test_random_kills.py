@@ -1,0 +1,146 @@
+"""snaptree, libvirtd or QEMU, killed at random in random operations on a domain: nothing is lost, virsh goes on.
+
+Each is killed around something that libvirt is told, with the domain off or running. ``SNAPTREE_SEED`` is the first
+seed, ``SNAPTREE_SEEDS`` how many there are.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+from tests.kit.domain import URI, DomainScene, domain_scene
+from tests.kit.libvirtd import LABELLED, Libvirtd, LibvirtUnavailable, libvirtd
+from tests.kit.stage import processes_of
+from tests.kit.walk import Walk
+
+pytestmark = [pytest.mark.root, pytest.mark.slow]
+FIRST = int(os.environ.get("SNAPTREE_SEED", "1"))
+SEEDS = range(FIRST, FIRST + int(os.environ.get("SNAPTREE_SEEDS", "6")))
+KILLS = 11
+"""So many there are of each seed."""
+_PROGRAM = """
+import os, signal, sys
+from snaptree.cli.main import run
+from snaptree.store.libvirt.calls import DomainHandle
+
+left = {when}
+
+def killed(real):
+    def call(*words, **more):
+        global left
+        left -= 1
+        if left == 0 and {before}:
+            kill()
+        answer = real(*words, **more)
+        if left == 0 and not {before}:
+            kill()
+        return answer
+    return call
+
+def kill():
+    print("killed", file=sys.stderr, flush=True)
+    os.kill({process} or os.getpid(), signal.SIGKILL)
+
+for name in {calls}:
+    setattr(DomainHandle, name, killed(getattr(DomainHandle, name)))
+sys.exit(run(sys.argv[1:]))
+"""
+"""snaptree, which kills a process, itself with 0, around the n-th thing that it tells libvirt or asks of it."""
+CALLS = ("define", "redefine", "forget_record", "cut", "commit", "pull", "pivot", "flush", "start", "stop", "chains")
+
+
+@pytest.fixture(scope="module")
+def mortal() -> Iterator[Libvirtd]:
+    """A libvirtd that comes back when it is killed."""
+    pytest.importorskip("libvirt")
+    try:
+        with libvirtd(LABELLED, lasting=True) as found:
+            yield found
+    except LibvirtUnavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def domain(mortal: Libvirtd) -> Iterator[DomainScene]:
+    """An empty folder for images; no domain yet."""
+    with domain_scene(mortal) as found:
+        yield found
+
+
+class Killing(Walk):
+    """A walk on which processes are killed."""
+
+    def killed(self) -> str:
+        """One operation, in which something is killed; what, or nothing where it did not come so far."""
+        web, before = self.web, self.truth
+        verb, line, after = self.choose()
+        who = self.chance.choice(["snaptree", "libvirtd", *(["qemu"] if web.runs() else [])])
+        process = {"snaptree": 0, "libvirtd": web.own.process() or 0}.get(who)
+        if process is None:
+            (process,) = processes_of(web.folder)
+        when, early = self.chance.randint(1, 7), self.chance.random() < 0.5
+        self.journey.append(f"{line}: {who} is killed {'before' if early else 'after'} call {when}")
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                _PROGRAM.format(when=when, before=early, process=process, calls=CALLS),
+                *shlex.split(line.replace("@", web.name)),
+            ],
+            env={**os.environ, URI: web.own.uri, "SNAPTREE_STATE": str(web.state)},
+            cwd=web.disks,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=240,
+        )
+        said = done.stdout + done.stderr
+        self.journey[-1] += f" ({done.returncode})"
+        assert "Traceback" not in said, said
+        was = "killed\n" in done.stderr
+        if not was:
+            assert done.returncode == 0, said
+        if was and who == "snaptree":
+            assert done.returncode == -signal.SIGKILL, said
+        web.own.wait()
+        if was and who == "qemu":
+            web.forgiven.add("leaks")
+        self.run("recover @")
+        self.run("gc @")
+        self.check_either(before, after)
+        self.done[verb] += 1
+        return who if was else ""
+
+    def until(self, kills: int) -> Counter[str]:
+        """Operations until so many have been killed."""
+        found: Counter[str] = Counter()
+        try:
+            while found.total() < kills:
+                self.power()
+                self.write()
+                if who := self.killed():
+                    found[who] += 1
+                if self.chance.random() < 0.4:
+                    self.write()
+                    self.virsh()
+                    self.check(sound=False)
+                    self.run("verify @ --repair")
+                    self.check(sound=True)
+        except BaseException as error:
+            error.add_note("\n".join(self.journey))
+            raise
+        return found
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_killed_at_random(domain: DomainScene, seed: int) -> None:
+    found = Killing(domain, seed).until(KILLS)
+    assert found.total() >= KILLS
