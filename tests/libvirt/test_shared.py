@@ -310,9 +310,8 @@ def run_killed(web: DomainScene, words: str, when: int, *, before: bool, qemu: b
 
 def whole(web: DomainScene, before: dict[str, str]) -> None:
     """Everything that has a name shows what it did, while it runs or not."""
-    runs = web.show()["state"] == "running"
     for name in web.names():
-        word = web.shows(name) if runs else web.shows(name)
+        word = web.shows(name)
         assert word == before[name], (name, word)
 
 
