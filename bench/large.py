@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from snaptree.model.branch import Branch
 from snaptree.model.delta import diff
 from snaptree.model.layer import Identity, Layer, Point
@@ -89,7 +91,7 @@ def planned(tree: Tree, survey: Survey, request: Request) -> None:
         plan(tree, survey, request)
     except Unmeasured as wanted:
         rows = {row: RowFacts(1, 0, 1, 1, 1) for row in wanted.rows}
-        plan(tree, Survey(**{**vars(survey), "rows": rows}), request)
+        plan(tree, replace(survey, rows=rows), request)
 
 
 def measure_planning() -> None:

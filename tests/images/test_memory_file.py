@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from snaptree.images.memory_file import ailment, identity_of
 from snaptree.model.memory import Memory

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import replace
 
+from msgspec.structs import replace
 from tests.kit.simulated import CELL, Disk, Runner, measured, measured_point, survey
 
 from snaptree.model.branch import Branch

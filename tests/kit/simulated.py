@@ -265,7 +265,7 @@ class Runner:
                 self._keep(layer)
 
     def _keep(self, layer: Layer) -> None:
-        from dataclasses import replace
+        from msgspec.structs import replace
 
         self.tree = self.tree.with_layers(replace(layer, identity=identity(self.disk.names[layer.path])))
 

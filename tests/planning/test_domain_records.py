@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from tests.kit.recorded import deletions, needed_by, recorded, unlinked_by_going_back
 from tests.kit.simulated import survey
 from tests.planning import test_random_plans

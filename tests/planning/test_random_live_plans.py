@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 
+from msgspec.structs import replace
 from tests.kit.simulated import survey
 from tests.planning.test_random_plans import Journey, travel
 

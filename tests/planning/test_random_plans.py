@@ -9,9 +9,9 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import TypeVar
 
+from msgspec.structs import replace
 from tests.kit.simulated import CELL, Disk, Runner, measured, measured_point, point_shows, survey
 
 from snaptree.errors import RefusedError, UsageError

@@ -359,7 +359,7 @@ class RandomOperations(RuleBasedStateMachine):
 
 
 def _planned(world: World, request: DeleteRequest | SquashRequest, way: str) -> Plan | None:
-    from dataclasses import replace
+    from msgspec.structs import replace
 
     try:
         return world.machine.plan(replace(request, merge=way))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from typing import Any
 
 import click
+from msgspec.structs import replace
 
 from snaptree.cli.connecting import connect_option, connection
 from snaptree.cli.output import carry_out, done, print_json, print_plan, say
@@ -138,7 +138,7 @@ def set_command(
         )
     if not changes:
         raise UsageError("nothing to set", "give --base, --nvram, --tpm, --qmp, --agent, --start or --adopt")
-    request = SetRequest(dataclasses.replace(found.config, **changes))
+    request = SetRequest(replace(found.config, **changes))
     carry_out(found, request, only_plan=only_plan, as_json=as_json, wait=wait)
 
 

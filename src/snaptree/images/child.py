@@ -15,8 +15,9 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import IO
+
+from msgspec import Struct
 
 from snaptree.errors import CancelledError, ToolError
 from snaptree.images.mover.limiting import Limiter
@@ -73,8 +74,7 @@ def kill(process: subprocess.Popen[bytes], name: str) -> None:
         raise ToolError(f"{name} cannot be killed: the system does not let go of it", hint) from error
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(Struct, frozen=True):
     """How a program ended, and what it printed."""
 
     status: int

@@ -10,8 +10,10 @@ import os
 import re
 import stat
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from snaptree.errors import NotFoundError, RefusedError, UnhealthyError, UsageError
 from snaptree.images.facts import guess_format, open_to_read, read_facts
@@ -60,8 +62,7 @@ def relative_backing_name(overlay: str, backing: str) -> str:
     return name
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
+class Link(Struct, frozen=True):
     """One image of a chain; its facts' ``backing`` is a canonical path."""
 
     path: str

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from snaptree.errors import UnhealthyError
 from snaptree.model.survey import InternalFacts
@@ -44,8 +45,7 @@ _V3 = struct.Struct(">QQQII")
 _KNOWN_INCOMPATIBLE = 0b11111
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(Struct, frozen=True):
     """A qcow2 header, as the specification names its fields. Sizes and offsets are in bytes.
 
     ``extensions`` are ``(magic, offset of the data, data)`` in their order; ``backing_offset`` is 0 without a backing
@@ -287,8 +287,7 @@ def header_hash(descriptor: int, header: Header) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class InternalEntry:
+class InternalEntry(Struct, frozen=True):
     """One entry of the snapshot table: the facts, and where its L1 table is."""
 
     facts: InternalFacts

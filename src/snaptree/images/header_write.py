@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from snaptree.errors import RefusedError
 from snaptree.images.header import EXTENSION_BACKING_FORMAT, MAX_BACKING_NAME, Header, read_header
@@ -15,8 +16,7 @@ from snaptree.images.header import EXTENSION_BACKING_FORMAT, MAX_BACKING_NAME, H
 SECTOR = 512
 
 
-@dataclass(frozen=True, slots=True)
-class RepointWrites:
+class RepointWrites(Struct, frozen=True):
     """The writes that change a backing name, each to be synced before the next.
 
     ``atomic``: each is harmless until the last, which lies within one sector. Otherwise ``redo`` (the whole new head of

@@ -17,8 +17,9 @@ import threading
 import time
 from collections.abc import Collection, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
+
+from msgspec import Struct
 
 from snaptree.errors import BusyError, CancelledError, IoError, NotFoundError, RefusedError
 from snaptree.images.workers import run_together
@@ -91,8 +92,7 @@ class ImageLock:
             self._descriptor = -1
 
 
-@dataclass(frozen=True, slots=True)
-class Conflict:
+class Conflict(Struct, frozen=True):
     """How another process uses an image."""
 
     reading: bool

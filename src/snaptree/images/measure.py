@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct, field
 
 from snaptree.images.mover.mapping import look_at_point, opened
 from snaptree.images.tables import (
@@ -29,8 +29,7 @@ STREAM_CHUNK = 512 << 10
 Mask = npt.NDArray[np.bool_]
 
 
-@dataclass
-class _Way:
+class _Way(Struct):
     """What one way to merge adds up to."""
 
     unit: int

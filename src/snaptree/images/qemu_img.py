@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from snaptree.errors import NoSpaceError, ToolError
 from snaptree.images.child import run_program
@@ -55,8 +56,7 @@ def run(
     return done.out
 
 
-@dataclass(frozen=True, slots=True)
-class CheckResult:
+class CheckResult(Struct, frozen=True):
     """What ``qemu-img check`` counted. ``errors`` are wrong reference counts and worse, ``leaks`` lost clusters."""
 
     errors: int

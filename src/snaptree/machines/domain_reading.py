@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from snaptree.errors import SnaptreeError
 from snaptree.images import gate
@@ -19,8 +21,7 @@ from snaptree.store.libvirt.calls import DomainHandle
 from snaptree.store.libvirt.reading import domain_of, record_of
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(Struct, frozen=True):
     """A domain as libvirt has it at one moment."""
 
     domain: Domain

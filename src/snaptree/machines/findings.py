@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(Struct, frozen=True):
     """One thing that is not as the tree says.
 
     ``kind`` is a word (``missing``, ``changed``, ``damaged``, …), ``affects`` the snapshots and branches that

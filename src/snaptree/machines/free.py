@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from snaptree.errors import BusyError, ExistsError, RefusedError
 from snaptree.images.locks import probe, who_has_open

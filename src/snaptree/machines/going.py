@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from snaptree.machines.power import Power
 from snaptree.model.live import OFF, PAUSED
@@ -17,8 +19,7 @@ if TYPE_CHECKING:
     from snaptree.qemu.running import RunningQemu
 
 
-@dataclass(frozen=True, slots=True)
-class Going:
+class Going(Struct, frozen=True):
     """What the machine does before and after; one of them is not ``off``."""
 
     before: str

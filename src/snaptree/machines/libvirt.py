@@ -15,7 +15,9 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from snaptree.errors import BusyError, CancelledError, RefusedError, SnaptreeError
 from snaptree.images import durable
@@ -63,8 +65,7 @@ from snaptree.store.libvirt import applying
 from snaptree.store.libvirt.calls import DomainHandle
 
 
-@dataclass(frozen=True)
-class Looked:
+class Looked(Struct, frozen=True):
     """A domain as it was just read, and its tree."""
 
     reading: Reading

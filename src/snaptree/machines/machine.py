@@ -8,8 +8,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from snaptree.errors import BusyError, NotFoundError, RefusedError
 from snaptree.images.locks import MachineLock
@@ -35,8 +36,7 @@ from snaptree.store import operations
 from snaptree.store.database import Database
 
 
-@dataclass(frozen=True)
-class View:
+class View(Struct, frozen=True):
     """A machine as it is now: what is remembered and what was read.
 
     ``state`` is ``off``, ``running``, ``paused`` or ``unknown``.

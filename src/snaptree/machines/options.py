@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 
-@dataclass(frozen=True, slots=True)
-class DiskOption:
+class DiskOption(Struct, frozen=True):
     """One ``--disk [TARGET=]PATH[,format=F]``; the path is absolute."""
 
     target: str
@@ -14,8 +13,7 @@ class DiskOption:
     format: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class AddOptions:
+class AddOptions(Struct, frozen=True):
     """The options of ``snaptree add``; paths are absolute. ``from_xml`` is a folder of libvirt's domainsnapshot XML.
 
     ``start`` is run in ``folder``.

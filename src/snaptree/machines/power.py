@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from snaptree.errors import RefusedError, SnaptreeError
 from snaptree.images.locks import probe, who_has_open
@@ -18,8 +19,7 @@ LOOK_SECONDS, WORK_SECONDS = 1.0, 5.0
 """So long a monitor may take to greet a command that only looks, and one that changes something."""
 
 
-@dataclass(frozen=True)
-class Power:
+class Power(Struct, frozen=True):
     """What a machine does: ``off``, ``running``, ``paused`` or ``unknown``.
 
     ``live`` is set when its monitor has told us all about it; without that ``why`` says what is in the way.

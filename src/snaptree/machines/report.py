@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from snaptree.model.branch import Branch
 from snaptree.model.layer import LayerId, Point
@@ -113,8 +114,7 @@ def _points(tree: Tree, points: Mapping[str, Point]) -> dict[str, dict[str, str 
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Freed:
+class Freed(Struct, frozen=True):
     """What deleting a name frees at once; ``more`` when merging what becomes loose may free more."""
 
     bytes: int
@@ -170,8 +170,7 @@ def _freed(view: View, named: Snapshot | Branch, outsiders: frozenset[LayerId]) 
 # ---- drawing ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(Struct, frozen=True):
     """One line of the drawing: ``named`` is a snapshot or a branch, ``lead`` the lines that lead to it."""
 
     lead: str

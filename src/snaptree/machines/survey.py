@@ -7,7 +7,8 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from snaptree.errors import SnaptreeError, UnhealthyError
 from snaptree.images import durable, gate, memory_file, small

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from snaptree.model.layer import Point
 from snaptree.model.snapshot import FirmwareFile
 
 
-@dataclass(frozen=True, slots=True)
-class Branch:
+class Branch(Struct, frozen=True):
     """A named line of work: one tip per disk.
 
     ``tips`` are whole layers; a parked branch may have an internal point instead. ``parent`` is the snapshot that the

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import TypeVar
+
+from msgspec import Struct, field
 
 from snaptree.model.branch import Branch
 from snaptree.model.layer import Layer
@@ -16,8 +17,7 @@ K = TypeVar("K", int, str)
 V = TypeVar("V")
 
 
-@dataclass(frozen=True)
-class Delta:
+class Delta(Struct, frozen=True):
     """What changes from one tree to another; ``None`` says that an entry goes."""
 
     layers: Mapping[int, Layer | None] = field(default_factory=dict)

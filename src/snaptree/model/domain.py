@@ -9,7 +9,8 @@ and the domain's (:class:`Hints`). The latter can be rebuilt.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from snaptree.model.snapshot import FirmwareFile
 
@@ -17,8 +18,7 @@ SNAPSHOT, BRANCH, PLACEHOLDER = "snapshot", "branch", "placeholder"
 EXTERNAL, INTERNAL = "external", "internal"
 
 
-@dataclass(frozen=True, slots=True)
-class DomainDisk:
+class DomainDisk(Struct, frozen=True):
     """A disk of a domain that snaptree looks after: the file that it begins on, canonical, and its format."""
 
     target: str
@@ -26,8 +26,7 @@ class DomainDisk:
     format: str
 
 
-@dataclass(frozen=True, slots=True)
-class Hints:
+class Hints(Struct, frozen=True):
     """What snaptree keeps in a domain's ``<metadata>``: a cache.
 
     ``active`` is the active branch's name, ``parent`` the snapshot that it grew from, ``roots`` the path and format
@@ -46,8 +45,7 @@ class Hints:
     going: frozenset[tuple[str, str]] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Domain:
+class Domain(Struct, frozen=True):
     """A domain. ``left`` says, by target, why a disk is left alone; ``nvram`` is where its UEFI variables are."""
 
     name: str
@@ -63,8 +61,7 @@ class Domain:
     hints: Hints = field(default_factory=Hints)
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(Struct, frozen=True):
     """What snaptree notes in a record.
 
     ``kind`` is ``snapshot``, ``branch`` (the record of a parked branch: its points are the branch's tips) or
@@ -81,8 +78,7 @@ class Mark:
     guarded: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class RecordDisk:
+class RecordDisk(Struct, frozen=True):
     """A disk of a record: ``kind`` is ``external``, ``internal``, ``no`` or ``manual``; ``overlay`` is canonical.
 
     ``deleting`` says that libvirt was about to merge the overlay into what it stands on, and has not come to an end.
@@ -94,8 +90,7 @@ class RecordDisk:
     deleting: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(Struct, frozen=True):
     """One of libvirt's records of a snapshot. ``points`` are the disks of the domain in it, ``(path, format)``.
 
     ``state`` is libvirt's word, ``memory`` the file with the machine's memory, ``hints`` what the metadata was.

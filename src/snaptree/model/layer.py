@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from msgspec import Struct, field
 
 LayerId = int
 """Names a layer within one tree. Paths change (the root's name is put back after a merge), ids do not."""
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(Struct, frozen=True):
     """What a frozen layer's file looked like when it was frozen, to find out whether somebody has written to it since.
 
     ``size`` is the file's length in bytes, ``mtime_ns`` its modification time, ``header`` the SHA-256 (hex) of the
@@ -25,8 +24,7 @@ class Identity:
     generation: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
+class Layer(Struct, frozen=True):
     """One image file of one disk.
 
     ``path`` is absolute and canonical. ``parent`` is the layer that the header names as backing file. ``owned`` is true
@@ -48,8 +46,7 @@ class Layer:
     """snaptree created the file itself (what ``gc`` may remove without asking)."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Point:
+class Point(Struct, frozen=True, order=True):
     """What a disk showed at one time: a whole layer, or an internal snapshot (its tag) within one."""
 
     layer: LayerId

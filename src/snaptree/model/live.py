@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from snaptree.model.layer import LayerId
 from snaptree.model.memory import Saveable
@@ -10,8 +10,7 @@ from snaptree.model.memory import Saveable
 OFF, RUNNING, PAUSED, UNKNOWN = "off", "running", "paused", "unknown"
 
 
-@dataclass(frozen=True, slots=True)
-class Live:
+class Live(Struct, frozen=True):
     """The QEMU that has the active tips open.
 
     ``state`` is ``running`` or ``paused``. ``open`` are the layers that it has open, tips and all beneath them;

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 STANDALONE, LIBVIRT = "standalone", "libvirt"
 """Who runs a machine: its user, or snaptree for them, with a QEMU of its own; or libvirt."""
 
 
-@dataclass(frozen=True, slots=True)
-class MachineConfig:
+class MachineConfig(Struct, frozen=True):
     """One machine as it was added.
 
     ``bases`` are foreign files outside the disks' folders that the user allowed with ``--base``. ``nvram`` and ``tpm``

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
+
+from msgspec import Struct, field
 
 from snaptree.model.layer import Identity
 
@@ -13,8 +14,7 @@ BACKGROUND, MAPPED, PLAIN, LIBVIRT = "background", "mapped-ram", "plain", "libvi
 libvirt, while it waits, as libvirt's save images are."""
 
 
-@dataclass(frozen=True, slots=True)
-class Memory:
+class Memory(Struct, frozen=True):
     """RAM and device state in a file; it lives exactly as long as a snapshot or a branch refers to it.
 
     ``form`` says how it was written: ``background``, ``mapped-ram``, ``plain`` or ``libvirt``. ``size`` is in bytes.
@@ -32,8 +32,7 @@ class Memory:
     state: str = "running"
 
 
-@dataclass(frozen=True, slots=True)
-class Saveable:
+class Saveable(Struct, frozen=True):
     """What a running machine's monitor says of its memory.
 
     :param ram: how much memory it has, in bytes.

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
+
+from msgspec import Struct, field
 
 from snaptree.model.layer import Point
 
 
-@dataclass(frozen=True, slots=True)
-class FirmwareFile:
+class FirmwareFile(Struct, frozen=True):
     """A copy of one piece of firmware state: ``role`` is ``nvram`` or ``tpm``, ``path`` where the copy is."""
 
     role: str
     path: str
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(Struct, frozen=True):
     """A named point in time of the whole machine.
 
     ``points`` holds one point for each disk that the snapshot has; an excluded disk has none. ``memory`` names a

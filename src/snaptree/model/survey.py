@@ -6,14 +6,14 @@ The readers live in ``images/`` and ``machines/``; the verbs in ``planning/`` ta
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from snaptree.model.layer import Identity, LayerId, Point
 from snaptree.model.live import Live
 
 
-@dataclass(frozen=True, slots=True)
-class InternalFacts:
+class InternalFacts(Struct, frozen=True):
     """One internal snapshot as the image has it. Sizes are in bytes, ``created`` in seconds since the epoch."""
 
     id: str
@@ -23,8 +23,7 @@ class InternalFacts:
     created: float
 
 
-@dataclass(frozen=True, slots=True)
-class LayerFacts:
+class LayerFacts(Struct, frozen=True):
     """What one image file was found to be.
 
     ``allocated`` is what the file occupies on its file system, ``virtual_size`` what it shows the guest, both in bytes.
@@ -72,8 +71,7 @@ class LayerFacts:
     """Tags of the internal snapshots since which nothing has been written to the active state."""
 
 
-@dataclass(frozen=True, slots=True)
-class RowFacts:
+class RowFacts(Struct, frozen=True):
     """What merging a row of layers would move, counted exactly from the tables. All figures in bytes.
 
     A row is a tuple of layer ids, lowest first; the last is the one that stays or goes down.
@@ -106,8 +104,7 @@ class RowFacts:
     share_grows: tuple[int, int] = (0, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class PointFacts:
+class PointFacts(Struct, frozen=True):
     """What making a layer out of an internal snapshot would take. Sizes are in bytes.
 
     ``bytes`` is the data that it has, ``tables`` the room for tables; ``by_qemu`` and ``unshared`` are as for a row,
@@ -121,8 +118,7 @@ class PointFacts:
     share_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class FileSystemFacts:
+class FileSystemFacts(Struct, frozen=True):
     """One file system that layers lie on: free bytes for us, and whether files can share blocks there."""
 
     device: int
@@ -131,16 +127,14 @@ class FileSystemFacts:
     mount: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Outsider:
+class Outsider(Struct, frozen=True):
     """Something outside this tree that stands on a layer of it: another machine, or an overlay found beside it."""
 
     layer: LayerId
     what: str
 
 
-@dataclass(frozen=True, slots=True)
-class Stray:
+class Stray(Struct, frozen=True):
     """An image file that the tree does not know. ``made``: the journal says that snaptree made it."""
 
     path: str
@@ -150,8 +144,7 @@ class Stray:
     made: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(Struct, frozen=True):
     """How the machine is started: its stored command, the folder that it is run in, and where its monitor is then."""
 
     command: str
@@ -159,8 +152,7 @@ class Start:
     monitor: str
 
 
-@dataclass(frozen=True)
-class Survey:
+class Survey(Struct, frozen=True):
     """All that was read for one operation.
 
     ``rows`` and ``points`` have the merges and the internal snapshots that were measured, ``outsiders`` what stands on

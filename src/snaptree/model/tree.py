@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from functools import cached_property
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from snaptree.model.branch import Branch
 from snaptree.model.layer import Layer, LayerId, Point
@@ -15,8 +17,7 @@ MAX_CHAIN = 200
 """Chains end here (DESIGN.md): deeper ones slow every read and run into QEMU's own limits."""
 
 
-@dataclass(frozen=True)
-class Tree:
+class Tree(Struct, frozen=True, dict=True):
     """One machine's layers, snapshots, branches and memories.
 
     ``roots`` remembers, per disk, the path and format that the owned root had when the disk came under snaptree's care:

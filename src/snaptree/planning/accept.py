@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from msgspec import Struct
+from msgspec.structs import replace
 
 from snaptree.errors import NotFoundError, RefusedError
 from snaptree.model.layer import Layer, LayerId
@@ -13,8 +14,7 @@ from snaptree.planning.health import ailments
 from snaptree.planning.plan import Plan
 
 
-@dataclass(frozen=True)
-class AcceptRequest:
+class AcceptRequest(Struct, frozen=True):
     """``snaptree verify NAME --accept PATH``: the user has looked at the layer, and vouches for what it holds now."""
 
     path: str
@@ -50,8 +50,7 @@ def accept(tree: Tree, survey: Survey, request: AcceptRequest) -> Plan:
     return draft.conclude("accept", f"take {layer.path} as it is", f"{layer.path} is taken for what it is now")
 
 
-@dataclass(frozen=True)
-class OwnRequest:
+class OwnRequest(Struct, frozen=True):
     """``snaptree set NAME --adopt``: what the disks of a domain stand on is its own, as the user knows."""
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from snaptree.errors import ExistsError, NotFoundError, RefusedError, UnhealthyError
 from snaptree.model.branch import Branch
@@ -23,8 +25,7 @@ from snaptree.planning.settle import settle
 from snaptree.planning.steps import Forget, Record, Register, RemoveFirmware, Step, Unlink
 
 
-@dataclass(frozen=True)
-class FoundDisk:
+class FoundDisk(Struct, frozen=True):
     """A disk as it was found: its chain, top first, and with ``--adopt`` the chains of overlays found beside it.
 
     The facts' ``backing`` are canonical paths.
@@ -35,8 +36,7 @@ class FoundDisk:
     siblings: tuple[tuple[LayerFacts, ...], ...] = ()
 
 
-@dataclass(frozen=True)
-class AddRequest:
+class AddRequest(Struct, frozen=True):
     """``snaptree add NAME --disk …``. ``tree`` has what ``--from-xml`` read, if anything."""
 
     config: MachineConfig
@@ -45,8 +45,7 @@ class AddRequest:
     records: tuple[FoundSnapshot, ...] = ()
 
 
-@dataclass(frozen=True)
-class FoundSnapshot:
+class FoundSnapshot(Struct, frozen=True):
     """A snapshot that libvirt's XML describes: its points are ``(disk, path of the layer, internal tag or None)``.
 
     ``memory`` says that RAM and devices were saved with it.
@@ -60,16 +59,14 @@ class FoundSnapshot:
     memory: bool = False
 
 
-@dataclass(frozen=True)
-class AttachRequest:
+class AttachRequest(Struct, frozen=True):
     """``snaptree disk attach NAME vdb=PATH``."""
 
     disk: FoundDisk
     adopt: bool = False
 
 
-@dataclass(frozen=True)
-class DetachRequest:
+class DetachRequest(Struct, frozen=True):
     """``snaptree disk detach NAME vdb``; ``delete_files`` unlinks what then nothing needs."""
 
     target: str

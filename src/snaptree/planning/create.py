@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from snaptree.errors import ExistsError, NotFoundError, RefusedError, UsageError
 from snaptree.model.branch import Branch
@@ -30,8 +32,7 @@ QUIESCE_SECONDS = 0.1
 """So long a guest's file systems stand still when little is left to be written; measured with an emulated guest."""
 
 
-@dataclass(frozen=True)
-class SnapshotRequest:
+class SnapshotRequest(Struct, frozen=True):
     """``snaptree snapshot NAME SNAP``; ``files`` are paths that the user chose for the new tips, by disk.
 
     ``quiesce`` has the guest's agent freeze the guest's file systems meanwhile.
@@ -47,8 +48,7 @@ class SnapshotRequest:
     quiesce: bool = False
 
 
-@dataclass(frozen=True)
-class BranchRequest:
+class BranchRequest(Struct, frozen=True):
     """``snaptree branch NAME BRANCH``: grow a line of work from a snapshot, or (``source`` is ``None``) from here."""
 
     name: str

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from msgspec import Struct
+from msgspec.structs import replace
 
 from snaptree.errors import NotFoundError, RefusedError, UsageError
 from snaptree.model.survey import Survey
@@ -14,8 +15,7 @@ from snaptree.planning.sweep import follow
 from snaptree.planning.ways import WAYS
 
 
-@dataclass(frozen=True)
-class DeleteRequest:
+class DeleteRequest(Struct, frozen=True):
     """``snaptree delete NAME SNAP…``."""
 
     names: tuple[str, ...]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
+
+from msgspec import Struct, field
 
 from snaptree.model.live import PAUSED, RUNNING
 from snaptree.model.sizes import readable
@@ -15,8 +16,7 @@ if TYPE_CHECKING:
     from snaptree.model.tree import Tree
 
 
-@dataclass(frozen=True, slots=True)
-class DomainSaveMemory(SaveMemory):
+class DomainSaveMemory(SaveMemory, frozen=True):
     """Have libvirt save a running domain's memory and let its disks go on in their new overlays, all of one instant.
 
     libvirt writes the record of the snapshot ``name`` with it.
@@ -33,8 +33,7 @@ class DomainSaveMemory(SaveMemory):
     name: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class DomainGoOver:
+class DomainGoOver(Struct, frozen=True):
     """Have libvirt turn a domain off, saving its memory if wanted, and load another memory on other disks.
 
     ``memory`` is the file that is loaded, without which the domain stays off; ``disks`` are the files that the disks
@@ -72,8 +71,7 @@ class DomainGoOver:
         return "; ".join(parts)
 
 
-@dataclass(frozen=True, slots=True)
-class DomainGoOn:
+class DomainGoOn(Struct, frozen=True):
     """Let a guest go on whose memory has been loaded: libvirt knows by now what else there is of it."""
 
     kind: ClassVar[str] = "domain-go-on"

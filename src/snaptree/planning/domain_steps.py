@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from snaptree.planning.domain_memory_steps import DomainGoOver, going_on, gone_over_by_libvirt, saved_by_libvirt
 from snaptree.planning.live_steps import File, LiveMerge, LiveOpen, LiveSnapshot
@@ -16,8 +18,7 @@ if TYPE_CHECKING:
     from snaptree.planning.steps import Step
 
 
-@dataclass(frozen=True, slots=True)
-class WriteRecords:
+class WriteRecords(Struct, frozen=True):
     """Let libvirt's records, the domain's definition and its metadata say what the tree says.
 
     The tree is the one that is recorded when the step is taken, so that it can be taken any number of times.
@@ -46,8 +47,7 @@ class WriteRecords:
         return "tell libvirt: its records and the domain's definition"
 
 
-@dataclass(frozen=True, slots=True)
-class DomainSnapshot(LiveSnapshot):
+class DomainSnapshot(LiveSnapshot, frozen=True):
     """Have libvirt let a running domain's disks go on in their new overlays, all at one instant.
 
     Or after an internal snapshot on all disks, with which libvirt saves the memory, and of which it writes a record.
@@ -64,8 +64,7 @@ class DomainSnapshot(LiveSnapshot):
     uuid: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class DomainForget:
+class DomainForget(Struct, frozen=True):
     """Have libvirt delete a running domain's internal snapshot, in all images (``paths``), with its record."""
 
     kind: ClassVar[str] = "domain-forget"
@@ -83,8 +82,7 @@ class DomainForget:
         return f"have libvirt delete the internal snapshot {self.name!r} in {', '.join(self.paths)}"
 
 
-@dataclass(frozen=True, slots=True)
-class DomainMerge(LiveMerge):
+class DomainMerge(LiveMerge, frozen=True):
     """Have libvirt merge layers that a running domain has open, all disks at once."""
 
     kind: ClassVar[str] = "domain-merge"
@@ -98,8 +96,7 @@ class DomainMerge(LiveMerge):
     uuid: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Over:
+class Over(Struct, frozen=True):
     """One disk of a domain that goes over to a file which was built beside.
 
     The guest writes to ``before``, a tip with little in it, and then to ``after``, an empty one that has what the
@@ -113,8 +110,7 @@ class Over:
     chain: tuple[File, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class DomainSwap:
+class DomainSwap(Struct, frozen=True):
     """Have libvirt let a running domain go over to merged files that were built beside.
 
     What the guest has written to its tip is copied into another one, which stands on the same files by their names,
@@ -138,8 +134,7 @@ class DomainSwap:
         return "have libvirt go over to what was built instead of " + ", ".join(each.upper for each in self.overs)
 
 
-@dataclass(frozen=True, slots=True)
-class Undefine:
+class Undefine(Struct, frozen=True):
     """Have libvirt forget a domain with its records, and with ``nvram`` its UEFI variables."""
 
     kind: ClassVar[str] = "undefine"

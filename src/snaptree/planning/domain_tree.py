@@ -8,7 +8,9 @@ files before (ids of layers, what frozen ones look like) is kept by their paths;
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from snaptree.model.branch import Branch
 from snaptree.model.domain import BRANCH, EXTERNAL, INTERNAL, PLACEHOLDER, Domain, Hints, Record
@@ -22,8 +24,7 @@ from snaptree.planning.draft import is_tip
 _CONSISTENCY = {"shutoff": "off", "shutdown": "off", "crashed": "off"}
 
 
-@dataclass(frozen=True)
-class FoundTree:
+class FoundTree(Struct, frozen=True):
     """A tree that was found, and in sentences what there is to know of how."""
 
     tree: Tree

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from snaptree.errors import ExistsError, NoSpaceError, NotFoundError, RefusedError
 from snaptree.model.delta import diff

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from snaptree.errors import UnhealthyError
 from snaptree.model.layer import LayerId
@@ -11,8 +12,7 @@ from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
 
 
-@dataclass(frozen=True, slots=True)
-class Ailment:
+class Ailment(Struct, frozen=True):
     """What is wrong with one layer: a word of DESIGN.md, and a sentence."""
 
     word: str

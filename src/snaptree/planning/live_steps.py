@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
+
+from msgspec import Struct
 
 from snaptree.model.sizes import readable
 
@@ -12,8 +13,7 @@ File: TypeAlias = tuple[str, str]
 """One image in a chain: ``(path, format)``."""
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
+class Kept(Struct, frozen=True):
     """A copy of a piece of firmware state: ``live`` is where the machine has it, ``copy`` where the copy is."""
 
     role: str
@@ -21,8 +21,7 @@ class Kept:
     copy: str
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
+class Cut(Struct, frozen=True):
     """One disk of a live snapshot: from now on the guest writes to ``overlay``, on ``tip``."""
 
     disk: str
@@ -30,8 +29,7 @@ class Cut:
     overlay: str
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(Struct, frozen=True):
     """One disk of a live snapshot whose point stays in its tip, as the internal snapshot ``tag``."""
 
     disk: str
@@ -46,8 +44,7 @@ def frozen(cuts: Sequence[Cut], marks: Sequence[Mark]) -> str:
     return " and ".join([*cut, *marked])
 
 
-@dataclass(frozen=True, slots=True)
-class LiveSnapshot:
+class LiveSnapshot(Struct, frozen=True):
     """Let a running machine's disks go on in their new overlays, or after an internal snapshot, all at one instant.
 
     Whether it has happened QEMU says; when QEMU has died the overlays are taken as the tips, which is right either way,
@@ -81,8 +78,7 @@ class LiveSnapshot:
         return f"{frozen(self.cuts, self.marks)} at one instant{how}; the guest runs on"
 
 
-@dataclass(frozen=True, slots=True)
-class LiveOpen:
+class LiveOpen(Struct, frozen=True):
     """Have a running machine's QEMU open for writing layers that it only reads, whose internal snapshots it is to
     delete: whether it can shows only when it does."""
 
@@ -99,8 +95,7 @@ class LiveOpen:
         return "have QEMU open " + ", ".join(self.paths) + " for writing"
 
 
-@dataclass(frozen=True, slots=True)
-class LiveJob:
+class LiveJob(Struct, frozen=True):
     """One merge of layers that a running machine has open, done by its QEMU.
 
     ``row`` is the chain to merge, lowest first; ``below`` what the lowest stands on, nearest first. ``child`` is what
@@ -135,8 +130,7 @@ class LiveJob:
         return self.row[1:] if self.way == "commit" else self.row[:-1]
 
 
-@dataclass(frozen=True, slots=True)
-class LiveMerge:
+class LiveMerge(Struct, frozen=True):
     """Let a running machine's QEMU merge layers, all disks at once.
 
     Every job comes so far that nothing is left to be copied; then what it has copied is flushed, and it is finalized,
@@ -163,8 +157,7 @@ class LiveMerge:
         return "; ".join(parts)
 
 
-@dataclass(frozen=True, slots=True)
-class Swap:
+class Swap(Struct, frozen=True):
     """One disk of a live swap: what was built takes the place of ``row[-1]``, under ``child``, on ``below``.
 
     ``row`` is lowest first, ``below`` what its lowest stands on, nearest first.
@@ -181,8 +174,7 @@ class Swap:
         return self.row[-1][0]
 
 
-@dataclass(frozen=True, slots=True)
-class LiveSwap:
+class LiveSwap(Struct, frozen=True):
     """Have a running machine's QEMU read what was built, under its hidden name, instead of the row.
 
     It comes before the rename: what QEMU refuses it refuses while nothing has changed.
@@ -200,8 +192,7 @@ class LiveSwap:
         return "have QEMU read what was built instead of " + ", ".join(each.upper for each in self.swaps)
 
 
-@dataclass(frozen=True, slots=True)
-class LiveSettle:
+class LiveSettle(Struct, frozen=True):
     """Have a running machine's QEMU open what is in place now by its name, and close what was merged."""
 
     kind: ClassVar[str] = "live-settle"

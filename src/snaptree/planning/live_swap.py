@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from snaptree.model.layer import Layer, LayerId, Point
 from snaptree.model.survey import RowFacts

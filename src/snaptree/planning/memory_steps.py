@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
+
+from msgspec import Struct
 
 from snaptree.model.layer import LayerId
 from snaptree.model.live import PAUSED
@@ -13,8 +14,7 @@ from snaptree.model.sizes import readable
 from snaptree.planning.live_steps import Cut, Kept, Mark, frozen
 
 
-@dataclass(frozen=True, slots=True)
-class SaveMemory:
+class SaveMemory(Struct, frozen=True):
     """Freeze a running machine's disks, as a live snapshot does, and save its memory, all of one instant.
 
     ``path`` is the memory file, with the owner of ``like``; ``forms`` are the forms to try, the best first; ``used`` is
@@ -47,8 +47,7 @@ Chain: TypeAlias = tuple[tuple[LayerId, str, str], ...]
 """The layers of a disk, ``(id, path, format)``, the tip first."""
 
 
-@dataclass(frozen=True, slots=True)
-class Save:
+class Save(Struct, frozen=True):
     """A memory that is saved while the guest waits: its file, whose owner that gets, the forms to try, its bytes."""
 
     path: str
@@ -57,8 +56,7 @@ class Save:
     used: int
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(Struct, frozen=True):
     """A QEMU that loads a memory beside the one of now: the stored ``command`` with these ``disks``, run in ``folder``;
     its monitor is at ``monitor`` until it takes over. ``firmware`` is put in the place of the live one first: the
     QEMU of now goes on with the files that it has open."""
@@ -71,8 +69,7 @@ class Load:
     firmware: tuple[Kept, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class GoOver:
+class GoOver(Struct, frozen=True):
     """Let another QEMU, which has loaded a memory beside, take over from the one of now, or turn that one off.
 
     Before the old guest is touched all is loaded and compared. Then it stands still; with ``save`` its memory is saved;

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from snaptree.model.delta import diff
 from snaptree.model.layer import Layer, LayerId

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import posixpath
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from snaptree.model.delta import diff
 from snaptree.model.layer import Layer

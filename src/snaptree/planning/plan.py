@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from snaptree.model.tree import Tree
 from snaptree.planning.steps import BuildFromPoint, BuildMerged, Step
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(Struct, frozen=True):
     """The ordered steps of one operation with what they will cost, made without touching anything.
 
     Steps before ``point_of_no_return`` (an index) are undone when the operation stops there, steps from it on are

@@ -17,7 +17,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from snaptree.model.branch import Branch
 from snaptree.model.domain import BRANCH, PLACEHOLDER, SNAPSHOT
@@ -30,8 +31,7 @@ WHY_PLACEHOLDER = "Kept by snaptree so that virsh goes on working. It goes when 
 WHY_BRANCH = "A branch that snaptree has parked."
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(Struct, frozen=True):
     """Where a disk is at a point in time: the layer's file, and the internal snapshot in it, if it is one."""
 
     path: str
@@ -39,8 +39,7 @@ class Place:
     tag: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(Struct, frozen=True):
     """One record as it must be. ``overlays`` and ``reverts`` are files with their formats, by disk."""
 
     name: str

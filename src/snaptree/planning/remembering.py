@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from snaptree.errors import NoSpaceError, RefusedError, UnhealthyError, UsageError
 from snaptree.model.branch import Branch
@@ -189,8 +191,7 @@ def or_else(plan: Plan, draft: Draft, without: Tree) -> Plan:
 # ---- going back to memory -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Moves:
+class Moves(Struct, frozen=True):
     """What going elsewhere does with memory: what is loaded, whether that of now is saved, and what the machine does
     afterwards."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from snaptree.errors import NotFoundError, RefusedError, UsageError
 from snaptree.model.branch import Branch
@@ -31,8 +33,7 @@ from snaptree.planning.steps import ApplyInternal, MakeInternal
 from snaptree.planning.sweep import follow
 
 
-@dataclass(frozen=True)
-class RevertRequest:
+class RevertRequest(Struct, frozen=True):
     """``snaptree revert NAME SNAP``."""
 
     name: str
@@ -48,8 +49,7 @@ class RevertRequest:
     """Whether memory is loaded, and that of now parked: without it, where the snapshot has some."""
 
 
-@dataclass(frozen=True)
-class SwitchRequest:
+class SwitchRequest(Struct, frozen=True):
     """``snaptree switch NAME BRANCH``; ``power`` and ``memory`` are as for going back."""
 
     name: str

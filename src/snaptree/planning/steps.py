@@ -6,8 +6,9 @@ A step says what will be done; ``running/carry`` does it. What is on disk after 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar, TypeAlias, get_args
+
+from msgspec import Struct
 
 from snaptree.model.delta import Delta
 from snaptree.model.layer import LayerId
@@ -29,8 +30,7 @@ File: TypeAlias = tuple[str, str]
 """One image in a chain: ``(path, format)``."""
 
 
-@dataclass(frozen=True, slots=True)
-class MakeOverlay:
+class MakeOverlay(Struct, frozen=True):
     """Make an empty qcow2 file on a backing file, with owner, mode and labels of ``like``."""
 
     kind: ClassVar[str] = "make-overlay"
@@ -52,8 +52,7 @@ class MakeOverlay:
         return f"make {self.path}, an empty overlay on {self.backing}"
 
 
-@dataclass(frozen=True, slots=True)
-class BuildFromPoint:
+class BuildFromPoint(Struct, frozen=True):
     """Make a new qcow2 file that shows what an internal snapshot shows, on the same backing file.
 
     ``below`` is the chain that the source stands on, nearest first. ``bytes`` is what is copied, ``shared`` what is not
@@ -78,8 +77,7 @@ class BuildFromPoint:
         return f"make {self.path} out of the internal snapshot {self.tag!r} in {self.source}"
 
 
-@dataclass(frozen=True, slots=True)
-class CopyFirmware:
+class CopyFirmware(Struct, frozen=True):
     """Copy a piece of firmware state whole: aside (a new file) or back over the live one (``replace``)."""
 
     kind: ClassVar[str] = "copy-firmware"
@@ -95,8 +93,7 @@ class CopyFirmware:
         return f"copy {self.role} state from {self.source} to {self.target}"
 
 
-@dataclass(frozen=True, slots=True)
-class MakeInternal:
+class MakeInternal(Struct, frozen=True):
     """Take an internal snapshot in a layer."""
 
     kind: ClassVar[str] = "make-internal"
@@ -110,8 +107,7 @@ class MakeInternal:
         return f"take the internal snapshot {self.tag!r} in {self.path}"
 
 
-@dataclass(frozen=True, slots=True)
-class ApplyInternal:
+class ApplyInternal(Struct, frozen=True):
     """Make the active state of a layer what one of its internal snapshots shows."""
 
     kind: ClassVar[str] = "apply-internal"
@@ -128,8 +124,7 @@ class ApplyInternal:
         return f"go back to the internal snapshot {self.tag!r} in {self.path}"
 
 
-@dataclass(frozen=True, slots=True)
-class DeleteInternal:
+class DeleteInternal(Struct, frozen=True):
     """Delete one internal snapshot of a layer; what the layer shows stays the same. What a running machine's QEMU has
     open it does itself."""
 
@@ -144,8 +139,7 @@ class DeleteInternal:
         return f"delete the internal snapshot {self.tag!r} in {self.path}"
 
 
-@dataclass(frozen=True, slots=True)
-class Cover:
+class Cover(Struct, frozen=True):
     """Write zeroes into the top of a row where it shows zeroes only because a layer beneath it ends there.
 
     ``row`` is lowest first, ``below`` what the lowest stands on, nearest first.
@@ -162,8 +156,7 @@ class Cover:
         return f"write into {self.row[-1][0]} the zeroes that it shows past the end of shorter layers"
 
 
-@dataclass(frozen=True, slots=True)
-class Shrink:
+class Shrink(Struct, frozen=True):
     """Cut a merged layer to the size of the layer whose contents it took."""
 
     kind: ClassVar[str] = "shrink"
@@ -179,8 +172,7 @@ class Shrink:
         return f"shrink {self.path} to {readable(self.size)}"
 
 
-@dataclass(frozen=True, slots=True)
-class MoveJob:
+class MoveJob(Struct, frozen=True):
     """One merge among those that move together.
 
     ``row`` is the chain to merge, lowest first; ``below`` what the lowest stands on, nearest first. ``commit`` moves
@@ -200,8 +192,7 @@ class MoveJob:
     by_qemu: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
+class Move(Struct, frozen=True):
     """Move the data of all merges, all disks at once."""
 
     kind: ClassVar[str] = "move"
@@ -223,8 +214,7 @@ class Move:
         return "; ".join(parts)
 
 
-@dataclass(frozen=True, slots=True)
-class BuildMerged:
+class BuildMerged(Struct, frozen=True):
     """Build, out of blocks shared with the files of a row, the file that will take the place of one of them.
 
     ``row`` is lowest first, ``below`` what the lowest stands on, nearest first. ``path`` is the lowest's or the
@@ -254,8 +244,7 @@ class BuildMerged:
         return f"build what will be {self.path} out of blocks shared with it and {others} ({readable(self.shared)})"
 
 
-@dataclass(frozen=True, slots=True)
-class PutInPlace:
+class PutInPlace(Struct, frozen=True):
     """Let what was built take the place of the file that it is a copy of, in one rename."""
 
     kind: ClassVar[str] = "put-in-place"
@@ -270,8 +259,7 @@ class PutInPlace:
         return f"put it in place as {self.path}"
 
 
-@dataclass(frozen=True, slots=True)
-class Repoint:
+class Repoint(Struct, frozen=True):
     """Write another backing name into a layer's header; what the layer shows stays the same."""
 
     kind: ClassVar[str] = "repoint"
@@ -286,8 +274,7 @@ class Repoint:
         return f"point {self.path} at {self.backing or 'nothing'}"
 
 
-@dataclass(frozen=True, slots=True)
-class TakeName:
+class TakeName(Struct, frozen=True):
     """Let ``target`` name the file that ``source`` names; ``source`` stays until it is unlinked."""
 
     kind: ClassVar[str] = "take-name"
@@ -301,8 +288,7 @@ class TakeName:
         return f"put {self.source} in place as {self.target}"
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(Struct, frozen=True):
     """Change the tree, in one transaction; ``baseline`` are layers whose identity is read and kept now.
 
     ``otherwise`` is how the tree changes instead where memory could not be saved whose disks were frozen already.
@@ -321,8 +307,7 @@ class Record:
         return self.what
 
 
-@dataclass(frozen=True, slots=True)
-class Unlink:
+class Unlink(Struct, frozen=True):
     """Remove a file that nothing needs, if it still is the file that the plan saw (by its inode)."""
 
     kind: ClassVar[str] = "unlink"
@@ -338,8 +323,7 @@ class Unlink:
         return f"remove {self.path}"
 
 
-@dataclass(frozen=True, slots=True)
-class RemoveFirmware:
+class RemoveFirmware(Struct, frozen=True):
     """Remove a copy of firmware state that nothing refers to."""
 
     kind: ClassVar[str] = "remove-firmware"
@@ -353,8 +337,7 @@ class RemoveFirmware:
         return f"remove the copy of {self.role} state at {self.path}"
 
 
-@dataclass(frozen=True, slots=True)
-class Register:
+class Register(Struct, frozen=True):
     """Remember a machine, or what is new of it."""
 
     kind: ClassVar[str] = "register"
@@ -367,8 +350,7 @@ class Register:
         return f"remember machine {self.config.name}"
 
 
-@dataclass(frozen=True, slots=True)
-class Forget:
+class Forget(Struct, frozen=True):
     """Forget a machine and its tree."""
 
     kind: ClassVar[str] = "forget"

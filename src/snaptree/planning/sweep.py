@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from msgspec import Struct
+from msgspec.structs import replace
 
 from snaptree.errors import NotFoundError, RefusedError, UsageError
 from snaptree.model.layer import LayerId, Point
@@ -43,8 +44,7 @@ def _as_it_will_be(plan: Plan, tree: Tree, survey: Survey) -> Survey:
     return replace(survey, layers=facts)
 
 
-@dataclass(frozen=True)
-class SquashRequest:
+class SquashRequest(Struct, frozen=True):
     """``snaptree squash NAME --disk vda``: make one layer of all from ``base`` up to ``top``, both included, by file.
 
     Without ``top`` it is the active tip, without ``base`` the lowest layer that can be merged with it.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import TypeAlias
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from snaptree.model.machine import MachineConfig
 from snaptree.model.sizes import readable
@@ -15,48 +17,41 @@ from snaptree.planning.plan import Plan
 from snaptree.planning.steps import Register, Step, Unlink
 
 
-@dataclass(frozen=True)
-class DeleteBranchRequest:
+class DeleteBranchRequest(Struct, frozen=True):
     """``snaptree delete NAME --branch BRANCH``."""
 
     name: str
     merge: str = "auto"
 
 
-@dataclass(frozen=True)
-class RenameRequest:
+class RenameRequest(Struct, frozen=True):
     """``snaptree rename NAME OLD NEW``."""
 
     old: str
     new: str
 
 
-@dataclass(frozen=True)
-class GcRequest:
+class GcRequest(Struct, frozen=True):
     """``snaptree gc NAME``: merges that wait; with ``delete`` also files that snaptree made and nothing needs."""
 
     delete: bool = False
 
 
-@dataclass(frozen=True)
-class PutBackRequest:
+class PutBackRequest(Struct, frozen=True):
     """What a stop leaves to be done: roots get their names back."""
 
 
-@dataclass(frozen=True)
-class SetRequest:
+class SetRequest(Struct, frozen=True):
     """``snaptree set NAME …``: what is remembered of the machine besides its tree."""
 
     config: MachineConfig
 
 
-@dataclass(frozen=True)
-class RepairRequest:
+class RepairRequest(Struct, frozen=True):
     """``snaptree verify NAME --repair``: libvirt's records say again what the tree says."""
 
 
-@dataclass(frozen=True)
-class RemoveRequest:
+class RemoveRequest(Struct, frozen=True):
     """``snaptree remove NAME``."""
 
     delete_files: bool = False

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from snaptree.errors import NoSpaceError
 from snaptree.model.layer import Layer, LayerId
@@ -26,8 +27,7 @@ MOST_TABLES = (32 << 20) // 8
 """QEMU opens no qcow2 image with an L1 table of more entries (``block/qcow2.h``: QCOW_MAX_L1_SIZE)."""
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(Struct, frozen=True):
     """One merge with the way that was chosen for it, and which file takes the data: the lowest, or the highest."""
 
     row: Row

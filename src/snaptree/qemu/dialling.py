@@ -10,7 +10,8 @@ import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from snaptree.errors import RefusedError, ToolError
 from snaptree.images import durable, rights
@@ -71,8 +72,7 @@ def _connect(to: socket.socket, address: str) -> None:
         time.sleep(0.005)
 
 
-@dataclass(frozen=True, slots=True)
-class Peer:
+class Peer(Struct, frozen=True):
     """Who is at the other end, as the kernel says."""
 
     process: int

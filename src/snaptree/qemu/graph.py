@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from snaptree.errors import ToolError, UnhealthyError
 
@@ -20,8 +21,7 @@ FILTERS = ("commit_top", "mirror_top", "stream", "copy-on-read", "throttle", "pr
 """Drivers of nodes that show what is in their only child."""
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(Struct, frozen=True):
     """One node. ``file`` and ``backing`` are the nodes beneath it, ``above`` those that stand on it.
 
     ``path`` and ``inode`` are of the file that a protocol node has open. ``cache`` has ``direct`` and ``no-flush``,
@@ -43,8 +43,7 @@ class Node:
     internals: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class BlockGraph:
+class BlockGraph(Struct, frozen=True):
     """All nodes by name; ``disks`` are those that devices have as their disks."""
 
     nodes: Mapping[str, Node]

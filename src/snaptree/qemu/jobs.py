@@ -7,8 +7,9 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from snaptree.errors import CancelledError, SnaptreeError, ToolError
 from snaptree.images.mover.limiting import Limiter
@@ -45,8 +46,7 @@ _STILL = ("paused", "standby", "waiting", "pending", "aborting", "concluded", "n
 """In these it copies nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Commit:
+class Commit(Struct, frozen=True):
     """An active commit of ``top`` and all between into ``base`` (node names)."""
 
     id: str
@@ -54,8 +54,7 @@ class Commit:
     base: str
 
 
-@dataclass(frozen=True, slots=True)
-class Pull:
+class Pull(Struct, frozen=True):
     """A stream of all between ``top`` and ``base`` into ``top`` (node names); ``base`` is ``None`` to pull everything.
 
     Only the data moves: the header of ``top`` names the same backing file afterwards. QEMU would change it when the job
@@ -67,8 +66,7 @@ class Pull:
     base: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class JobProgress:
+class JobProgress(Struct, frozen=True):
     """How far a job has come, in QEMU's own units."""
 
     current: int
@@ -116,8 +114,7 @@ async def _start(qmp: QmpSession, job: Commit | Pull, speed: int) -> None:
     await qmp.execute("block-stream", auto_finalize=False, **common)
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(Struct, frozen=True):
     """A job as QEMU tells of it; ``error`` is what it failed with."""
 
     id: str

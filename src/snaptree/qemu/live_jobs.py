@@ -9,8 +9,9 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from snaptree.errors import CancelledError, OutrunError, ToolError
 from snaptree.qemu.jobs import FLUSH_SECONDS, STALL_SECONDS, Job, JobProgress, Polls, Steering, query
@@ -23,8 +24,7 @@ PENDING_SECONDS = 10.0
 """So long the last of it may take, while the guest's requests wait more and more."""
 
 
-@dataclass(frozen=True, slots=True)
-class Merging:
+class Merging(Struct, frozen=True):
     """One job, by the names of nodes. ``top`` and ``base`` are the ends of what is merged: a commit goes from ``top``
     down into ``base``, a pull brings all above ``base`` up into ``top``.
 

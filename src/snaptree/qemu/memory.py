@@ -7,8 +7,9 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from snaptree.errors import CancelledError, SnaptreeError, ToolError
 from snaptree.model.memory import BACKGROUND, MAPPED, PLAIN
@@ -26,8 +27,7 @@ LOAD_SECONDS = 300.0
 _OVER = ("none", "completed", "failed", "cancelled")
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(Struct, frozen=True):
     """The migration settings of a QEMU as its user has them."""
 
     capabilities: Mapping[str, bool]
@@ -44,8 +44,7 @@ class Settings:
         return cls(found["capabilities"], found["parameters"])
 
 
-@dataclass(frozen=True, slots=True)
-class State:
+class State(Struct, frozen=True):
     """How far a migration has come. ``pages`` are those of RAM that were written; sizes are in bytes."""
 
     status: str
@@ -54,8 +53,7 @@ class State:
     error: str = ""
 
 
-@dataclass
-class Followed:
+class Followed(Struct):
     """What the waiting for a migration is told by, and tells."""
 
     report: Callable[[int], None] = lambda written: None
@@ -251,8 +249,7 @@ async def load(qmp: QmpSession, uri: str, form: str) -> None:
         await asyncio.sleep(0.005)
 
 
-@dataclass
-class Lent:
+class Lent(Struct):
     """A file of ours that QEMU has been given, until :meth:`take_back`."""
 
     qmp: QmpSession

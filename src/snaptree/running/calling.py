@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from snaptree.errors import RefusedError, SnaptreeError, ToolError, UsageError, every_error_class
 from snaptree.qemu.dialling import peer_of
@@ -17,8 +18,7 @@ LONGEST = 4 << 20
 """No answer is longer, in bytes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Heard:
+class Heard(Struct, frozen=True):
     """What one process has answered: ``told`` is as ``Control.tell`` has it, empty where it did not answer in time."""
 
     name: str

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from msgspec import Struct, field
 
 from snaptree.errors import SnaptreeError
 from snaptree.images.locks import MachineLock
@@ -17,8 +18,7 @@ if TYPE_CHECKING:
     from snaptree.qemu.running import RunningQemu
 
 
-@dataclass
-class Context:
+class Context(Struct):
     """The surroundings of the step that is being taken.
 
     ``lock`` is snaptree's own lock on the machine, ``moved`` is told how many bytes of the step's total have moved,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from msgspec import Struct, field
 
 from snaptree.errors import CancelledError, IoError, RefusedError, SnaptreeError
 from snaptree.images import durable
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
     from snaptree.qemu.running import RunningQemu
 
 
-@dataclass
-class Outcome:
+class Outcome(Struct):
     """How it went: sentences for the user, and for how many seconds the guest stood still, where that was measured."""
 
     said: list[str] = field(default_factory=list)

@@ -16,9 +16,10 @@ import sys
 import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
+
+from msgspec import Struct
 
 from snaptree.errors import ToolError
 from snaptree.images.child import kill
@@ -32,8 +33,7 @@ READY_SECONDS, ANSWER_SECONDS, CANCEL_SECONDS = 20.0, 10.0, 5.0
 _MIGRATING = ("setup", "active", "device", "pre-switchover", "cancelling")
 
 
-@dataclass(frozen=True, slots=True)
-class Orders:
+class Orders(Struct, frozen=True):
     """What is said to one monitor (its socket's file descriptor): commands, each ``(name, arguments)``."""
 
     monitor: int

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from snaptree.model.layer import Identity, Layer, LayerId
 from snaptree.planning.plan import Plan
@@ -14,8 +15,7 @@ from snaptree.store.database import Database
 from snaptree.store.operations import Claim
 
 
-@dataclass(frozen=True, slots=True)
-class LogEntry:
+class LogEntry(Struct, frozen=True):
     """One operation of the past, for ``snaptree log``.
 
     ``state`` is ``done``, ``undone``, ``paused`` or ``running`` (also of one that was killed); times are in seconds

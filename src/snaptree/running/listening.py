@@ -18,8 +18,9 @@ import selectors
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from snaptree.errors import RefusedError, SnaptreeError, UsageError
 from snaptree.model.names import visible
@@ -38,8 +39,7 @@ AT_ONCE = 32
 MOST_LIMIT = 1 << 60
 
 
-@dataclass
-class _Asker:
+class _Asker(Struct):
     connection: socket.socket
     until: float
     said: bytearray = field(default_factory=bytearray)

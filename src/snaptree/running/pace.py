@@ -6,11 +6,11 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 
-@dataclass(frozen=True, slots=True)
-class Pace:
+class Pace(Struct, frozen=True):
     """``limit`` is in bytes a second, 0 for none; ``idle`` lets everybody else's disk accesses go first."""
 
     limit: float = 0.0

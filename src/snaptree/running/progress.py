@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeAlias
 
+from msgspec import Struct
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+
+class Progress(Struct, frozen=True):
     """How far an operation has come: step ``step`` of ``steps``, and of the bytes to move ``done`` of ``total``.
 
     ``total`` is 0 while no data moves.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any, cast
+
+from msgspec import Struct
 
 from snaptree.errors import StateError
 from snaptree.model.branch import Branch
@@ -19,7 +20,7 @@ from snaptree.planning.live_steps import Cut, Kept, LiveJob, Mark, Swap
 from snaptree.planning.memory_steps import Load, Save
 from snaptree.planning.steps import STEPS, MoveJob, Step
 
-_CLASSES: dict[str, type[Any]] = {
+_CLASSES: dict[str, type[Struct]] = {
     cls.__name__: cls
     for cls in (
         Branch,
@@ -46,8 +47,8 @@ _CLASSES: dict[str, type[Any]] = {
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Struct):
+        fields = {name: _plain(getattr(value, name)) for name in value.__struct_fields__}
         return {"!": type(value).__name__, **fields}
     if isinstance(value, Mapping):
         return {"!": "map", "items": [[key, _plain(each)] for key, each in value.items()]}
@@ -64,7 +65,7 @@ def _rich(value: Any) -> Any:
         if name == "map":
             return {key: _rich(each) for key, each in value["items"]}
         cls = _CLASSES[name]
-        known = {field.name for field in dataclasses.fields(cls)}
+        known = cls.__struct_fields__
         return cls(**{key: _rich(each) for key, each in value.items() if key in known})
     return value
 

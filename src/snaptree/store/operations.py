@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from snaptree.planning.plan import Plan
 from snaptree.planning.steps import Step
@@ -13,8 +14,7 @@ from snaptree.store.database import Database
 RUNNING, DONE, UNDONE, PAUSED = "running", "done", "undone", "paused"
 
 
-@dataclass(frozen=True, slots=True)
-class Operation:
+class Operation(Struct, frozen=True):
     """One operation as the journal has it. ``step`` is the one that was being taken."""
 
     id: int
@@ -31,8 +31,7 @@ class Operation:
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(Struct, frozen=True):
     """A file that snaptree made: its path and inode at the time."""
 
     path: str

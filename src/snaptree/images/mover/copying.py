@@ -11,8 +11,9 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
+
+from msgspec import Struct, field
 
 from snaptree.errors import CancelledError, IoError
 from snaptree.images import durable, write_back
@@ -36,8 +37,7 @@ Extent = tuple[int, int, int, int]
 """``(file, from, to, length)``: which source, where in it, where in the target, and how much, in bytes."""
 
 
-@dataclass
-class Watch:
+class Watch(Struct):
     """How a merge is followed and stopped: ``moved`` is told of each more bytes, by any thread."""
 
     moved: Callable[[int], None] = lambda count: None

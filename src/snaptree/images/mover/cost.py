@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from snaptree.images.measure import measure_row
 from snaptree.images.mover import sharing
@@ -33,8 +34,7 @@ class _Packed(Exception):
     """Compressed clusters are among what would move."""
 
 
-@dataclass
-class _Sum:
+class _Sum(Struct):
     """What moving into one of the layers adds up to."""
 
     copied: int = 0

@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from snaptree.errors import NotFoundError
 from snaptree.images.facts import open_to_read
@@ -65,8 +65,7 @@ def look_at_point(image: Allocation, tag: str) -> None:
     raise NotFoundError(f"{image.path} has no internal snapshot {tag!r}", "see 'snaptree verify'")
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
+class Window(Struct, frozen=True):
     """A part of the guest's address range, in clusters of the target from ``start`` (bytes) on.
 
     For each cluster: ``kinds`` what it gets; for a copy ``layers`` which of the row it comes from and ``places`` where

@@ -7,9 +7,9 @@ moment the target shows what it showed, or is read only through the layers above
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
+from msgspec import Struct, field
 
 from snaptree.errors import UnhealthyError
 from snaptree.images import durable
@@ -25,8 +25,7 @@ ROUND = 64 << 20
 File = tuple[str, str]
 
 
-@dataclass(frozen=True)
-class Merge:
+class Merge(Struct, frozen=True):
     """One merge. ``row`` is lowest first, ``below`` what the lowest stands on, nearest first.
 
     ``into`` is the place in the row of the layer that takes the data, 0 or the last; with ``copy`` it is that file, a
@@ -73,8 +72,7 @@ def merge(work: Merge, watch: Watch) -> int:
         return _Merging(chain, mapping, target, mover).run()
 
 
-@dataclass
-class _Merging:
+class _Merging(Struct):
     chain: Sequence[Allocation]
     mapping: Mapping
     target: Target

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from snaptree.errors import SnaptreeError, ToolError
 from snaptree.images import durable
@@ -127,8 +128,7 @@ async def choose(qemu: RunningQemu, before: Settings, forms: tuple[str, ...], co
     raise why or ToolError(f"{qemu.qmp.name} cannot save its memory", "take the snapshot without --memory")
 
 
-@dataclass
-class _Saving:
+class _Saving(Struct):
     """The part of the saving for which the guest stands still."""
 
     qemu: RunningQemu

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from snaptree.errors import ToolError
 from snaptree.model.tree import Tree
@@ -26,8 +27,7 @@ ROUNDS = 4
 Keep = Callable[[str, str], None]
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(Struct, frozen=True):
     """What libvirt has to be told.
 
     ``records`` are the records to write, parents first; ``current`` is the name of the one that must become current.

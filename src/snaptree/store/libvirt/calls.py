@@ -9,8 +9,9 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from msgspec import Struct
 
 from snaptree.errors import RefusedError
 from snaptree.model.live import OFF, PAUSED, RUNNING
@@ -23,8 +24,7 @@ Result = TypeVar("Result")
 COMMIT, COPY = "commit", "copy"
 
 
-@dataclass(frozen=True, slots=True)
-class BlockJob:
+class BlockJob(Struct, frozen=True):
     """A block job: ``commit`` (of a tip) or ``copy``, which are to be pivoted, or another kind; figures in bytes."""
 
     kind: str

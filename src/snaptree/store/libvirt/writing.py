@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from snaptree.errors import UnhealthyError
 from snaptree.model.domain import PLACEHOLDER
@@ -19,8 +20,7 @@ Row = tuple[str, str, tuple[str, str] | None, bool]
 """A disk of a record: its target, how it was taken, its overlay, and whether virsh is kept from deleting it."""
 
 
-@dataclass(frozen=True)
-class Going:
+class Going(Struct, frozen=True):
     """Internal snapshots, by path and tag, that nothing shows any more: ``more`` that are still there, and ``done``."""
 
     more: frozenset[tuple[str, str]] = frozenset()
