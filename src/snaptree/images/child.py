@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import os
 import selectors
-import shutil
 import signal
 import subprocess
 import time
@@ -55,6 +54,8 @@ def find_tool(name: str) -> str:
 
     :raise ToolError: it is not installed.
     """
+    import shutil
+
     found = shutil.which(name)
     if found is None:
         raise ToolError(f"{name} is not installed", "install QEMU's tools (qemu-utils on Debian and Ubuntu)")

@@ -14,7 +14,6 @@ import ctypes
 import errno
 import functools
 import os
-import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -376,6 +375,8 @@ def remove_small(path: str) -> None:
             _sync_gone(path)
             return
         if stat.S_ISDIR(mode):
+            import shutil
+
             shutil.rmtree(path)
         else:
             os.unlink(path)

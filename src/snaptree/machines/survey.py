@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -59,7 +58,7 @@ def read_survey(
         firmware_changed=_firmware_changed(config, tree),
         agent=config.agent,
         keep=os.path.join(database.folder, "firmware"),
-        token=secrets.token_hex(6),
+        token=os.urandom(6).hex(),
         bytes_per_second=_speed(database, config.name),
         free=_free(places),
         start=_start(database, config),

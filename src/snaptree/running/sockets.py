@@ -8,7 +8,6 @@ descriptors.
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 import stat
 import time
@@ -58,7 +57,7 @@ class Listening:
     """
 
     def __init__(self, state: str) -> None:
-        token = secrets.token_hex(8)
+        token = os.urandom(8).hex()
         self.name = token + SUFFIX
         self._state = state
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
