@@ -220,25 +220,9 @@ class Draft:
                 f"delete a snapshot first, for instance {oldest!r}" if oldest else "merge some with 'snaptree squash'",
             )
         self.require_readable(parent, purpose)
-        facts = self.facts(parent)
         path = self.new_path(below.disk, label)
-        qcow2 = facts.format == "qcow2"
-        self.prepare.append(
-            MakeOverlay(
-                path=path,
-                backing=below.path,
-                backing_format=below.format,
-                virtual_size=below.virtual_size,
-                like=below.path if below.owned else self._owner_like(below.disk),
-                cluster_size=facts.cluster_size if qcow2 else 65536,
-                refcount_bits=facts.refcount_bits if qcow2 else 16,
-                lazy_refcounts=qcow2 and facts.lazy_refcounts,
-                extended_l2=qcow2 and facts.extended_l2,
-                compression=facts.compression if qcow2 else "zlib",
-            )
-        )
-        self.touches.add(below.path)
-        self.extra += OVERLAY_BYTES
+        like = below.path if below.owned else self._owner_like(below.disk)
+        self._make_overlay(path, below, below.virtual_size, like, self.facts(parent))
         return self._add(below.disk, path, parent, below.virtual_size)
 
     def twin(self, layer: LayerId, purpose: str) -> str:
@@ -246,7 +230,7 @@ class Draft:
 
         :raise UnhealthyError: something is wrong with the chain.
         """
-        known, facts = self.tree.layers[layer], self.facts(layer)
+        known = self.tree.layers[layer]
         self.require_whole(layer, purpose)
         self.require_readable(layer, purpose)
         assert known.parent is not None
@@ -256,23 +240,29 @@ class Draft:
         front, _, number = label.rpartition("-")
         label = front if front and number.isdigit() else label
         path = self.free_path(folder, stem or "disk", label or "tip", ".qcow2", "layer")
+        self._make_overlay(path, below, known.virtual_size, known.path, self.facts(layer))
+        self.touches.add(known.path)
+        return path
+
+    def _make_overlay(self, path: str, below: Layer, size: int, like: str, options: LayerFacts) -> None:
+        """Have an empty overlay made that belongs to whom ``like`` belongs, with a layer's options."""
+        qcow2 = options.format == "qcow2"
         self.prepare.append(
             MakeOverlay(
                 path=path,
                 backing=below.path,
                 backing_format=below.format,
-                virtual_size=known.virtual_size,
-                like=known.path,
-                cluster_size=facts.cluster_size,
-                refcount_bits=facts.refcount_bits,
-                lazy_refcounts=facts.lazy_refcounts,
-                extended_l2=facts.extended_l2,
-                compression=facts.compression,
+                virtual_size=size,
+                like=like,
+                cluster_size=options.cluster_size if qcow2 else 65536,
+                refcount_bits=options.refcount_bits if qcow2 else 16,
+                lazy_refcounts=qcow2 and options.lazy_refcounts,
+                extended_l2=qcow2 and options.extended_l2,
+                compression=options.compression if qcow2 else "zlib",
             )
         )
-        self.touches |= {below.path, known.path}
+        self.touches.add(below.path)
         self.extra += OVERLAY_BYTES
-        return path
 
     def build(self, point: Point, label: str, purpose: str) -> Layer:
         """A new layer made out of an internal snapshot, on the same backing file, added to the tree.
