@@ -126,6 +126,7 @@ def test_killed_at_everything_that_libvirt_is_asked_for(web: DomainScene, line: 
     one(web, line, when, before=before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ["revert @ m1", "revert @ m1 --discard"])
 def test_killed_and_started_by_hand(web: DomainScene, line: str) -> None:
     """Somebody starts the domain where a kill has left it off: it is let be, and the memory that was saved goes."""
@@ -142,6 +143,7 @@ def test_killed_and_started_by_hand(web: DomainScene, line: str) -> None:
     web.sound()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", ["", "..w"])
 def test_killed_and_started_and_off_again(web: DomainScene, word: str) -> None:
     """It goes on from the memory that was saved if its disks have not been written to since, and is started anew
@@ -182,6 +184,7 @@ def test_what_cannot_be_loaded_leaves_the_machine_as_it_was(web: DomainScene) ->
     web.sound()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("when", [1, 2, 3])
 def test_killed_while_the_guest_stands_still_for_its_variables(domain: DomainScene, when: int, before: bool) -> None:
