@@ -73,6 +73,7 @@ def test_they_are_taken_and_deleted_while_it_runs(domain: DomainScene) -> None:
     assert web.listed() == {"i1": None, "s4": "i1"}
 
 
+@pytest.mark.slow
 def test_what_libvirt_does_not_take(domain: DomainScene) -> None:
     web = domain
     web.define("vda=web.qcow2", "vdb=data.raw")
@@ -115,6 +116,7 @@ def test_going_back_loads_the_memory(web: DomainScene) -> None:
     web.sound()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize(("line", "what"), [("snapshot @ i2 --internal", "mark"), ("delete @ i1", "delete_snapshot")])
 @pytest.mark.parametrize("destroyed", [False, True], ids=["runs-on", "destroyed"])

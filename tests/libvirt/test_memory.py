@@ -65,6 +65,7 @@ def test_a_memory_snapshot_is_as_virsh_has_it(web: DomainScene) -> None:
     web.sound()
 
 
+@pytest.mark.slow
 def test_going_back_to_memory_with_the_domain_off(web: DomainScene) -> None:
     remembered(web)
     web.virsh("destroy", "@")
@@ -123,6 +124,7 @@ def test_what_is_not_wanted_goes(web: DomainScene) -> None:
     assert web.files() == {each["path"].rsplit("/", 1)[1] for each in web.show()["layers"]}
 
 
+@pytest.mark.slow
 def test_memory_of_now_goes_with_what_has_none(web: DomainScene) -> None:
     remembered(web)
     web("revert @ s1 --memory")
@@ -181,6 +183,7 @@ def test_only_the_memory_goes(web: DomainScene) -> None:
     assert web.virsh_shows() == "b1......"
 
 
+@pytest.mark.slow
 def test_two_disks_with_names_of_ones_own(domain: DomainScene) -> None:
     web = domain
     web.define("vda=web.qcow2", "vdb=data.raw")
@@ -207,6 +210,7 @@ def test_two_disks_with_names_of_ones_own(domain: DomainScene) -> None:
     web.sound()
 
 
+@pytest.mark.slow
 def test_what_virsh_has_saved_is_loaded(web: DomainScene) -> None:
     web.virsh("start", "@")
     web.virsh("snapshot-create-as", "@", "m1", "--memspec", f"file={web.disks}/m1.saved,snapshot=external")
@@ -219,6 +223,7 @@ def test_what_virsh_has_saved_is_loaded(web: DomainScene) -> None:
     is_off(web)
 
 
+@pytest.mark.slow
 def test_it_is_off_or_not_possible(web: DomainScene) -> None:
     assert "is off, and has no memory" in web("snapshot @ m1 --memory", status=REFUSED).err
     assert "none is saved" in web("snapshot @ m1 --memory-file /tmp/x", status=USAGE).err
@@ -245,6 +250,7 @@ def still_runs(web: DomainScene, since: str) -> None:
     web.agree()
 
 
+@pytest.mark.slow
 def test_a_memory_file_that_is_not_what_it_was(loaded: DomainScene) -> None:
     web, memory = loaded, memory_of(loaded, "m1")
     number, kept = web.virsh("domid", "@"), web.folder / "kept"
@@ -292,6 +298,7 @@ def test_a_cut_file_of_which_nothing_is_remembered(web: DomainScene) -> None:
     is_off(web)
 
 
+@pytest.mark.slow
 def test_the_memory_of_another(web: DomainScene) -> None:
     with domain_scene(web.own) as other:
         other.define("vda=other.qcow2")
@@ -306,6 +313,7 @@ def test_the_memory_of_another(web: DomainScene) -> None:
     web.virsh("destroy", "@")
 
 
+@pytest.mark.slow
 def test_other_disks_than_then(loaded: DomainScene) -> None:
     web = loaded
     images.create(web.disks / "more.qcow2", 1 << 20)
@@ -319,6 +327,7 @@ def test_other_disks_than_then(loaded: DomainScene) -> None:
     web.virsh("destroy", "@")
 
 
+@pytest.mark.slow
 def test_a_definition_that_was_changed_since(loaded: DomainScene) -> None:
     """It goes on as it was then, and is what it was made since when it is started the next time."""
     web = loaded
@@ -352,6 +361,7 @@ def test_no_room(web: DomainScene, small: Path) -> None:
     web.virsh("destroy", "@")
 
 
+@pytest.mark.slow
 def test_libvirt_writes_the_memory_elsewhere(web: DomainScene, small: Path) -> None:
     """It does not see what was mounted there since it was started: the snapshot is not taken, the guest goes on."""
     web.virsh("start", "@")

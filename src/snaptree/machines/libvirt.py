@@ -223,6 +223,9 @@ class LibvirtMachine(Machine):
         if not domain.persistent:
             hint = "make it persistent with 'virsh define'"
             raise RefusedError(f"domain {domain.name} is transient: libvirt forgets it when it stops", hint)
+        if isinstance(request, SnapshotRequest) and request.internal and request.exclude:
+            hint = "leave out --exclude, or take it external (without --internal)"
+            raise RefusedError(f"libvirt has no record for an internal snapshot without {request.exclude[0]}", hint)
         if domain.state != OFF and isinstance(request, RemoveRequest):
             hint = f"shut it down first: 'virsh shutdown {domain.name}'"
             raise RefusedError(f"domain {domain.name} is {domain.state}, and has to be off for this", hint)

@@ -113,9 +113,6 @@ def snapshot(tree: Tree, survey: Survey, request: SnapshotRequest) -> Plan:
     both = sorted(set(request.exclude) & set(request.files))
     if both:
         raise UsageError(f"{both[0]} is both excluded and given a file", "give one of --exclude and --file")
-    if request.internal and request.exclude and survey.libvirt:
-        hint = "leave out --exclude, or take it external (without --internal)"
-        raise RefusedError(f"libvirt has no record for an internal snapshot without {request.exclude[0]}", hint)
     within = request.internal and survey.libvirt and survey.live is not None
     if request.memory or request.memory_file is not None:
         remembering.require_saveable(tree, survey, request)
