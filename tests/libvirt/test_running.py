@@ -15,6 +15,7 @@ import pytest
 from tests.kit import images
 from tests.kit.domain import URI, DomainScene, refused
 from tests.kit.images import MiB
+from tests.kit.stage import processes_of
 
 pytestmark = pytest.mark.root
 
@@ -100,6 +101,25 @@ def test_two_disks_of_one_instant(domain: DomainScene) -> None:
     domain.agree()
     assert domain.files() == {"web.qcow2", "data.raw"}
     domain.virsh("destroy", "@")
+    domain.sound()
+
+
+@pytest.mark.slow
+def test_two_disks_are_pulled_into_and_qemu_lives(domain: DomainScene) -> None:
+    """QEMU 10.0.2 dies of a stream that begins while another one ends."""
+    domain.define("vda=web.qcow2", "vdb=data.qcow2")
+    domain("snapshot @ s0")
+    for number in range(1, 5):
+        domain("snapshot @ s1")
+        for disk in ("vda", "vdb"):
+            domain.write("." * number + str(number), disk)
+        domain.be("running")
+        before = processes_of(domain.folder)
+        domain("delete @ s1 --merge pull")
+        assert processes_of(domain.folder) == before
+        domain.agree()
+    domain.virsh("destroy", "@")
+    assert domain.shows() == domain.shows("main", "vdb") == ".1234..."
     domain.sound()
 
 

@@ -124,10 +124,11 @@ async def merge(step: DomainMerge, domain: DomainHandle | None, context: Context
     jobs = [job for job in step.jobs if not _is_merged(job, domain)]
     known = {job.disk for job in jobs if domain.block_job(job.disk) is not None}
     try:
-        for job in jobs:
+        for number, job in enumerate(jobs):
+            # One after the other: QEMU 10.0.2 dies of a stream that begins while another one ends.
             if job.disk not in known:
                 _begin(job, domain, context)
-        await _follow(step, jobs, domain, context)
+            await _follow(step, [job], jobs[number:], domain, context)
     except BaseException:
         for job in jobs:
             domain.abort(job.disk)
@@ -151,11 +152,16 @@ def _begin(job: LiveJob, domain: DomainHandle, context: Context) -> None:
     domain.commit(job.disk, job.row[0][0], job.row[-1][0], speed, active=job.active, relative=relative)
 
 
-async def _follow(step: DomainMerge, jobs: list[LiveJob], domain: DomainHandle, context: Context) -> None:
-    """Wait until each job has ended; the guest goes over to what its tip has been merged into."""
+async def _follow(
+    step: DomainMerge, jobs: list[LiveJob], left: list[LiveJob], domain: DomainHandle, context: Context
+) -> None:
+    """Wait until each job has ended; the guest goes over to what its tip has been merged into.
+
+    :param left: the jobs that have not come to their end, these and those that follow.
+    """
     waiting = {job.disk: job for job in jobs}
     total = sum(job.bytes for job in step.jobs)
-    done = total - sum(job.bytes for job in jobs)
+    done = total - sum(job.bytes for job in left)
     speed, pause = context.limiter.speed, SHORTEST
     while waiting:
         if context.cancelled.is_set():
