@@ -38,7 +38,8 @@ import sys
 before = set(sys.modules)
 from snaptree.cli.main import run
 status = run(sys.argv[1:])
-print("modules:", *(name for name in sys.modules if name not in before and name != "__main__"))
+found = [name for name, module in sys.modules.items() if getattr(module, "__spec__", None) is not None]
+print("modules:", *(name for name in found if name not in before and name != "__main__"))
 sys.exit(status)
 """
 _DOMAIN = """<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>

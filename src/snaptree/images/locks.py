@@ -248,25 +248,32 @@ def _take(descriptor: int, *, writable: bool) -> bool:
     return True
 
 
-def who_has_open(paths: Iterable[str], besides: Collection[int] = ()) -> dict[str, tuple[str, ...]]:
+def who_has_open(paths: Iterable[str], besides: int = 0, guest: str = "") -> dict[str, tuple[str, ...]]:
     """The other processes that have each file open, as ``name (pid)``, as far as we may see them.
 
-    :param besides: processes that may.
+    :param besides: a process that may.
+    :param guest: whoever has this file open may, too.
     """
     wanted: dict[tuple[int, int], str] = {}
     for path in paths:
-        try:
-            status = os.stat(path)
-        except OSError:
-            continue
-        wanted[status.st_dev, status.st_ino] = path
+        if (status := _status(path)) is not None:
+            wanted[status.st_dev, status.st_ino] = path
+    allowed = {(status.st_dev, status.st_ino)} if guest and (status := _status(guest)) else set()
     found: dict[str, list[str]] = {}
     for process in os.listdir("/proc"):
-        if not process.isdigit() or int(process) in (os.getpid(), *besides):
+        if not process.isdigit() or int(process) in (os.getpid(), besides):
             continue
-        for path in [wanted[inode] for inode in open_in(int(process)) & wanted.keys()]:
+        opened = open_in(int(process))
+        for path in [wanted[inode] for inode in opened & wanted.keys() if not opened & allowed]:
             found.setdefault(path, []).append(f"{_name_of(process)} ({process})")
     return {path: tuple(sorted(set(names))) for path, names in found.items()}
+
+
+def _status(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except OSError:
+        return None
 
 
 def users_of(path: str) -> frozenset[int]:

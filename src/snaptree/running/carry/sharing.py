@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
 
 from snaptree.errors import BusyError, IoError, RefusedError
 from snaptree.images import durable, gate
 from snaptree.images.facts import open_to_read
 from snaptree.images.inode import inode_of, is_still
-from snaptree.images.locks import users_of, who_has_open
+from snaptree.images.locks import who_has_open
 from snaptree.images.mover import sharing
 from snaptree.images.mover.merging import Merge, merge
 from snaptree.images.rights import alike
@@ -43,8 +42,7 @@ def build(step: BuildMerged, context: Context) -> None:
     durable.sync_file(temporary)
     # Its name, too: whether it has taken the other's place is told from which of the two is there.
     durable.sync_folder(temporary)
-    own = users_of(step.guest) if step.guest else () if context.qemu is None else (context.qemu.pid,)
-    _require_replaceable(step.path, own)
+    _require_replaceable(step, context.qemu.pid if context.qemu is not None else 0)
     note_sources(step, context)
 
 
@@ -58,19 +56,20 @@ def _copy(path: str, temporary: str) -> None:
         os.close(source)
 
 
-def _require_replaceable(path: str, own: Collection[int]) -> None:
+def _require_replaceable(step: BuildMerged, qemu: int) -> None:
     """Refuse to put another file in the place of one that is known elsewhere by its inode.
 
-    :param own: the process of the machine's own QEMU, which goes over to what was built.
+    :param qemu: the process of the machine's own QEMU, which goes over to what was built.
 
     :raise RefusedError: it has other names.
     :raise BusyError: another process has it open.
     """
+    path = step.path
     with durable.explained(path, "look at"):
         links = os.lstat(path).st_nlink
     if links > 1:
         raise RefusedError(f"{path} has {links} names (hard links)", "the others would go on naming the old file")
-    who = who_has_open((path,), own).get(path)
+    who = who_has_open((path,), qemu, step.guest).get(path)
     if who:
         raise BusyError(f"{path} is open by {', '.join(who)}", "stop the program that uses it, then try again")
 
