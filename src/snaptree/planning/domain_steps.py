@@ -131,6 +131,8 @@ def with_records(plan: Plan, step: WriteRecords) -> Plan:
             # Until libvirt has been told that a memory is nobody's any more, its guest does not write to the disks.
             steps += [step, *loaded]
             loaded, told = (), None
+    # On the very tips that it has, which nothing was written to, there is nothing to tell.
+    steps += loaded
     # What the first operation has written is known to those that follow.
     later = replace(
         step,
