@@ -82,6 +82,11 @@ def test_going_back_to_memory_with_the_domain_off(web: DomainScene) -> None:
     web("revert @ m1 --stopped")
     assert web.show()["state"] == "off"
     web.sound()
+    # On the very tip that it has already.
+    tip = web.source()
+    web("revert @ m1")
+    assert web.show()["state"] == "running" and web.source() == tip
+    web.virsh("destroy", "@")
     web("revert @ m1 --no-memory --running")
     web.agree()
     is_off(web)

@@ -169,6 +169,8 @@ def with_records(plan: Plan, step: WriteRecords) -> Plan:
             # Until libvirt has been told that a memory is nobody's any more, its guest does not write to the disks.
             steps += [step, *loaded]
             loaded, told = (), None
+    # On the very tips that it has, which nothing was written to, there is nothing to tell.
+    steps += loaded
     # What an operation has written is known to those that follow.
     later = _afterwards(replace(step, renamed=()), plan)
     then: list[Plan] = []
