@@ -32,7 +32,8 @@ class Hints:
 
     ``active`` is the active branch's name, ``parent`` the snapshot that it grew from, ``roots`` the path and format
     that each disk's root came with, ``owned`` the layers that are not foreign, ``made`` those that snaptree made.
-    ``going`` are the path and tag of internal snapshots that nothing shows any more: they go when the domain is off.
+    ``owing`` are, by disk, the roots that are to take that name when the domain is off. ``going`` are the path and tag
+    of internal snapshots that nothing shows any more: they go then.
     """
 
     active: str | None = None
@@ -41,6 +42,7 @@ class Hints:
     roots: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     owned: frozenset[str] = frozenset()
     made: frozenset[str] = frozenset()
+    owing: Mapping[str, str] = field(default_factory=dict)
     going: frozenset[tuple[str, str]] = frozenset()
 
 

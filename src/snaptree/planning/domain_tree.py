@@ -201,6 +201,7 @@ def _hints(domain: Domain, records: Sequence[Record]) -> Hints:
         roots,
         frozenset().union(*(each.owned for each in all_of)),
         frozenset().union(*(each.made for each in all_of)),
+        domain.hints.owing,
     )
 
 
@@ -231,14 +232,16 @@ def _with_owners(tree: Tree, records: Iterable[Record], hints: Hints) -> Tree:
 def _roots(tree: Tree, hints: Hints) -> dict[str, tuple[str, str]]:
     found: dict[str, tuple[str, str]] = {}
     for disk in sorted({layer.disk for layer in tree.layers.values()}):
-        hint = hints.roots.get(disk)
+        hint, tip = hints.roots.get(disk), tree.active_branch.tips.get(disk)
         if hint is not None and any(each.disk == disk and each.owned for each in tree.layer_at(hint[0])):
             found[disk] = hint
             continue
-        tip = tree.active_branch.tips.get(disk)
         first = tip.layer if tip is not None else min(each.id for each in tree.layers.values() if each.disk == disk)
         root = tree.owned_root(first)
-        if root is not None:
+        if hint is not None and root is not None and hints.owing.get(disk) == root.path:
+            # What was merged while the domain ran has the name of what it was merged into until it is off.
+            found[disk] = hint
+        elif root is not None:
             found[disk] = (root.path, root.format)
     return found
 

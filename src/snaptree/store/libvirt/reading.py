@@ -133,5 +133,10 @@ def hints_of(domain: Element | None) -> Hints:
         },
         owned=frozenset(each.get("path", "") for each in layers),
         made=frozenset(each.get("path", "") for each in layers if each.get("made") == "yes"),
+        owing={
+            each.get("disk", ""): each.get("by", "")
+            for each in xml.children(found, "root")
+            if each.get("by") is not None
+        },
         going=frozenset((each.get("path", ""), each.get("snapshot", "")) for each in xml.children(found, "going")),
     )

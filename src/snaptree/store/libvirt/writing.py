@@ -37,7 +37,10 @@ def hints(tree: Tree, going: Iterable[tuple[str, str]] = ()) -> Element:
     if tree.active_branch.parent is not None:
         found.set("parent", tree.active_branch.parent)
     for disk, (path, image_format) in sorted(tree.roots.items()):
-        xml.add_own(found, "root", disk=disk, path=path, format=image_format)
+        tip = tree.active_branch.tips.get(disk)
+        root = tree.owned_root(tip.layer) if tip is not None else None
+        owing = {"by": root.path} if root is not None and root.path != path and not tree.layer_at(path) else {}
+        xml.add_own(found, "root", disk=disk, path=path, format=image_format, **owing)
     # What only something outside stands on is nobody's here any more.
     needed = {layer.id for point in tree.names_on for layer in tree.chain(point.layer)}
     layers: dict[str, bool] = {}
