@@ -183,10 +183,12 @@ class Walk:
     def check(self, *, sound: bool) -> None:
         """What is there is what must be."""
         found, truth = self.found(), self.truth
-        assert found.here == truth.here
+        assert found.here == truth.here, f"shows {found.here}, not {truth.here}"
         new = set(found.kept) - set(truth.kept)
         assert all(words == truth.parks for name, words in found.kept.items() if name in new), f"{new} are new"
-        assert {name: words for name, words in found.kept.items() if name not in new} == truth.kept
+        assert not (gone := set(truth.kept) - set(found.kept)), f"{gone} are gone"
+        other = {name: (found.kept[name], words) for name, words in truth.kept.items() if found.kept[name] != words}
+        assert not other, f"others show now what they did not: {other}"
         self.truth = found
         if sound:
             left_behind(self.web)

@@ -114,7 +114,7 @@ def test_a2_the_chain_is_as_short_as_before(web: DomainScene, way: str) -> None:
     # A name can be given back only while it is off.
     web.be("off")
     web("gc @")
-    assert web.shows() == "b12....." and web.listed() == {} and len(web.chain()) == 1
+    assert web.shows() == "b12....." and web.listed() == {} and web.chain() == ["web.qcow2"]
     web.sound()
     line(web, "s3")
     goes_on(web, "s3")
