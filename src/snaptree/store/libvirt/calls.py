@@ -340,24 +340,32 @@ class DomainHandle:
         libvirt = self._libvirt
         flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES
         flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE if active else 0
-        flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_RELATIVE if relative and not active else 0
         with explained(f"merge {top} into {base}"):
-            self._domain.blockCommit(target, base, top, speed, flags)
+            self._by_relative_names(
+                lambda keep: self._domain.blockCommit(target, base, top, speed, flags | keep),
+                libvirt.VIR_DOMAIN_BLOCK_COMMIT_RELATIVE if relative and not active else 0,
+            )
 
     def pull(self, target: str, base: str | None, speed: int) -> None:
         """Begin to merge into the tip all that is above the base, or all."""
         libvirt = self._libvirt
         flags = libvirt.VIR_DOMAIN_BLOCK_REBASE_BANDWIDTH_BYTES
-        flags |= libvirt.VIR_DOMAIN_BLOCK_REBASE_RELATIVE if base is not None else 0
         with explained(f"merge layers into the tip of {target}"):
-            try:
-                self._domain.blockRebase(target, base, speed, flags)
-            except libvirt.libvirtError as error:
-                # On absolute names, such as virsh writes, it does not go by relative ones.
-                absolute = (libvirt.VIR_ERR_CONFIG_UNSUPPORTED, libvirt.VIR_ERR_OPERATION_INVALID)
-                if base is None or error.get_error_code() not in absolute:
-                    raise
-                self._domain.blockRebase(target, base, speed, libvirt.VIR_DOMAIN_BLOCK_REBASE_BANDWIDTH_BYTES)
+            self._by_relative_names(
+                lambda keep: self._domain.blockRebase(target, base, speed, flags | keep),
+                libvirt.VIR_DOMAIN_BLOCK_REBASE_RELATIVE if base is not None else 0,
+            )
+
+    def _by_relative_names(self, begin: Callable[[int], Any], relative: int) -> None:
+        """Begin a job that goes by relative names; on absolute ones, such as virsh writes, libvirt does not do that."""
+        libvirt = self._libvirt
+        try:
+            begin(relative)
+        except libvirt.libvirtError as error:
+            absolute = (libvirt.VIR_ERR_CONFIG_UNSUPPORTED, libvirt.VIR_ERR_OPERATION_INVALID)
+            if not relative or error.get_error_code() not in absolute:
+                raise
+            begin(0)
 
     def copy(self, target: str, overlay: str, chain: Sequence[tuple[str, str]]) -> None:
         """Begin to copy what the tip itself has into an overlay that is there already.
