@@ -131,7 +131,7 @@ class Walk:
         """virsh does something."""
         shown, truth = self.web.show(), self.truth
         tips = {each["path"] for each in shown["disks"]}
-        kinds = {each["name"]: each for each in shown["snapshots"]}
+        named = {each["name"]: each.get("points") or each["tips"] for each in (*shown["snapshots"], *shown["branches"])}
         verb = self.chance.choice(["create", "revert", "delete", "delete"])
         names = sorted(truth.kept)
         if verb == "create" or not names:
@@ -141,8 +141,7 @@ class Walk:
             self.truth = truth.plus(name, truth.here)
         elif verb == "revert":
             name = self.chance.choice(names)
-            points = kinds[name]["points"].values() if name in kinds else []
-            if any(each["internal"] and each["path"] not in tips for each in points):
+            if any(each["internal"] and each["path"] not in tips for each in named[name].values()):
                 return
             self.journey.append(f"virsh revert {name}")
             self.web.back(name)
