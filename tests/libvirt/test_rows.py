@@ -14,6 +14,7 @@ from tests.kit.domain import DomainScene, goes_on, refused
 from tests.kit.scene import SLOT, SLOTS
 
 pytestmark = pytest.mark.root
+LONG = pytest.mark.slow
 REFUSED = 6
 HERE = Path(__file__).parent
 ROWS = {f"a{number}" for number in range(1, 9)}
@@ -103,7 +104,7 @@ def test_a1_the_name_goes_and_the_files_stay_until_gc(web: DomainScene) -> None:
     goes_on(web, "s1")
 
 
-@pytest.mark.parametrize("way", ["auto", "commit", "pull"])
+@pytest.mark.parametrize("way", ["auto", pytest.param("commit", marks=LONG), pytest.param("pull", marks=LONG)])
 def test_a2_the_chain_is_as_short_as_before(web: DomainScene, way: str) -> None:
     line(web, "s1", "s2")
     web(f"delete @ s2 --merge {way}")
@@ -172,7 +173,7 @@ def test_a7_the_fork_goes_when_the_last_line_goes(web: DomainScene) -> None:
     goes_on(web, "s2")
 
 
-@pytest.mark.parametrize("way", ["auto", "commit", "pull"])
+@pytest.mark.parametrize("way", ["auto", pytest.param("commit", marks=LONG), pytest.param("pull", marks=LONG)])
 def test_a8_the_middle_goes(web: DomainScene, way: str) -> None:
     line(web, "s1", "s2", "s3")
     said = web(f"delete @ s2 --merge {way}")
@@ -209,6 +210,7 @@ def test_a8_a_chain_without_snapshots_is_squashed(web: DomainScene) -> None:
     goes_on(web, "s1")
 
 
+@LONG
 @pytest.mark.parametrize("state", ["running"])
 def test_b6_an_external_one_with_an_internal_parent(web: DomainScene) -> None:
     """What goes down goes into the layer that has it, which shows it as before."""
@@ -263,6 +265,7 @@ def test_b7_an_internal_one_below_an_overlay(web: DomainScene) -> None:
     goes_on(web, "s3")
 
 
+@LONG
 @pytest.mark.parametrize("state", ["running"])
 def test_b5_a_mixed_subtree(web: DomainScene) -> None:
     web.be("off")

@@ -17,7 +17,7 @@ from tests.kit.domain import define_text
 from tests.kit.scene import SLOT, SLOTS, word_of
 from tests.kit.stage import kill_and_wait
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.slow]
 USER = 65534
 RUN = [sys.executable, "-c", "import sys; from snaptree.cli.main import run; sys.exit(run(sys.argv[1:]))"]
 AS_USER = ["setpriv", "--reuid", str(USER), "--regid", str(USER), "--clear-groups", "--pdeathsig", "KILL"]
