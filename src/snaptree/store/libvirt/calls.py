@@ -326,7 +326,13 @@ class DomainHandle:
         flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE if active else 0
         flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_RELATIVE if relative and not active else 0
         with explained(f"merge {top} into {base}"):
-            self._domain.blockCommit(target, base, top, speed, flags)
+            try:
+                self._domain.blockCommit(target, base, top, speed, flags)
+            except libvirt.libvirtError as error:
+                # Of what it has opened by a chain that it was told, after a block copy, it does not know the names.
+                if not relative or active or "relative" not in str(error):
+                    raise
+                self._domain.blockCommit(target, base, top, speed, flags & ~libvirt.VIR_DOMAIN_BLOCK_COMMIT_RELATIVE)
 
     def pull(self, target: str, base: str | None, speed: int) -> None:
         """Begin to merge into the tip all that is above the base, or all."""
@@ -337,7 +343,8 @@ class DomainHandle:
             try:
                 self._domain.blockRebase(target, base, speed, flags)
             except libvirt.libvirtError as error:
-                if base is None or error.get_error_code() != libvirt.VIR_ERR_CONFIG_UNSUPPORTED:
+                unsupported = error.get_error_code() == libvirt.VIR_ERR_CONFIG_UNSUPPORTED
+                if base is None or not (unsupported or "relative" in str(error)):
                     raise
                 self._domain.blockRebase(target, base, speed, libvirt.VIR_DOMAIN_BLOCK_REBASE_BANDWIDTH_BYTES)
 
