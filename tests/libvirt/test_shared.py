@@ -219,6 +219,11 @@ def test_it_is_done_by_itself_where_it_is_worth_it(domain: DomainScene) -> None:
     domain("gc @")
     alike(domain)
     assert len(domain.show()["layers"]) == 3
+    # After that libvirt does not know the chain's relative names any more.
+    domain("delete @ s2 --merge commit")
+    alike(domain)
+    domain("delete @ s3 --merge pull")
+    alike(domain)
     stopped(domain)
 
 
