@@ -357,13 +357,17 @@ class DomainHandle:
             )
 
     def _by_relative_names(self, begin: Callable[[int], Any], relative: int) -> None:
-        """Begin a job that goes by relative names; on absolute ones, such as virsh writes, libvirt does not do that."""
+        """Begin a job that goes by relative names.
+
+        On absolute ones, such as virsh writes, libvirt does not do that, nor on a chain that it was told with a block
+        copy: of that it does not know the names.
+        """
         libvirt = self._libvirt
         try:
             begin(relative)
         except libvirt.libvirtError as error:
-            absolute = (libvirt.VIR_ERR_CONFIG_UNSUPPORTED, libvirt.VIR_ERR_OPERATION_INVALID)
-            if not relative or error.get_error_code() not in absolute:
+            unsupported = error.get_error_code() == libvirt.VIR_ERR_CONFIG_UNSUPPORTED
+            if not relative or not (unsupported or "relative" in str(error)):
                 raise
             begin(0)
 
