@@ -112,7 +112,7 @@ def one(web: DomainScene, line: str, when: int, *, before: bool) -> None:
 
 
 @pytest.mark.parametrize(("line", "when"), [("snapshot @ m9 --memory", 1), ("revert @ m1", 1), ("revert @ m1", 2)])
-@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("before", [pytest.param(True, marks=pytest.mark.slow), False], ids=["before", "after"])
 def test_killed_between(web: DomainScene, line: str, when: int, before: bool) -> None:
     one(web, line, when, before=before)
 
