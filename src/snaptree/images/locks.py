@@ -15,7 +15,7 @@ import stat
 import struct
 import threading
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 
@@ -260,10 +260,8 @@ def who_has_open(paths: Iterable[str], besides: int = 0, guest: str = "") -> dic
             wanted[status.st_dev, status.st_ino] = path
     allowed = {(status.st_dev, status.st_ino)} if guest and (status := _status(guest)) else set()
     found: dict[str, list[str]] = {}
-    for process in os.listdir("/proc"):
-        if not process.isdigit() or int(process) in (os.getpid(), besides):
-            continue
-        opened = open_in(int(process))
+    for process in _others():
+        opened = open_in(process) if process != besides else frozenset()
         for path in [wanted[inode] for inode in opened & wanted.keys() if not opened & allowed]:
             found.setdefault(path, []).append(f"{_name_of(process)} ({process})")
     return {path: tuple(sorted(set(names))) for path, names in found.items()}
@@ -278,12 +276,15 @@ def _status(path: str) -> os.stat_result | None:
 
 def users_of(path: str) -> frozenset[int]:
     """The other processes that have a file open, as far as we may see them."""
-    with suppress(OSError):
-        status = os.stat(path)
-        inode = status.st_dev, status.st_ino
-        others = (int(process) for process in os.listdir("/proc") if process.isdigit())
-        return frozenset(each for each in others if each != os.getpid() and inode in open_in(each))
-    return frozenset()
+    status = _status(path)
+    if status is None:
+        return frozenset()
+    return frozenset(each for each in _others() if (status.st_dev, status.st_ino) in open_in(each))
+
+
+def _others() -> Iterator[int]:
+    """The processes besides this one."""
+    return (int(each) for each in os.listdir("/proc") if each.isdigit() and int(each) != os.getpid())
 
 
 def open_in(process: int) -> frozenset[tuple[int, int]]:
@@ -299,7 +300,7 @@ def open_in(process: int) -> frozenset[tuple[int, int]]:
     return frozenset(found)
 
 
-def _name_of(process: str) -> str:
+def _name_of(process: int) -> str:
     try:
         with open(f"/proc/{process}/comm", encoding="utf-8", errors="replace") as file:
             return file.read().strip()

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from snaptree.planning.domain_memory_steps import DomainGoOver, going_on, gone_over_by_libvirt, saved_by_libvirt
+from snaptree.planning.domain_memory_steps import (
+    DomainGoOver,
+    DomainMemoryStep,
+    going_on,
+    gone_over_by_libvirt,
+    saved_by_libvirt,
+)
 from snaptree.planning.live_steps import File, LiveMerge, LiveOpen, LiveSnapshot
 from snaptree.planning.memory_steps import GoOver, SaveMemory
 
@@ -148,6 +154,12 @@ class Undefine(Struct, frozen=True):
     @property
     def summary(self) -> str:
         return f"have libvirt forget domain {self.domain}"
+
+
+LibvirtStep: TypeAlias = (
+    DomainSnapshot | DomainMerge | DomainSwap | DomainMemoryStep | DomainForget | WriteRecords | Undefine
+)
+"""Those that libvirt takes."""
 
 
 def with_records(plan: Plan, step: WriteRecords) -> Plan:

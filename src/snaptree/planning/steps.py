@@ -14,15 +14,7 @@ from snaptree.model.delta import Delta
 from snaptree.model.layer import LayerId
 from snaptree.model.machine import MachineConfig
 from snaptree.model.sizes import readable
-from snaptree.planning.domain_memory_steps import DomainGoOn, DomainGoOver, DomainSaveMemory
-from snaptree.planning.domain_steps import (
-    DomainForget,
-    DomainMerge,
-    DomainSnapshot,
-    DomainSwap,
-    Undefine,
-    WriteRecords,
-)
+from snaptree.planning.domain_steps import LibvirtStep
 from snaptree.planning.live_steps import LiveMerge, LiveOpen, LiveSettle, LiveSnapshot, LiveSwap
 from snaptree.planning.memory_steps import GoOver, SaveMemory
 
@@ -386,15 +378,7 @@ Step: TypeAlias = (
     | RemoveFirmware
     | Register
     | Forget
-    | DomainSnapshot
-    | DomainMerge
-    | DomainSwap
-    | DomainSaveMemory
-    | DomainGoOver
-    | DomainGoOn
-    | DomainForget
-    | WriteRecords
-    | Undefine
+    | LibvirtStep
 )
 
 STEPS: tuple[type[Step], ...] = get_args(Step)

@@ -5,15 +5,7 @@
 
 from __future__ import annotations
 
-from snaptree.planning.domain_memory_steps import DomainGoOn, DomainGoOver, DomainSaveMemory
-from snaptree.planning.domain_steps import (
-    DomainForget,
-    DomainMerge,
-    DomainSnapshot,
-    DomainSwap,
-    Undefine,
-    WriteRecords,
-)
+from snaptree.planning.domain_steps import LibvirtStep
 from snaptree.planning.steps import (
     ApplyInternal,
     BuildFromPoint,
@@ -40,23 +32,10 @@ from snaptree.running.carry import firmware, headers, internals, making, sharing
 from snaptree.running.carry import moving as moving
 from snaptree.running.context import Context
 
-LIBVIRTS = (
-    DomainSnapshot,
-    DomainMerge,
-    DomainSwap,
-    DomainSaveMemory,
-    DomainGoOver,
-    DomainGoOn,
-    DomainForget,
-    WriteRecords,
-    Undefine,
-)
-"""Those that libvirt takes."""
-
 
 async def do(step: Step, context: Context) -> None:
     """Take the step."""
-    if isinstance(step, LIBVIRTS):
+    if isinstance(step, LibvirtStep):
         from snaptree.running.carry import by_libvirt
 
         await by_libvirt.do(step, context)
@@ -115,7 +94,7 @@ async def undo(step: Step, context: Context) -> None:
     What has no way back there needs none: zeroes in the top show the same to everything, and a mark that a layer is
     being written to stays true.
     """
-    if isinstance(step, LIBVIRTS):
+    if isinstance(step, LibvirtStep):
         from snaptree.running.carry import by_libvirt
 
         await by_libvirt.undo(step, context)
@@ -147,7 +126,7 @@ async def happened(steps: tuple[Step, ...], context: Context) -> bool:
     the step is taken once more, and finds that it is done.
     """
     step = steps[context.journal.step]
-    if isinstance(step, LIBVIRTS):
+    if isinstance(step, LibvirtStep):
         from snaptree.running.carry import by_libvirt
 
         return await by_libvirt.happened(step, context)

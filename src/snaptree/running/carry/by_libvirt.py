@@ -12,6 +12,7 @@ from snaptree.planning.domain_steps import (
     DomainMerge,
     DomainSnapshot,
     DomainSwap,
+    LibvirtStep,
     Undefine,
     WriteRecords,
 )
@@ -22,7 +23,6 @@ from snaptree.store.libvirt.calls import DomainHandle, connected
 from snaptree.store.libvirt.writing import Going
 
 DiskStep: TypeAlias = DomainSnapshot | DomainMerge | DomainSwap | DomainForget
-LibvirtStep: TypeAlias = DiskStep | DomainMemoryStep | WriteRecords | Undefine
 _RECORD = "record "
 """Before the name of a record that is kept in the journal while libvirt has none of that name."""
 

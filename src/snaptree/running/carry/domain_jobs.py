@@ -128,7 +128,7 @@ async def merge(step: DomainMerge, domain: DomainHandle | None, context: Context
             # One after the other: QEMU 10.0.2 dies of a stream that begins while another one ends.
             if job.disk not in known:
                 _begin(job, domain, context)
-            await _follow(step, [job], jobs[number:], domain, context)
+            await _follow(step, job, sum(each.bytes for each in jobs[number:]), domain, context)
     except BaseException:
         for job in jobs:
             domain.abort(job.disk)
@@ -152,41 +152,33 @@ def _begin(job: LiveJob, domain: DomainHandle, context: Context) -> None:
     domain.commit(job.disk, job.row[0][0], job.row[-1][0], speed, active=job.active, relative=relative)
 
 
-async def _follow(
-    step: DomainMerge, jobs: list[LiveJob], left: list[LiveJob], domain: DomainHandle, context: Context
-) -> None:
-    """Wait until each job has ended; the guest goes over to what its tip has been merged into.
+async def _follow(step: DomainMerge, job: LiveJob, left: int, domain: DomainHandle, context: Context) -> None:
+    """Wait until the job has ended; the guest goes over to what its tip has been merged into.
 
-    :param left: the jobs that have not come to their end, these and those that follow.
+    :param left: how many bytes it and the jobs after it move.
     """
-    waiting = {job.disk: job for job in jobs}
-    total = sum(job.bytes for job in step.jobs)
-    done = total - sum(job.bytes for job in left)
+    total = sum(each.bytes for each in step.jobs)
+    done = total - left
     speed, pause = context.limiter.speed, SHORTEST
-    while waiting:
+    while True:
         if context.cancelled.is_set():
             raise CancelledError(f"stopped: {step.summary}")
+        state = domain.block_job(job.disk)
+        if state is None:
+            await _require_merged(job, domain)
+            context.moved(min(done + job.bytes, total), total)
+            return
         now = float(HELD) if context.limiter.held else context.limiter.speed
-        moved = 0
-        for disk, job in list(waiting.items()):
-            state = domain.block_job(disk)
-            if state is None:
-                await _require_merged(job, domain)
-                del waiting[disk]
-                done += job.bytes
-                continue
-            if now != speed:
-                domain.limit(disk, int(now))
-            # QEMU leaves what it copies in the page cache; all of it would be waited for at the end.
-            write_back.begin_file(job.target[0])
-            moved += _moved(job, state)
-            if job.active and state.kind == COMMIT and state.ready:
-                domain.pivot(disk)
-        speed = now
-        context.moved(min(done + moved, total), total)
-        if waiting:
-            await loops.rest(pause)
-            pause = min(2 * pause, POLL_SECONDS)
+        if now != speed:
+            domain.limit(job.disk, int(now))
+            speed = now
+        # QEMU leaves what it copies in the page cache; all of it would be waited for at the end.
+        write_back.begin_file(job.target[0])
+        if job.active and state.kind == COMMIT and state.ready:
+            domain.pivot(job.disk)
+        context.moved(min(done + _moved(job, state), total), total)
+        await loops.rest(pause)
+        pause = min(2 * pause, POLL_SECONDS)
 
 
 def _moved(job: LiveJob, state: BlockJob) -> int:
@@ -249,8 +241,7 @@ def _was_merged(job: LiveJob, domain: DomainHandle | None) -> bool:
 
 def _lacks(job: LiveJob) -> bool:
     """Whether the target lacks some of what was merged: QEMU may have been killed before it had brought it to disk."""
-    sources = job.row[1:] if job.way == "commit" else job.row[:-1]
-    return all(os.path.exists(path) for path, _ in sources) and not holds(job.target, sources)
+    return all(os.path.exists(path) for path, _ in job.gone) and not holds(job.target, job.gone)
 
 
 async def _without_domain(step: DomainMerge, domain: DomainHandle | None, context: Context) -> None:

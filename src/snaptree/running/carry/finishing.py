@@ -50,12 +50,11 @@ async def holds_all(job: LiveJob) -> bool:
 
     :raise UnhealthyError: they make no sense, however often they are read.
     """
-    sources = job.row[1:] if job.way == "commit" else job.row[:-1]
     for _ in range(READS):
         with suppress(UnhealthyError):
-            return holds(job.target, sources)
+            return holds(job.target, job.gone)
         await loops.rest(0.02)
-    return holds(job.target, sources)
+    return holds(job.target, job.gone)
 
 
 def header_says(job: LiveJob) -> bool:
