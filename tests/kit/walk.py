@@ -207,6 +207,14 @@ class Walk:
         left_behind(self.web)
         self.web.sound()
 
+    def virsh_and_repair(self) -> None:
+        """One operation of virsh's, after which the records are put right."""
+        self.write()
+        self.virsh()
+        self.check(sound=False)
+        self.run("verify @ --repair")
+        self.check(sound=True)
+
     def go(self, steps: int) -> None:
         """So many operations of snaptree's, and half as many of virsh's."""
         try:
@@ -216,11 +224,7 @@ class Walk:
                 self.snaptree()
                 self.check(sound=True)
                 if self.chance.random() < 0.5:
-                    self.write()
-                    self.virsh()
-                    self.check(sound=False)
-                    self.run("verify @ --repair")
-                    self.check(sound=True)
+                    self.virsh_and_repair()
         except BaseException as error:
             error.add_note("\n".join(self.journey))
             raise

@@ -3,38 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import shlex
 import signal
-import subprocess
-import sys
 
 import pytest
 from tests.kit import images
-from tests.kit.domain import URI, DomainScene
+from tests.kit.domain import DomainScene
+from tests.kit.told import run_killed
 
 from snaptree.images.facts import read_facts
 
 pytestmark = pytest.mark.root
 REFUSED = 6
-
-_PROGRAM = """
-import os, signal, sys
-from snaptree.cli.main import run
-from snaptree.store.libvirt.memory import DomainMemory
-
-def killed(real):
-    def call(*words, **more):
-        if {before}:
-            os.kill(os.getpid(), signal.SIGKILL)
-        real(*words, **more)
-        os.kill(os.getpid(), signal.SIGKILL)
-    return call
-
-setattr(DomainMemory, {what!r}, killed(getattr(DomainMemory, {what!r})))
-sys.exit(run(sys.argv[1:]))
-"""
-"""snaptree, killed just before or after it asks libvirt for this."""
 
 
 def tags(web: DomainScene, name: str = "main", disk: str = "vda") -> list[str]:
@@ -126,12 +105,7 @@ def test_going_back_loads_the_memory(web: DomainScene) -> None:
 def test_killed(web: DomainScene, line: str, what: str, before: bool, destroyed: bool) -> None:
     web.virsh("start", "@")
     web("snapshot @ i1 --internal")
-    done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM.format(what=what, before=before), *shlex.split(line.replace("@", web.name))],
-        env={**os.environ, URI: web.own.uri, "SNAPTREE_STATE": str(web.state)},
-        cwd=web.disks,
-        check=False,
-    )
+    done, _ = run_killed(web, line, 1, before=before, calls=(), memory_calls=(what,))
     assert done.returncode == -signal.SIGKILL
     if destroyed:
         web.virsh("destroy", "@")

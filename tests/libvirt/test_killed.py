@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 import signal
-import subprocess
-import sys
 
 import pytest
-from tests.kit.domain import URI, DomainScene
+from tests.kit.domain import DomainScene
+from tests.kit.told import run_killed
 
 pytestmark = pytest.mark.root
 
-_PROGRAM = """
-import os, signal, sys
-from snaptree.cli.main import run
-from snaptree.store.libvirt.calls import DomainHandle
+TOLD = ("define", "redefine", "forget_record", "undefine", "cut", "commit", "pull", "pivot", "flush")
 
-left = {when}
-
-def killed(real):
-    def call(*words, **more):
-        global left
-        left -= 1
-        if left == 0 and {before}:
-            os.kill(os.getpid(), signal.SIGKILL)
-        answer = real(*words, **more)
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return answer
-    return call
-
-for name in ("define", "redefine", "forget_record", "undefine", "cut", "commit", "pull", "pivot", "flush"):
-    setattr(DomainHandle, name, killed(getattr(DomainHandle, name)))
-sys.exit(run(sys.argv[1:]))
-"""
-"""snaptree, killed around the n-th thing that it tells libvirt."""
 
 VERBS = {
     "snapshot @ s9": "a name",
@@ -62,14 +37,7 @@ def prepared(web: DomainScene) -> dict[str, str]:
 
 def killed(web: DomainScene, line: str, when: int, *, before: bool) -> bool:
     """Run a command and kill it; whether it came so far."""
-    done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM.format(when=when, before=before), *shlex.split(line.replace("@", web.name))],
-        env={**os.environ, URI: web.own.uri, "SNAPTREE_STATE": str(web.state)},
-        cwd=web.disks,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done, _ = run_killed(web, line, when, before=before, calls=TOLD)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done.returncode != 0
 

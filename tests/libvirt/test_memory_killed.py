@@ -3,46 +3,22 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
-from tests.kit.domain import URI, DomainScene
+from tests.kit.domain import DomainScene
+from tests.kit.told import run_killed
 from tests.libvirt.test_memory import with_variables
 
 pytestmark = pytest.mark.root
 
-_PROGRAM = """
-import os, signal, sys
-from snaptree.cli.main import run
-from snaptree.store.libvirt.calls import DomainHandle
-from snaptree.store.libvirt.memory import DomainMemory
+ASKED = (
+    *("define", "redefine", "forget_record", "cut", "commit", "pull", "pivot", "stop", "start", "stand_still"),
+    "go_on",
+)
+OF_MEMORY = ("save", "park", "restore")
 
-left = {when}
-
-def killed(real):
-    def call(*words, **more):
-        global left
-        left -= 1
-        if left == 0 and {before}:
-            os.kill(os.getpid(), signal.SIGKILL)
-        answer = real(*words, **more)
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return answer
-    return call
-
-for name in ("define", "redefine", "forget_record", "cut", "commit", "pull", "pivot", "stop", "start", "stand_still",
-             "go_on"):
-    setattr(DomainHandle, name, killed(getattr(DomainHandle, name)))
-for name in ("save", "park", "restore"):
-    setattr(DomainMemory, name, killed(getattr(DomainMemory, name)))
-sys.exit(run(sys.argv[1:]))
-"""
-"""snaptree, killed around the n-th thing that it asks libvirt for."""
 
 LINES = [
     "snapshot @ m9 --memory",
@@ -70,14 +46,7 @@ def prepared(web: DomainScene) -> dict[str, str]:
 
 def killed(web: DomainScene, line: str, when: int, *, before: bool) -> bool:
     """Run a command and kill it; whether it came so far."""
-    done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM.format(when=when, before=before), *shlex.split(line.replace("@", web.name))],
-        env={**os.environ, URI: web.own.uri, "SNAPTREE_STATE": str(web.state)},
-        cwd=web.disks,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done, _ = run_killed(web, line, when, before=before, calls=ASKED, memory_calls=OF_MEMORY)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done.returncode != 0
 

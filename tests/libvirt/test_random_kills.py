@@ -7,17 +7,15 @@ seed, ``SNAPTREE_SEEDS`` how many there are.
 from __future__ import annotations
 
 import os
-import shlex
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-from tests.kit.domain import URI, DomainScene, domain_scene
+from tests.kit.domain import DomainScene, domain_scene
 from tests.kit.libvirtd import LABELLED, Libvirtd, LibvirtUnavailable, libvirtd
 from tests.kit.stage import processes_of
+from tests.kit.told import run_killed
 from tests.kit.walk import Walk
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
@@ -25,34 +23,6 @@ FIRST = int(os.environ.get("SNAPTREE_SEED", "1"))
 SEEDS = range(FIRST, FIRST + int(os.environ.get("SNAPTREE_SEEDS", "6")))
 KILLS = 11
 """So many there are of each seed."""
-_PROGRAM = """
-import os, signal, sys
-from snaptree.cli.main import run
-from snaptree.store.libvirt.calls import DomainHandle
-
-left = {when}
-
-def killed(real):
-    def call(*words, **more):
-        global left
-        left -= 1
-        if left == 0 and {before}:
-            kill()
-        answer = real(*words, **more)
-        if left == 0 and not {before}:
-            kill()
-        return answer
-    return call
-
-def kill():
-    print("killed", file=sys.stderr, flush=True)
-    os.kill({process} or os.getpid(), signal.SIGKILL)
-
-for name in {calls}:
-    setattr(DomainHandle, name, killed(getattr(DomainHandle, name)))
-sys.exit(run(sys.argv[1:]))
-"""
-"""snaptree, which kills a process, itself with 0, around the n-th thing that it tells libvirt or asks of it."""
 CALLS = ("define", "redefine", "forget_record", "cut", "commit", "pull", "pivot", "flush", "start", "stop", "chains")
 
 
@@ -87,24 +57,11 @@ class Killing(Walk):
             (process,) = processes_of(web.folder)
         when, early = self.chance.randint(1, 7), self.chance.random() < 0.5
         self.journey.append(f"{line}: {who} is killed {'before' if early else 'after'} call {when}")
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                _PROGRAM.format(when=when, before=early, process=process, calls=CALLS),
-                *shlex.split(line.replace("@", web.name)),
-            ],
-            env={**os.environ, URI: web.own.uri, "SNAPTREE_STATE": str(web.state)},
-            cwd=web.disks,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=240,
-        )
+        done, told = run_killed(web, line, when, before=early, calls=CALLS, victim=process, seconds=240)
         said = done.stdout + done.stderr
         self.journey[-1] += f" ({done.returncode})"
         assert "Traceback" not in said, said
-        was = "killed\n" in done.stderr
+        was = bool(told)
         if not was:
             assert done.returncode == 0, said
         if was and who == "snaptree":
@@ -128,11 +85,7 @@ class Killing(Walk):
                 if who := self.killed():
                     found[who] += 1
                 if self.chance.random() < 0.4:
-                    self.write()
-                    self.virsh()
-                    self.check(sound=False)
-                    self.run("verify @ --repair")
-                    self.check(sound=True)
+                    self.virsh_and_repair()
         except BaseException as error:
             error.add_note("\n".join(self.journey))
             raise

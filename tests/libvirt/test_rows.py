@@ -210,16 +210,21 @@ def test_a8_a_chain_without_snapshots_is_squashed(web: DomainScene) -> None:
     goes_on(web, "s1")
 
 
-@LONG
-@pytest.mark.parametrize("state", ["running"])
-def test_b6_an_external_one_with_an_internal_parent(web: DomainScene) -> None:
-    """What goes down goes into the layer that has it, which shows it as before."""
+def runs_above_an_internal(web: DomainScene) -> None:
+    """virsh's internal ``i0``, and its external ``s2`` that grew from it."""
     web.be("off")
     web.virsh("snapshot-create-as", "@", "i0")
     web.write(".i")
     web.virsh("snapshot-create-as", "@", "s2", "--disk-only")
     web.write("..2")
     web.be("running")
+
+
+@LONG
+@pytest.mark.parametrize("state", ["running"])
+def test_b6_an_external_one_with_an_internal_parent(web: DomainScene) -> None:
+    """What goes down goes into the layer that has it, which shows it as before."""
+    runs_above_an_internal(web)
     assert "has internal snapshot as parent" in refused(web, "snapshot-delete", "@", "s2")
     web("delete @ s2")
     assert (web.shows("i0"), web.shows()) == ("b.......", "bi2.....") and web.files() == {"web.qcow2"}
@@ -268,12 +273,7 @@ def test_b7_an_internal_one_below_an_overlay(web: DomainScene) -> None:
 @LONG
 @pytest.mark.parametrize("state", ["running"])
 def test_b5_a_mixed_subtree(web: DomainScene) -> None:
-    web.be("off")
-    web.virsh("snapshot-create-as", "@", "i0")
-    web.write(".i")
-    web.virsh("snapshot-create-as", "@", "s2", "--disk-only")
-    web.write("..2")
-    web.be("running")
+    runs_above_an_internal(web)
     assert "for internal snapshot 'i0'" in refused(web, "snapshot-delete", "@", "i0", "--children")
     web("delete @ i0 --children")
     assert web.listed() == {} and web.shows() == "bi2....." and web.files() == {"web.qcow2"}

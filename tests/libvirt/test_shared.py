@@ -6,9 +6,7 @@ Killing is done around everything that libvirt is told, around every change of a
 from __future__ import annotations
 
 import os
-import shlex
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,11 +17,12 @@ import pytest
 from lxml import etree
 from tests.kit import guest, images
 from tests.kit.disks import Disk
-from tests.kit.domain import URI, DomainScene, domain_scene, of_libvirt
+from tests.kit.domain import DomainScene, domain_scene, of_libvirt
 from tests.kit.guest import DISKS
 from tests.kit.images import MiB
 from tests.kit.libvirtd import LABELLED, Libvirtd, LibvirtUnavailable, libvirtd
 from tests.kit.stage import kill_and_wait, killed_at, processes_of
+from tests.kit.told import run_killed
 from tests.libvirt.test_guest import Written
 from tests.libvirt.test_running import line
 
@@ -260,57 +259,13 @@ def test_what_libvirt_is_at_already_is_left_alone(web: DomainScene) -> None:
 # ---- killed -------------------------------------------------------------------------------------------------------
 
 TOLD = ("define", "redefine", "forget_record", "cut", "copy", "commit", "pull", "pivot", "abort", "flush")
-_PROGRAM = """
-import os, signal, sys
-from snaptree.cli.main import run
-from snaptree.store.libvirt.calls import DomainHandle
-from tests.kit.stage import kill_and_wait
-from pathlib import Path
-
-left = {when}
-
-def kills():
-    if {qemu!r}:
-        kill_and_wait(Path({qemu!r}))
-    else:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-def killed(real, name):
-    def call(*words, **more):
-        global left
-        left -= 1
-        if left == 0 and {before}:
-            print("killed before", name, flush=True)
-            kills()
-        answer = real(*words, **more)
-        if left == 0 and not {before}:
-            print("killed after", name, flush=True)
-            kills()
-        return answer
-    return call
-
-for name in {told}:
-    setattr(DomainHandle, name, killed(getattr(DomainHandle, name), name))
-sys.exit(run(sys.argv[1:]))
-"""
-"""snaptree that is killed, or kills the domain's QEMU, around the n-th thing that it tells libvirt."""
 
 
-def run_killed(web: DomainScene, words: str, when: int, *, before: bool, qemu: bool = False) -> str:
+def killed(web: DomainScene, line: str, when: int, *, before: bool, qemu: bool = False) -> str:
     """Run a command; around what it was killed (or QEMU was), empty when it did not come so far."""
-    folder = str(web.folder) if qemu else ""
-    program = _PROGRAM.format(when=when, before=before, qemu=folder, told=TOLD)
-    done = subprocess.run(
-        [sys.executable, "-c", program, *shlex.split(words.replace("@", web.name))],
-        env={**os.environ, URI: web.own.uri, "SNAPTREE_STATE": str(web.state)},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    told = [each for each in done.stdout.splitlines() if each.startswith("killed ")]
+    done, told = run_killed(web, line, when, before=before, calls=TOLD, victim=web.folder if qemu else 0)
     assert done.returncode == (-signal.SIGKILL if told and not qemu else 0) or (told and qemu), done.stderr
-    return told[0] if told else ""
+    return told
 
 
 def whole(web: DomainScene, before: dict[str, str]) -> None:
@@ -344,7 +299,7 @@ def one(web: DomainScene, gone: str, when: int, *, before: bool, qemu: bool) -> 
     """One kill, and all that must hold after it."""
     words = {name: web.shows(name) for name in web.names()}
     web.virsh("start", "@")
-    told = run_killed(web, f"delete @ {gone} --merge reflink", when, before=before, qemu=qemu)
+    told = killed(web, f"delete @ {gone} --merge reflink", when, before=before, qemu=qemu)
     if told and qemu:
         # libvirt may not have seen it yet.
         assert processes_of(web.folder) == []
@@ -414,7 +369,7 @@ def test_it_is_started_anew_before_recovery(web: DomainScene, call: str, monkeyp
     monkeypatch.setattr(sys.modules[__name__], "TOLD", (call,))
     words = {name: web.shows(name) for name in web.names()}
     web.virsh("start", "@")
-    assert run_killed(web, "delete @ s2 --merge reflink", 1, before=call == "pivot")
+    assert killed(web, "delete @ s2 --merge reflink", 1, before=call == "pivot")
     kill_and_wait(web.folder)
     web.virsh("domstate", "@")
     web.virsh("start", "@")
@@ -425,7 +380,7 @@ def test_somebody_ends_the_copy(web: DomainScene, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys.modules[__name__], "TOLD", ("copy",))
     words = {name: web.shows(name) for name in web.names()}
     web.virsh("start", "@")
-    assert run_killed(web, "delete @ s2 --merge reflink", 1, before=False)
+    assert killed(web, "delete @ s2 --merge reflink", 1, before=False)
     web.virsh("blockjob", "@", "vda", "--abort")
     recovered(web, words, running=True)
 
@@ -488,7 +443,7 @@ def test_killed_while_a_guest_writes(
         written.guest.writes_on(100)
     kept = {name: written.holds(name) for name in ("s1", "s2", "s3") if name != gone}
     flushed = written.guest.flushed()
-    assert run_killed(web, f"delete @ {gone} --merge reflink", 1, before=False, qemu=qemu)
+    assert killed(web, f"delete @ {gone} --merge reflink", 1, before=False, qemu=qemu)
     if not qemu:
         written.guest.writes_on(50)
     web("recover @")

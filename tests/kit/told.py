@@ -1,0 +1,82 @@
+"""snaptree in a process of its own, in which something is killed around the n-th thing that it tells libvirt."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.kit.domain import URI, DomainScene
+
+_ROOT = Path(__file__).parents[2]
+_PROGRAM = """
+import os, signal, sys
+from pathlib import Path
+from snaptree.cli.main import run
+from snaptree.store.libvirt.calls import DomainHandle
+from snaptree.store.libvirt.memory import DomainMemory
+from tests.kit.stage import kill_and_wait
+
+left = {when}
+
+def kills(around):
+    print("killed", around, file=sys.stderr, flush=True)
+    if {folder!r}:
+        kill_and_wait(Path({folder!r}))
+    else:
+        os.kill({process} or os.getpid(), signal.SIGKILL)
+
+def killed(real, name):
+    def call(*words, **more):
+        global left
+        left -= 1
+        if left == 0 and {before}:
+            kills("before " + name)
+        answer = real(*words, **more)
+        if left == 0 and not {before}:
+            kills("after " + name)
+        return answer
+    return call
+
+for of, names in ((DomainHandle, {calls}), (DomainMemory, {memory_calls})):
+    for name in names:
+        setattr(of, name, killed(getattr(of, name), name))
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+def run_killed(
+    web: DomainScene,
+    line: str,
+    when: int,
+    *,
+    before: bool,
+    calls: Sequence[str],
+    memory_calls: Sequence[str] = (),
+    victim: int | Path = 0,
+    seconds: float | None = None,
+) -> tuple[subprocess.CompletedProcess[str], str]:
+    """Run a command; how it ended, and around what something was killed, empty when it did not come so far.
+
+    :param calls: the methods of ``DomainHandle`` that count, with ``memory_calls`` of ``DomainMemory``.
+    :param victim: a process, 0 for snaptree's own; or the folder whose QEMU it is.
+    """
+    folder, process = (str(victim), 0) if isinstance(victim, Path) else ("", victim)
+    program = _PROGRAM.format(
+        when=when, before=before, folder=folder, process=process, calls=tuple(calls), memory_calls=tuple(memory_calls)
+    )
+    path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", program, *shlex.split(line.replace("@", web.name))],
+        env={**os.environ, URI: web.own.uri, "SNAPTREE_STATE": str(web.state), "PYTHONPATH": path},
+        cwd=web.disks,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=seconds,
+    )
+    told = [each for each in done.stderr.splitlines() if each.startswith("killed ")]
+    return done, told[0] if told else ""
