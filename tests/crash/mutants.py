@@ -1,8 +1,8 @@
 """Tries every mutant of the code (``tests/kit/mutation.py``): the tests have to find it out.
 
 A mutant that no test finds out is a line that nothing needs, or that nothing tests. ``python -m tests.crash.mutants``
-goes through all of them, and goes on where it has stopped; what each was caught by stands in ``build/mutants.json``.
-What has been tried on a file counts until the file changes.
+goes through all of them, and goes on where it has stopped; what each was caught by stands in ``mutants.json``
+beside this file, which is kept with the code. What has been tried on a file counts until the file changes.
 
 First the code as it is goes through what may find something out, once, to learn which mutants each comes by
 (``build/mutants-reached.json``, until there are others). Then each mutant goes through what comes by it, the quickest
@@ -35,7 +35,7 @@ from tests.kit.disks import SMALLEST
 from tests.kit.mutation import CHOSEN, REACHED, ROOT, Mutant, Source, reached, start
 from tests.kit.space import mounted
 
-KEPT, LEARNED = ROOT / "build" / "mutants.json", ROOT / "build" / "mutants-reached.json"
+KEPT, LEARNED = ROOT / "tests" / "crash" / "mutants.json", ROOT / "build" / "mutants-reached.json"
 TESTS = (
     *("tests/store", "tests/machines", "tests/running"),
     *(

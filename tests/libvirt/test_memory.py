@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from tests.kit import images
-from tests.kit.domain import DomainScene, domain_scene, of_libvirt, refused
+from tests.kit.domain import DomainScene, domain_scene, goes_on, of_libvirt, refused
 
 from snaptree.errors import BusyError
 from snaptree.machines.connection import Connection
@@ -127,6 +127,7 @@ def test_what_is_not_wanted_goes(web: DomainScene) -> None:
     assert web.shows("main") == "b1......" and len(web.show()["layers"]) == 2
     is_off(web)
     assert web.files() == {each["path"].rsplit("/", 1)[1] for each in web.show()["layers"]}
+    goes_on(web, "s1")
 
 
 @pytest.mark.slow
@@ -184,8 +185,7 @@ def test_only_the_memory_goes(web: DomainScene) -> None:
     assert web.record("m1").findtext("state") == "disk-snapshot"
     web.agree()
     is_off(web)
-    web.virsh("snapshot-revert", "@", "m1")
-    assert web.virsh_shows() == "b1......"
+    goes_on(web, "m1")
 
 
 @pytest.mark.slow

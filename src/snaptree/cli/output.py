@@ -169,7 +169,9 @@ def done(plan: Plan, *, as_json: bool) -> None:
         print_json(public)
         return
     copied = public["bytes_to_copy"] or (public["way"] and not public["bytes_to_share"])
-    parts = [f"copied {size(public['bytes_to_copy'])}{_by(public)}"] if copied else []
+    # How much memory the guest has filled is known to it alone, and the plan says what it can be at the most.
+    at_most = "" if public["way"] else "at most "
+    parts = [f"copied {at_most}{size(public['bytes_to_copy'])}{_by(public)}"] if copied else []
     parts += [f"shared {size(public['bytes_to_share'])}"] if public["bytes_to_share"] else []
     parts += [f"freed {size(public['frees_bytes'])}"] if public["frees_bytes"] > 0 else []
     say(f"{plan.summary}: done" + (f" ({', '.join(parts)})" if parts else ""))

@@ -1,0 +1,5 @@
+"""``python -m snaptree`` is the ``snaptree`` command."""
+
+from snaptree.cli.main import main
+
+main()
