@@ -6,6 +6,7 @@ It boots once; what it was then (memory and devices) is kept in a file from whic
 from __future__ import annotations
 
 import contextlib
+import functools
 import lzma
 import re
 import shlex
@@ -30,6 +31,25 @@ MODULES = ("virtio_pci", "virtio_blk", "evdev", "button")
 DISKS = ("vda", "vdb")
 SECONDS = 60.0
 """So long anything may take that the guest is asked for; it is emulated, and the machine may be busy."""
+
+
+@functools.cache
+def knows(major: int, minor: int) -> bool:
+    """Whether QEMU is of this version, or a later one."""
+    said = subprocess.run(["qemu-system-x86_64", "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"version (\d+)\.(\d+)", said)
+    assert found is not None, said
+    return (int(found[1]), int(found[2])) >= (major, minor)
+
+
+def saved_to(memory: Path | str) -> str:
+    """Where QEMU is told to save memory: it writes files itself from 8.2 on."""
+    return f"file:{memory}" if knows(8, 2) else f"exec:cat > {shlex.quote(str(memory))}"
+
+
+def loaded_from(memory: Path | str) -> str:
+    """Where QEMU is told to load memory from."""
+    return f"file:{memory}" if knows(8, 2) else f"exec:cat {shlex.quote(str(memory))}"
 
 
 def _padded(data: bytes) -> bytes:
@@ -134,7 +154,7 @@ class Boot:
         append = "console=ttyS0 quiet panic=1 no_timer_check" + (f" fill={self.fill_mib}" if self.fill_mib else "")
         words += ["-initrd", str(self.initramfs), "-append", append]
         words += ["-chardev", console, "-serial", "chardev:console"]
-        return [*words, "-incoming", f"file:{self.memory}"] if saved else words
+        return [*words, "-incoming", loaded_from(self.memory)] if saved else words
 
     def command(self, folder: Path, *, saved: bool = True) -> str:
         """The command as ``snaptree add --start`` takes it, the disks where the saved boot has them."""
@@ -280,7 +300,7 @@ def boot(folder: Path) -> Boot:
             guest.wait_for("R", lambda lines: "R 2" in lines)
             with Qmp(place / "qmp") as qmp:
                 qmp("migrate-set-parameters", max_bandwidth=10 << 30)
-                qmp("migrate", uri=f"file:{made.memory}")
+                qmp("migrate", uri=saved_to(made.memory))
                 until = time.monotonic() + SECONDS
                 while (status := qmp("query-migrate")["status"]) != "completed":
                     assert status != "failed" and time.monotonic() < until, status

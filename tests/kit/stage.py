@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.kit import images, shim
-from tests.kit.guest import DISKS, Boot, Guest, device, launch
+from tests.kit.guest import DISKS, Boot, Guest, device, launch, loaded_from
 from tests.kit.qmp import Qmp
 from tests.kit.records import DISK_BYTES, in_memory, read_records
 from tests.kit.scene import Scene
@@ -102,7 +102,7 @@ class Stage(Scene):
             path = images.create(folder / f"{disk}.qcow2", DISK_BYTES, "qcow2", backing=(Path(point), form))
             words += ["-blockdev", f"driver=qcow2,node-name=n-{disk},file.driver=file,file.filename={path}"]
             words += ["-device", device(disk, f"n-{disk}")]
-        words += ["-incoming", f"file:{named['memory']}", "-S", "-qmp", f"unix:{folder}/qmp,server=on,wait=off"]
+        words += ["-incoming", loaded_from(named["memory"]), "-S", "-qmp", f"unix:{folder}/qmp,server=on,wait=off"]
         return launch(words, folder), folder / "qmp"
 
     def agree(self, name: str, monitor: Path) -> None:

@@ -76,7 +76,7 @@ def test_killed_around_a_command(lasting: Stage, command: str, before: bool, the
     stage.finish()
 
 
-@pytest.mark.parametrize("every", [37, pytest.param(1, marks=LONG)])
+@pytest.mark.parametrize("every", [61, pytest.param(1, marks=LONG)])
 @pytest.mark.parametrize("words", ["", pytest.param("--discard", marks=LONG)])
 def test_snaptree_killed_on_the_way_back(lasting: Stage, words: str, every: int) -> None:
     stage = lasting

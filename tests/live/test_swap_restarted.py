@@ -54,8 +54,8 @@ SLOW = [pytest.mark.slow, pytest.mark.timeout(3600)]
 @pytest.mark.parametrize(
     ("how", "begin", "stride"),
     [
-        ("headers", 41, 40),
-        ("tree", 90, 25),
+        ("headers", 50, 60),
+        ("tree", 90, 40),
         *(pytest.param(how, 1, 2, marks=SLOW) for how in ("headers", "tree")),
     ],
 )
@@ -83,7 +83,7 @@ def test_qemu_dies_and_stays_dead(sharing: Stage) -> None:
     """Then the files are believed, and the machine starts on what is kept."""
     stage = sharing
     stage.start(raw=False)
-    held, when = loosen(stage, 0), 20
+    held, when = loosen(stage, 0), 35
     while killed_at(stage, when, "gc web1"):
         stage.guest.writes_on(3)
         started_again(stage)
@@ -91,6 +91,6 @@ def test_qemu_dies_and_stays_dead(sharing: Stage) -> None:
         stage("gc web1")
         stage(f"delete web1 {' '.join(held)}")
         held = loosen(stage, when)
-        when += 25
+        when += 45
     assert when > 40
     stage.finish()

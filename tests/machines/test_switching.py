@@ -14,7 +14,7 @@ from tests.kit.still import Still
 
 from snaptree.errors import ToolError
 from snaptree.images.locks import probe
-from snaptree.machines import switching
+from snaptree.qemu import ending
 from snaptree.qemu.session import QmpSession
 from snaptree.running.journal import Journal
 
@@ -53,7 +53,7 @@ def lingering(still: Still, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         return await execute(self, command, **arguments)
 
     monkeypatch.setattr(QmpSession, "execute", executed)
-    monkeypatch.setattr(switching, "QUIT_SECONDS", 0.5)
+    monkeypatch.setattr(ending, "QUIT_SECONDS", 0.5)
     timers: list[threading.Timer] = []
 
     def linger() -> None:

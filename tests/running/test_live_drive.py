@@ -133,8 +133,8 @@ LONG = [pytest.mark.slow, pytest.mark.timeout(3600)]
 @pytest.mark.parametrize(
     ("place", "also", "every"),
     [
-        ("middle", "", 37),
-        ("tip", "qemu", 53),
+        ("middle", "", 61),
+        ("tip", "qemu", 89),
         *(pytest.param(place, also, 2, marks=LONG) for place in ("middle", "tip") for also in ("", "qemu")),
     ],
 )

@@ -416,8 +416,8 @@ def test_killed_while_internal_and_external_points_are_taken(also: str, every: i
 @pytest.mark.parametrize(
     ("place", "also", "every"),
     [
-        ("tip", "qemu", 13),
-        ("below", "", 17),
+        ("tip", "qemu", 19),
+        ("below", "", 31),
         *(pytest.param(place, also, 1, marks=LONG) for place in ("tip", "below") for also in ("", "qemu")),
     ],
 )
