@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -54,9 +55,11 @@ def looks(stage: Stage, disk: str) -> dict[str, object]:
     (process,) = processes_of(stage.folder)
     flags = set()
     for descriptor in os.listdir(f"/proc/{process}/fd"):
-        if os.readlink(f"/proc/{process}/fd/{descriptor}") == path:
-            text = Path(f"/proc/{process}/fdinfo/{descriptor}").read_text()
-            flags.add(bool(int(text.split("flags:")[1].split()[0], 8) & os.O_DIRECT))
+        # Others come and go meanwhile, such as the monitor's.
+        with contextlib.suppress(FileNotFoundError):
+            if os.readlink(f"/proc/{process}/fd/{descriptor}") == path:
+                text = Path(f"/proc/{process}/fdinfo/{descriptor}").read_text()
+                flags.add(bool(int(text.split("flags:")[1].split()[0], 8) & os.O_DIRECT))
     return {
         "file": file["cache"],
         "image": image["cache"],

@@ -18,6 +18,10 @@ from snaptree.qemu.session import QmpSession, explain
 
 CAPABILITIES = {BACKGROUND: "background-snapshot", MAPPED: "mapped-ram"}
 """QEMU's name for each form; the plain one has none."""
+_SINCE_8_1 = "switchover-ack"
+"""A capability of QEMU 8.1 and later. In an older one a guest whose memory is being saved in the background hangs for
+ever when that is cancelled or fails, since its pages stay write-protected, and a paused one goes on by itself (7.2.22).
+"""
 FREELY = 10 << 30
 """Bytes a second, as no limit: QEMU's default would slow the saving down."""
 QUIET_SECONDS, STALL_SECONDS, CANCEL_SECONDS = 30.0, 60.0, 30.0
@@ -92,8 +96,10 @@ async def settings(qmp: QmpSession) -> Settings:
 
 
 def forms_known(found: Settings) -> tuple[str, ...]:
-    """The forms that a QEMU with these settings knows, the best first."""
-    return (*(form for form, name in CAPABILITIES.items() if name in found.capabilities), PLAIN)
+    """The forms that a QEMU with these settings knows, and can be trusted with, the best first."""
+    known = found.capabilities
+    forms = [form for form, name in CAPABILITIES.items() if name in known]
+    return (*(form for form in forms if form != BACKGROUND or _SINCE_8_1 in known), PLAIN)
 
 
 async def use(qmp: QmpSession, before: Settings, form: str, speed: int) -> None:
