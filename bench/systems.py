@@ -97,7 +97,8 @@ def mounted(folder: Path, kind: str, size: int, *, direct: bool = True) -> Itera
     :param direct: the loop device goes past the page cache of the folder's file system.
     :raise Unavailable: it cannot be made or mounted here.
     """
-    size = max(size, SMALLEST)
+    # btrfs takes no device that ends within a page.
+    size = -(-max(size, SMALLEST) // MIB) * MIB
     free = os.statvfs(folder)
     if free.f_bavail * free.f_frsize < size + 512 * MIB:
         raise Unavailable(f"{folder} has no room for a file system of {size // MIB} MiB")
