@@ -24,7 +24,11 @@ def test_memory_and_disks_are_of_the_same_record(stage: Stage) -> None:
     flushed = guest.writes_on()
     plan = stage("snapshot web1 s1 --memory --plan --json").json
     assert [each["kind"] for each in plan["steps"]] == ["make-overlay", "make-overlay", "save-memory", "record"]
-    assert plan["estimate"] and 0 < plan["guest_pause"] < 0.1 and plan["bytes_to_copy"] > 1 << 20
+    assert (
+        plan["estimate"]
+        and 0 < plan["guest_pause"] < (0.1 if guest_kit.knows(8, 1) else 1)
+        and plan["bytes_to_copy"] > 1 << 20
+    )
     since = guest.flushed()
     said = stage("snapshot web1 s1 --memory --json").json
     assert 0 < said["guest_pause"] < 1

@@ -9,6 +9,8 @@ from msgspec import Struct, field
 
 from snaptree.model.layer import Identity
 
+FINISHING = "finish-migrate"
+"""QEMU's word for a guest that it has stopped to save the last of it, and that may not go on yet."""
 BACKGROUND, MAPPED, PLAIN, LIBVIRT = "background", "mapped-ram", "plain", "libvirt"
 """How memory is written: while the guest runs on, or while it waits, in QEMU's newer form or in its older one; or by
 libvirt, while it waits, as libvirt's save images are."""

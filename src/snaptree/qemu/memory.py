@@ -12,7 +12,7 @@ from typing import Any
 from msgspec import Struct, field
 
 from snaptree.errors import CancelledError, SnaptreeError, ToolError
-from snaptree.model.memory import BACKGROUND, MAPPED, PLAIN
+from snaptree.model.memory import BACKGROUND, FINISHING, MAPPED, PLAIN
 from snaptree.qemu.running import RunningQemu
 from snaptree.qemu.session import QmpSession, explain
 
@@ -190,10 +190,20 @@ async def until_instant(qmp: QmpSession, form: str, followed: Followed) -> None:
     while True:
         state = await query(qmp)
         _require_no_failure(qmp, state)
-        if state.status == "completed" or (form == BACKGROUND and state.pages > 0):
+        if form == BACKGROUND and state.pages > 0:
+            return
+        if state.status == "completed":
+            await _until_finished(qmp)
             return
         followed.look(qmp.name, state)
         await asyncio.sleep(0.0005 if form == BACKGROUND else 0.005)
+
+
+async def _until_finished(qmp: QmpSession) -> None:
+    """Wait until the guest may be told to go on: an older QEMU says that all is saved a moment before (7.2.22)."""
+    deadline = time.monotonic() + CANCEL_SECONDS
+    while (await qmp.execute("query-status"))["status"] == FINISHING and time.monotonic() < deadline:
+        await asyncio.sleep(0.002)
 
 
 async def until_done(qmp: QmpSession, followed: Followed) -> None:
@@ -220,6 +230,7 @@ async def abandon(qmp: QmpSession) -> None:
             await qmp.execute("migrate_cancel")
         while (await query(qmp)).status not in _OVER and time.monotonic() < deadline:
             await asyncio.sleep(0.005)
+        await _until_finished(qmp)
 
 
 async def load(qmp: QmpSession, uri: str, form: str) -> None:

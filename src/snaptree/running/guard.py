@@ -23,6 +23,7 @@ from msgspec import Struct
 
 from snaptree.errors import ToolError
 from snaptree.images.child import kill
+from snaptree.model.memory import FINISHING
 from snaptree.running.journal import Journal
 from snaptree.store import operations
 from snaptree.store.database import Database
@@ -129,8 +130,9 @@ class _Monitor:
         self.say(command, arguments)
         deadline = time.monotonic() + CANCEL_SECONDS
         while command == "migrate_cancel" and time.monotonic() < deadline:
-            state = self.say("query-migrate", {})
-            if not isinstance(state, dict) or state.get("status") not in _MIGRATING:
+            state, guest = self.say("query-migrate", {}), self.say("query-status", {})
+            over = not isinstance(state, dict) or state.get("status") not in _MIGRATING
+            if over and not (isinstance(guest, dict) and guest.get("status") == FINISHING):
                 return
             time.sleep(0.005)
 
