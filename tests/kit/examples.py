@@ -42,6 +42,8 @@ class Machine:
         self.runs = False
         self.reopens = False
         """Whether the QEMU that runs it can be made to read a layer anew."""
+        self.let_go = False
+        """Whether it has let go of the disks, having saved the memory."""
         self.libvirt = False
         """Whether libvirt has it."""
         self.memory = Saveable(1 << 30, 1 << 28, {"RAM": f"{1 << 30} bytes"}, ("background", "mapped-ram", "plain"))
@@ -54,7 +56,7 @@ class Machine:
         found = survey(disk, tree, self.number)
         if self.runs:
             opened = frozenset(each.id for tip in tree.active_branch.tips.values() for each in tree.chain(tip.layer))
-            live = Live("running", 1, opened, tracked=self.tracked, memory=self.memory)
+            live = Live("running", 1, opened, tracked=self.tracked, memory=self.memory, let_go=self.let_go)
             if self.reopens:
                 live = replace(live, commands=frozenset({"blockdev-reopen"}), reopenable=opened)
             found = replace(found, running=True, live=live)

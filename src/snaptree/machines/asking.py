@@ -9,7 +9,7 @@ from contextlib import suppress
 from snaptree.errors import RefusedError, SnaptreeError, UnhealthyError
 from snaptree.machines.power import LOOK_SECONDS, WORK_SECONDS, Power, monitor_of, written_by
 from snaptree.model.layer import Layer, LayerId
-from snaptree.model.live import OFF, RUNNING, UNKNOWN, Live
+from snaptree.model.live import OFF, PAUSED, RUNNING, UNKNOWN, Live
 from snaptree.model.machine import MachineConfig
 from snaptree.model.tree import Tree
 from snaptree.qemu.graph import PROTOCOLS, BlockGraph, Inode, Node
@@ -84,8 +84,9 @@ async def _live(qemu: RunningQemu, graph: BlockGraph, tree: Tree, commands: froz
     known = frozenset(layer for layer, node in nodes.items() if options_of(graph, node, words) is not None)
     tracked = frozenset(layer for layer, node in nodes.items() if node.bitmaps)
     unnamed = frozenset(layer for layer, node in nodes.items() if is_unnamed(node))
+    word = await qemu.run_state()
     return Live(
-        state=await qemu.state(),
+        state=RUNNING if word == "running" else PAUSED,
         pid=qemu.pid,
         open=frozenset(nodes),
         commands=commands,
@@ -94,6 +95,8 @@ async def _live(qemu: RunningQemu, graph: BlockGraph, tree: Tree, commands: froz
         tracked=tracked,
         files=graph.files(),
         disks=graph.plugged(),
+        # From QEMU 10.0 on it can be told to use them again, and is.
+        let_go=word == "postmigrate" and "blockdev-set-active" not in commands,
     )
 
 

@@ -15,9 +15,10 @@ class Live(Struct, frozen=True):
 
     ``state`` is ``running`` or ``paused``. ``open`` are the layers that it has open, tips and all beneath them;
     of ``reopenable`` it is known how it has opened them, of ``unnamed`` it has made up the nodes' names, of ``tracked``
-    it keeps dirty bitmaps. ``commands`` is what
-    its monitor can be asked for. ``files`` are all files that it has open, by device and inode, ``disks`` those of them
-    that its devices have as their disks. ``memory`` is set where that was asked for, as it takes a while.
+    it keeps dirty bitmaps. ``commands`` is what its monitor can be asked for. ``files`` are all files that it has open,
+    by device and inode, ``disks`` those of them that its devices have as their disks. ``memory`` is set where that was
+    asked for, as it takes a while. One that has ``let_go`` of its disks, having saved its memory, uses them only when
+    the guest goes on.
     """
 
     state: str
@@ -30,3 +31,4 @@ class Live(Struct, frozen=True):
     files: frozenset[tuple[int, int]] = frozenset()
     disks: frozenset[tuple[int, int]] = frozenset()
     memory: Saveable | None = None
+    let_go: bool = False

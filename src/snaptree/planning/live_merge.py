@@ -122,9 +122,16 @@ def _choose(draft: Draft, row: Row, way: str) -> Choice | str:
     if way != "auto":
         for each in asked:
             open_as_asked(draft, row, each, closed)
-    if draft.survey.libvirt and draft.survey.live is not None and draft.survey.live.state == PAUSED:
+    live, waits = draft.survey.live, ""
+    assert live is not None
+    if draft.survey.libvirt and live.state == PAUSED:
         # Only with the guest running can QEMU be made to bring to disk what it has merged.
         waits = "its domain is paused: it is merged when the domain runs, or is off, by gc"
+    elif live.let_go:
+        waits = (
+            "its QEMU has let go of the disks with the memory that was saved: it is merged when the guest runs, by gc"
+        )
+    if waits:
         closed = dict.fromkeys(("commit", "pull", "reflink"), waits)
     facts = draft.survey.rows[row]
     choices = [Choice(row, each, facts, down=each == "commit") for each in asked if each not in closed]
