@@ -46,13 +46,14 @@ TESTS = (
     "tests/scenarios/test_shared_blocks.py",
     *("tests/scenarios/test_found_by_attack.py", "tests/cli/test_bad_input.py", "tests/crash/test_many_at_once.py"),
     *(f"tests/live/test_{name}.py" for name in ("snapshot", "memory", "memory_going_back", "going_over", "quiesce")),
+    *(f"tests/libvirt/test_{name}.py" for name in ("running", "killed", "shared", "memory", "memory_killed", "rows")),
 )
 TRIED = (*AUDITED, "EIO of the tools")
 FIRST_CASES, QUICK_TESTS, QUICK_SECONDS = 3, 24, 3.0
 """So many cases come before other files' tests, so many tests before the other cases, if none takes longer than so."""
 ONE_SECONDS = 60.0
 """So long any one thing may take, which otherwise does not end."""
-_WORDS = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "tests.kit.reached", "-m", "not slow")
+_WORDS = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "tests.kit.reached", "-m", "not slow or mutants")
 
 
 def apart(work: Callable[[], None], seconds: float, *, chosen: int) -> bool:

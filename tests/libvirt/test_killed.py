@@ -72,6 +72,7 @@ def test_killed_between(web: DomainScene, line: str, when: int) -> None:
     assert one(web, line, when, before=when % 2 == 0)
 
 
+@pytest.mark.mutants
 @pytest.mark.slow
 def test_started_on_the_old_disk_after_a_kill(web: DomainScene) -> None:
     """What the guest writes to a file whose data has gone down already goes down as well."""
@@ -95,6 +96,7 @@ def test_killed_at_everything_that_libvirt_is_told(web: DomainScene, line: str, 
     one(web, line, when, before=before)
 
 
+@pytest.mark.mutants
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("when", range(1, 8))

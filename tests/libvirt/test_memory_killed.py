@@ -94,6 +94,7 @@ def test_killed_at_everything_that_libvirt_is_asked_for(web: DomainScene, line: 
     one(web, line, when, before=before)
 
 
+@pytest.mark.mutants
 @pytest.mark.slow
 @pytest.mark.parametrize("line", ["revert @ m1", "revert @ m1 --discard"])
 def test_killed_and_started_by_hand(web: DomainScene, line: str) -> None:
@@ -111,6 +112,7 @@ def test_killed_and_started_by_hand(web: DomainScene, line: str) -> None:
     web.sound()
 
 
+@pytest.mark.mutants
 @pytest.mark.slow
 @pytest.mark.parametrize("word", ["", "..w"])
 def test_killed_and_started_and_off_again(web: DomainScene, word: str) -> None:
@@ -152,6 +154,7 @@ def test_what_cannot_be_loaded_leaves_the_machine_as_it_was(web: DomainScene) ->
     web.sound()
 
 
+@pytest.mark.mutants
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("when", [1, 2, 3])

@@ -334,6 +334,7 @@ def test_qemu_is_killed_around_every_call(web: DomainScene, gone: str, when: int
     one(web, gone, when, before=before, qemu=True)
 
 
+@pytest.mark.mutants
 @pytest.mark.slow
 def test_killed_at_every_change_of_a_file(web: DomainScene) -> None:
     """Wherever snaptree is killed, recovery leaves the one or the other, whole."""
@@ -362,6 +363,7 @@ def test_killed_at_every_change_of_a_file(web: DomainScene) -> None:
     stopped(web)
 
 
+@pytest.mark.mutants
 @pytest.mark.slow
 @pytest.mark.parametrize("call", ["copy", "pivot"])
 def test_it_is_started_anew_before_recovery(web: DomainScene, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
