@@ -90,8 +90,7 @@ def unsave(step: DomainSaveMemory, context: Context) -> None:
 
 def _make_file(path: str, like: str, context: Context) -> None:
     """Make the file that libvirt fills: for us only, for it has keys in it."""
-    descriptor = saving.new_file(path, like, context)
-    os.close(descriptor)
+    os.close(saving.new_file(path, like, context))
     durable.publish(durable.temporary_path(path, context.token), path)
 
 
