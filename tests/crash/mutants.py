@@ -46,7 +46,10 @@ TESTS = (
     "tests/scenarios/test_shared_blocks.py",
     *("tests/scenarios/test_found_by_attack.py", "tests/cli/test_bad_input.py", "tests/crash/test_many_at_once.py"),
     *(f"tests/live/test_{name}.py" for name in ("snapshot", "memory", "memory_going_back", "going_over", "quiesce")),
-    *(f"tests/libvirt/test_{name}.py" for name in ("running", "killed", "shared", "memory", "memory_killed", "rows", "on_disk")),
+    *(
+        f"tests/libvirt/test_{name}.py"
+        for name in ("running", "killed", "shared", "memory", "memory_killed", "rows", "on_disk")
+    ),
 )
 TRIED = (*AUDITED, "EIO of the tools")
 FIRST_CASES, QUICK_TESTS, QUICK_SECONDS = 3, 24, 3.0
