@@ -47,24 +47,25 @@ def test_memory_and_disks_are_of_the_same_record(stage: Stage) -> None:
 
 
 def test_a_paused_machine_stays_paused(stage: Stage) -> None:
-    """C7: and what is deleted right afterwards is deleted."""
-    guest = stage.start(raw=False)
+    """C7: and what is deleted right afterwards is deleted. An older QEMU saves no more until the guest has run."""
+    new, guest = guest_kit.knows(10, 0), stage.start(raw=False)
     with stage.qmp() as qmp:
         qmp("stop")
     stage("snapshot web1 s1 --memory")
     assert stage.show()["state"] == "paused"
-    stage("snapshot web1 s2 --memory")
+    said = stage("snapshot web1 s2 --memory", status=0 if new else 6)
+    assert new or "saved already" in said.err
     _, monitor = stage.loaded("s1")
     stage.agree("s1", monitor)
     stage.sound()
     kill_all(stage.folder / "loaded-s1")
-    stage("delete web1 s1")
-    stage("delete web1 s2")
-    assert stage.show()["state"] == "paused" and len(stage.show()["layers"]) == 2
-    assert stage.files() == {"vda.qcow2", "vdb.qcow2"}
+    stage(f"delete web1 s1{' s2' if new else ''}")
+    assert stage.show()["state"] == "paused" and (len(stage.show()["layers"]) == 2) == new
     with stage.qmp() as qmp:
         qmp("cont")
     guest.writes_on()
+    stage("gc web1")
+    assert stage.files() == {"vda.qcow2", "vdb.qcow2"}
     stage.finish()
 
 
