@@ -334,8 +334,8 @@ def test_qemu_is_killed_around_every_call(web: DomainScene, gone: str, when: int
     one(web, gone, when, before=before, qemu=True)
 
 
-@pytest.mark.mutants
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_killed_at_every_change_of_a_file(web: DomainScene) -> None:
     """Wherever snaptree is killed, recovery leaves the one or the other, whole."""
     web.virsh("start", "@")
