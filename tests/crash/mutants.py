@@ -45,7 +45,11 @@ TESTS = (
     *("tests/images/test_pitfalls_merging.py", "tests/scenarios/test_a_what_snapshots_are_for.py"),
     "tests/scenarios/test_shared_blocks.py",
     *("tests/scenarios/test_found_by_attack.py", "tests/cli/test_bad_input.py", "tests/crash/test_many_at_once.py"),
-    *(f"tests/live/test_{name}.py" for name in ("snapshot", "memory", "memory_going_back", "going_over", "quiesce")),
+    *(
+        f"tests/live/test_{name}.py"
+        for name in ("snapshot", "memory", "memory_killed", "memory_going_back", "memory_back_killed", "going_over")
+    ),
+    *(f"tests/live/test_{name}.py" for name in ("quiesce", "steering", "internal", "start_and_stop")),
     *(
         f"tests/libvirt/test_{name}.py"
         for name in ("running", "killed", "shared", "memory", "memory_killed", "rows", "on_disk")
