@@ -170,3 +170,18 @@ def test_killed_while_the_guest_stands_still_for_its_variables(domain: DomainSce
     web.virsh("destroy", "@")
     web("gc @")
     web.sound()
+
+
+def test_whoever_pauses_it_after_a_kill_has_it_paused(domain: DomainScene) -> None:
+    """It goes on once: what stands still afterwards somebody else has stopped."""
+    web, _ = domain, with_variables(domain)
+    web("snapshot @ s1")
+    web.virsh("start", "@")
+    assert killed(web, "snapshot @ s9", 4, before=True)
+    assert web.virsh("domstate", "@").strip() == "running"
+    web.virsh("suspend", "@")
+    web("recover @")
+    assert web.show()["state"] == "paused" and "s9" in web.names()
+    web.virsh("destroy", "@")
+    web("gc @")
+    web.sound()
