@@ -342,6 +342,13 @@ def refused(scene: DomainScene, *words: str | Path) -> str:
     raise AssertionError(f"virsh {' '.join(map(str, words))} did it")
 
 
+def line(web: DomainScene, *names: str) -> None:
+    """Snapshots in a row (``s1``, ``s2`` and ``s3``, if none are named), and after each its number in its slot."""
+    for name in names or ("s1", "s2", "s3"):
+        web(f"snapshot @ {name}")
+        web.write("." * int(name[-1]) + name[-1])
+
+
 def goes_on(web: DomainScene, to: str) -> None:
     """virsh takes a snapshot, goes back, and deletes; what it does not touch stays."""
     held = {name: web.shows(name) for name in (*web.names(), to) if name != web.show()["active_branch"]}

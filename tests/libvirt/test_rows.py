@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.kit import images
-from tests.kit.domain import DomainScene, goes_on, refused
+from tests.kit.domain import DomainScene, goes_on, line, refused
 from tests.kit.scene import SLOT, SLOTS
 
 pytestmark = pytest.mark.root
@@ -76,13 +76,6 @@ def web(web: DomainScene, state: str) -> DomainScene:
     """The domain, off and running."""
     web.be(state)
     return web
-
-
-def line(web: DomainScene, *names: str) -> None:
-    """Snapshots in a row, and after each its number in its slot."""
-    for name in names:
-        web(f"snapshot @ {name}")
-        web.write("." * int(name[-1]) + name[-1])
 
 
 def test_a1_the_name_goes_and_the_files_stay_until_gc(web: DomainScene) -> None:

@@ -13,18 +13,11 @@ from contextlib import contextmanager
 
 import pytest
 from tests.kit import images
-from tests.kit.domain import URI, DomainScene, refused
+from tests.kit.domain import URI, DomainScene, line, refused
 from tests.kit.images import MiB
 from tests.kit.stage import processes_of
 
 pytestmark = pytest.mark.root
-
-
-def line(web: DomainScene) -> None:
-    """``s1``, ``s2`` and ``s3`` in a row, each with a slot of its own."""
-    for number in range(1, 4):
-        web(f"snapshot @ s{number}")
-        web.write("." * number + str(number))
 
 
 def test_snapshots_and_deletions_while_it_runs(web: DomainScene) -> None:

@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from tests.kit.domain import DomainScene, refused
+from tests.kit.domain import DomainScene, line, refused
 
 pytestmark = pytest.mark.root
-
-
-def line(web: DomainScene) -> None:
-    """``s1``, ``s2`` and ``s3`` in a row, each with a slot of its own."""
-    for number, letter in enumerate("123", 1):
-        web(f"snapshot @ s{number}")
-        web.write("." * number + letter)
 
 
 def test_snapshots_are_virshs_too(web: DomainScene) -> None:

@@ -5,13 +5,13 @@ QEMU is real, with no guest in it; the test writes to its disk as the guest woul
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.kit.order import Order
 from tests.kit.still import Still, standing
 
 from snaptree.errors import CancelledError, StateError, ToolError
@@ -59,35 +59,18 @@ def whole(still: Still, *gone: str, **more: str) -> None:
     still.sound()
 
 
-class Seen:
+def watched(patched: pytest.MonkeyPatch) -> Order:
     """What is done to bring files to disk, to finalize jobs and to change the tree, in its order."""
+    order, settle = Order(patched), live_jobs.settle
+    order.watch(Journal, "record", "record")
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.events: list[str] = []
-        fsync, settle, record = os.fsync, live_jobs.settle, Journal.record
+    async def settling(qmp: QmpSession, job: Merging) -> None:
+        order.events.append("settle")
+        await settle(qmp, job)
+        order.events.append("settled")
 
-        def syncing(descriptor: int) -> None:
-            fsync(descriptor)
-            self.events.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
-
-        async def settling(qmp: QmpSession, job: Merging) -> None:
-            self.events.append("settle")
-            await settle(qmp, job)
-            self.events.append("settled")
-
-        def recording(self_: Journal, *words: Any) -> None:
-            self.events.append("record")
-            record(self_, *words)
-
-        monkeypatch.setattr(os, "fsync", syncing)
-        monkeypatch.setattr(live_jobs, "settle", settling)
-        monkeypatch.setattr(Journal, "record", recording)
-
-    def before_last(self, event: str, since: str) -> list[str]:
-        """What came after the last ``since``, up to the last ``event``."""
-        end = len(self.events) - 1 - self.events[::-1].index(event)
-        start = max((at for at, each in enumerate(self.events[:end]) if each == since), default=0)
-        return self.events[start:end]
+    patched.setattr(live_jobs, "settle", settling)
+    return order
 
 
 @pytest.mark.parametrize(("way", "target"), [("commit", "vda.s1.qcow2"), ("pull", "vda.s2.qcow2")])
@@ -96,10 +79,10 @@ def test_what_is_moved_is_synced_before_a_header_and_before_the_tree_say_so(
 ) -> None:
     """QEMU may have been told to sync nothing (``cache=unsafe``), and then its flush brings nothing to disk."""
     with monkeypatch.context() as patched:
-        seen = Seen(patched)
+        seen = watched(patched)
         snapshots(f"delete web1 s2 --merge {way}")
-    assert target in seen.before_last("settle", "record")
-    assert target in seen.before_last("record", "settled")
+    assert str(snapshots.disks / target) in seen.before_last("settle", "record")
+    assert str(snapshots.disks / target) in seen.before_last("record", "settled")
     whole(snapshots, "s2")
 
 
@@ -123,9 +106,11 @@ def test_qemu_is_killed_just_after_it_has_changed_the_header(
     snapshots.killed(f"delete web1 s2 --merge {way}", lambda kill: killing(snapshots, kill))
     snapshots.forgiven.add("leaks")
     with monkeypatch.context() as patched:
-        seen = Seen(patched)
+        seen = watched(patched)
         snapshots("recover web1")
-    assert target in seen.before_last("record", "settled"), "what QEMU has written is synced by nobody else"
+    assert str(snapshots.disks / target) in seen.before_last("record", "settled"), (
+        "what QEMU has written is synced by nobody else"
+    )
     whole(snapshots, "s2")
 
 

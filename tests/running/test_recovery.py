@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tests.crash.audit import marked
 from tests.crash.cases import CASES
+from tests.kit.order import Order
 from tests.kit.programs import killed
 from tests.kit.space import held
 from tests.kit.world import World
@@ -91,25 +92,15 @@ def test_what_is_undone_is_synced_known_and_locked_for_qemu_too(
 ) -> None:
     """What it has written stays: be it by the process that was killed, or by a program that puts the counts right."""
     world, request, before = begun(tmp_path, case, internal if case == "internal snapshot" else moving)
-    log, events = tmp_path / "log", list[str]()
+    log = tmp_path / "log"
     (operation,) = operations.unfinished(world.connection.database)
     step = operations.steps_of(world.connection.database, operation.id)[operation.step]
-    fsync, end = os.fsync, Journal.end
-
-    def syncing(descriptor: int) -> None:
-        fsync(descriptor)
-        events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-
-    def ending(self: Journal, *words: str) -> None:
-        events.append("end")
-        end(self, *words)
-
     with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", syncing)
-        patched.setattr(Journal, "end", ending)
+        order = Order(patched)
+        order.watch(Journal, "end", "end")
         with marked(log):
             world.machine.recover()
-    assert set(written_by(step)) <= set(events[: events.index("end")])
+    assert set(written_by(step)) <= set(order.events[: order.events.index("end")])
     assert "fault" not in log.read_text()
     world.settle(request, before)
     world.check(leaks=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tests.crash.cases import CASES
+from tests.kit.order import Order
 from tests.kit.programs import killed
 from tests.kit.world import World
 
@@ -71,19 +71,8 @@ def recovered(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     (operation,) = operations.unfinished(world.connection.database)
     step = operations.steps_of(world.connection.database, operation.id)[operation.step]
     assert isinstance(step, Repoint)
-    events = list[str]()
-    fsync, take = os.fsync, Journal.take
-
-    def syncing(descriptor: int) -> None:
-        fsync(descriptor)
-        events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-
-    def taking(self: Journal, number: int) -> None:
-        events.append("take")
-        take(self, number)
-
     with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", syncing)
-        patched.setattr(Journal, "take", taking)
+        order = Order(patched)
+        order.watch(Journal, "take", "take")
         assert world.machine.recover()
-    assert step.path in events[: events.index("take")]
+    assert step.path in order.events[: order.events.index("take")]

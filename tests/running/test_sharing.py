@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from tests.crash.cases import CASES
 from tests.kit.disks import SMALLEST
+from tests.kit.order import Order
 from tests.kit.programs import killed
 from tests.kit.space import mounted
 from tests.kit.world import World
@@ -69,22 +70,11 @@ def test_what_is_in_place_already_stays_and_is_synced(world: World, monkeypatch:
         if number not in roots
     }
     number = os.stat(placed).st_ino
-    events: list[str] = []
-    fsync, take = os.fsync, Journal.take
-
-    def syncing(descriptor: int) -> None:
-        fsync(descriptor)
-        events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-
-    def taking(self: Journal, step: int) -> None:
-        events.append("take")
-        take(self, step)
-
     with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", syncing)
-        patched.setattr(Journal, "take", taking)
+        order = Order(patched)
+        order.watch(Journal, "take", "take")
         world.connection.recover()
-    assert os.path.dirname(placed) in events[: events.index("take")]
+    assert os.path.dirname(placed) in order.events[: order.events.index("take")]
     assert os.stat(placed).st_ino == number, "it was not built anew"
     assert world.settle(request, before)
     world.check()
