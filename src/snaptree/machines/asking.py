@@ -9,13 +9,13 @@ from contextlib import suppress
 from snaptree.errors import RefusedError, SnaptreeError, UnhealthyError
 from snaptree.machines.power import LOOK_SECONDS, WORK_SECONDS, Power, monitor_of, written_by
 from snaptree.model.layer import Layer, LayerId
-from snaptree.model.live import OFF, PAUSED, RUNNING, UNKNOWN, Live
+from snaptree.model.live import OFF, RUNNING, UNKNOWN, Live
 from snaptree.model.machine import MachineConfig
 from snaptree.model.tree import Tree
 from snaptree.qemu.graph import PROTOCOLS, BlockGraph, Inode, Node
 from snaptree.qemu.launching import is_ours
 from snaptree.qemu.options import is_unnamed, options_of
-from snaptree.qemu.running import RunningQemu
+from snaptree.qemu.running import RunningQemu, state_of
 from snaptree.store.database import Database
 
 NEEDED = frozenset(
@@ -86,7 +86,7 @@ async def _live(qemu: RunningQemu, graph: BlockGraph, tree: Tree, commands: froz
     unnamed = frozenset(layer for layer, node in nodes.items() if is_unnamed(node))
     word = await qemu.run_state()
     return Live(
-        state=RUNNING if word == "running" else PAUSED,
+        state=state_of(word),
         pid=qemu.pid,
         open=frozenset(nodes),
         commands=commands,

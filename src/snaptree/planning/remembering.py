@@ -84,9 +84,6 @@ def require_open(found: Saveable) -> None:
         raise RefusedError(f"the memory cannot be saved: {found.obstacle}", hint)
 
 
-_TOO_OLD = "does not save in the background, or is older than 8.1"
-
-
 def save(draft: Draft, cuts: tuple[Cut, ...], marks: tuple[Mark, ...], label: str, chosen: str | None) -> Memory:
     """Save the machine's memory in the same instant in which its disks are frozen.
 
@@ -98,7 +95,8 @@ def save(draft: Draft, cuts: tuple[Cut, ...], marks: tuple[Mark, ...], label: st
     background = found.forms[0] == BACKGROUND
     draft.pause = PAUSE_SECONDS if background else found.used / SPEED
     if not (background or draft.survey.libvirt):
-        draft.notes.append(f"the guest waits while its memory is saved, some {draft.pause:.1f} s: its QEMU {_TOO_OLD}")
+        why = "its QEMU does not save in the background, or is older than 8.1"
+        draft.notes.append(f"the guest waits while its memory is saved, some {draft.pause:.1f} s: {why}")
     return memory
 
 

@@ -13,7 +13,7 @@ from msgspec import Struct, field
 
 from snaptree.errors import CancelledError, SnaptreeError, ToolError
 from snaptree.model.memory import BACKGROUND, FINISHING, MAPPED, PLAIN
-from snaptree.qemu.running import RunningQemu
+from snaptree.qemu.running import RunningQemu, run_state
 from snaptree.qemu.session import QmpSession, explain
 
 CAPABILITIES = {BACKGROUND: "background-snapshot", MAPPED: "mapped-ram"}
@@ -98,8 +98,8 @@ async def settings(qmp: QmpSession) -> Settings:
 def forms_known(found: Settings) -> tuple[str, ...]:
     """The forms that a QEMU with these settings knows, and can be trusted with, the best first."""
     known = found.capabilities
-    forms = [form for form, name in CAPABILITIES.items() if name in known]
-    return (*(form for form in forms if form != BACKGROUND or _SINCE_8_1 in known), PLAIN)
+    unsafe = () if _SINCE_8_1 in known else (BACKGROUND,)
+    return (*(form for form, name in CAPABILITIES.items() if name in known and form not in unsafe), PLAIN)
 
 
 async def use(qmp: QmpSession, before: Settings, form: str, speed: int) -> None:
@@ -202,7 +202,7 @@ async def until_instant(qmp: QmpSession, form: str, followed: Followed) -> None:
 async def _until_finished(qmp: QmpSession) -> None:
     """Wait until the guest may be told to go on: an older QEMU says that all is saved a moment before (7.2.22)."""
     deadline = time.monotonic() + CANCEL_SECONDS
-    while (await qmp.execute("query-status"))["status"] == FINISHING and time.monotonic() < deadline:
+    while await run_state(qmp) == FINISHING and time.monotonic() < deadline:
         await asyncio.sleep(0.002)
 
 
@@ -254,7 +254,7 @@ async def load(qmp: QmpSession, uri: str, form: str) -> None:
         status = str(answer.get("status", "none"))
         if status == "failed":
             raise ToolError(f"the memory cannot be loaded: {answer.get('error-desc', 'QEMU does not say why')}")
-        if status == "completed" and (await qmp.execute("query-status"))["status"] != "inmigrate":
+        if status == "completed" and await run_state(qmp) != "inmigrate":
             return
         done = int(answer.get("ram", {}).get("transferred", 0))
         if done != seen:

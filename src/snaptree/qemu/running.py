@@ -19,6 +19,23 @@ ATTEMPTS = 3
 """So often a session is begun: an event that QEMU sends just then comes before its answer, as when a guest starts."""
 
 
+async def run_state(qmp: QmpSession) -> str:
+    """What the machine does, in QEMU's word (``running``, ``paused``, ``inmigrate``, ``shutdown`` …).
+
+    :raise ToolError: the answer makes no sense.
+    """
+    answer = await qmp.execute("query-status")
+    try:
+        return str(answer["status"])
+    except (TypeError, KeyError) as error:
+        raise ToolError(f"{qmp.name} gave no status that makes sense: {str(answer)[:200]}") from error
+
+
+def state_of(word: str) -> str:
+    """``running`` for QEMU's word for that, ``paused`` for whatever else keeps the guest from running."""
+    return RUNNING if word == "running" else PAUSED
+
+
 class RunningQemu:
     """A monitor that has greeted us, and the process at its other end. It serves us alone while we have it.
 
@@ -85,12 +102,8 @@ class RunningQemu:
         await self.qmp.close()
 
     async def run_state(self) -> str:
-        """What the machine does, in QEMU's word (``running``, ``paused``, ``inmigrate``, ``shutdown`` …)."""
-        answer = await self.qmp.execute("query-status")
-        try:
-            return str(answer["status"])
-        except (TypeError, KeyError) as error:
-            raise ToolError(f"{self.qmp.name} gave no status that makes sense: {str(answer)[:200]}") from error
+        """What the machine does, in QEMU's word."""
+        return await run_state(self.qmp)
 
     async def answers(self) -> bool:
         """Whether it still answers on this session."""
@@ -102,7 +115,7 @@ class RunningQemu:
 
     async def state(self) -> str:
         """``running``, or ``paused`` for whatever else keeps the guest from running."""
-        return RUNNING if await self.run_state() == "running" else PAUSED
+        return state_of(await self.run_state())
 
     async def commands(self) -> frozenset[str]:
         """What the monitor can be asked for."""
