@@ -106,13 +106,15 @@ def test_deleting_at_a_fork_by_reflink(shared: Scene) -> None:
     shared("branch web1 b1 --from s1")
     shared("switch web1 b1")
     shared.write("..y")
+    os.setxattr(shared.path("s1"), "user.note", b"golden")
 
     shared("delete web1 s1 --merge reflink")
 
     assert (shared.shows(), shared.shows("b1")) == ("bxbb....", "bbyb....")
     assert len(shared.files()) == 2 and all(images.info(each).get("backing-filename") is None for each in tips(shared))
-    # The line that was worked on has the root's name.
+    # The line that was worked on has the root's name, and what was noted on that.
     assert shared.path("b1").name == "web1.qcow2"
+    assert os.getxattr(shared.path("b1"), "user.note") == b"golden"
     shared.sound()
 
 
@@ -126,6 +128,7 @@ def test_rights_and_flags_are_kept(xfs: Scene) -> None:
     os.chown(path, 12, 34)
     path.chmod(0o640)
     subprocess.run(["chattr", "+dA", path], check=True)
+    os.setxattr(path, "user.note", b"golden")
     for other in (xfs.path("s2"), xfs.path("main")):
         os.chown(other, 12, 34)
         other.chmod(0o640)
@@ -136,6 +139,7 @@ def test_rights_and_flags_are_kept(xfs: Scene) -> None:
     assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (12, 34, 0o640)
     said = subprocess.run(["lsattr", path], capture_output=True, text=True, check=True).stdout.split()[0]
     assert "d" in said and "A" in said
+    assert os.getxattr(path, "user.note") == b"golden"
     xfs.sound()
 
 

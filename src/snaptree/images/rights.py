@@ -1,4 +1,4 @@
-"""Owner, group, label, ACL and mode of new files: those of the file that they come from."""
+"""Owner, group, label, ACL and mode of new files: those of the file that they come from, or take the place of."""
 
 from __future__ import annotations
 
@@ -40,6 +40,17 @@ def copy_rights(descriptor: int, like: str) -> None:
         # The mode's group bits were the ACL's mask: they would let the whole group in, or whom the folder's ACL names.
         mode &= 0o700
     os.fchmod(descriptor, mode)
+
+
+def copy_notes(source: str | int, target: str | int) -> None:
+    """Give a file the ``user.`` attributes of the one whose place it takes, as far as the system lets us.
+
+    They are what people and programs have written about a file; nothing rests on them.
+    """
+    with suppress(OSError):
+        for name in os.listxattr(source):
+            if name.startswith("user."):
+                os.setxattr(target, name, os.getxattr(source, name))
 
 
 def can_give(status: os.stat_result) -> bool:

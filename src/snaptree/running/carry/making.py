@@ -9,6 +9,7 @@ from snaptree.images.facts import read_facts
 from snaptree.images.inode import inode_of
 from snaptree.images.measure import holds
 from snaptree.images.mover.merging import Merge, merge
+from snaptree.images.rights import copy_notes
 from snaptree.planning.steps import BuildFromPoint, MakeOverlay, TakeName, Unlink
 from snaptree.running.carry.headers import repoint_file
 from snaptree.running.carry.internals import go_back, id_of, require
@@ -123,6 +124,7 @@ def unmake(path: str, context: Context) -> None:
 def take_name(step: TakeName) -> None:
     """Put the merged file in place under another name as well."""
     if os.path.exists(step.source):
+        copy_notes(step.target, step.source)
         durable.put_in_place(step.source, step.target)
 
 

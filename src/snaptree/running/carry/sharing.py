@@ -11,7 +11,7 @@ from snaptree.images.inode import inode_of, is_still
 from snaptree.images.locks import who_has_open
 from snaptree.images.mover import sharing
 from snaptree.images.mover.merging import Merge, merge
-from snaptree.images.rights import alike
+from snaptree.images.rights import alike, copy_notes
 from snaptree.planning.steps import BuildMerged, PutInPlace
 from snaptree.running.carry.headers import repoint_file
 from snaptree.running.carry.moving import Tally, note_sources, require_counted
@@ -51,6 +51,7 @@ def _copy(path: str, temporary: str) -> None:
     try:
         with durable.opened_for_writing(temporary) as target:
             sharing.keep_flags(source, target)
+            copy_notes(source, target)
             sharing.share_whole(source, target, path)
     finally:
         os.close(source)
