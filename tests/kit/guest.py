@@ -261,6 +261,13 @@ class Guest:
         lines = self.wait_for("H", lambda lines: sum(line.startswith("H ") for line in lines) > count)
         return int(next(line for line in reversed(lines) if line.startswith("H ")).split()[1])
 
+    def register(self, *, extend: bool = False) -> str:
+        """What its TPM's register has come to, extended first if so wished."""
+        count = sum(line.startswith("T ") for line in self.lines())
+        self.tell("extend" if extend else "register")
+        lines = self.wait_for("T", lambda lines: sum(line.startswith("T ") for line in lines) > count)
+        return next(line for line in reversed(lines) if line.startswith("T ")).split()[1]
+
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """End a QEMU that the test has started."""

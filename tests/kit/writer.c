@@ -5,12 +5,14 @@
  *
  *   R                  ready; "go" makes it begin, "hold" makes it wait (it says H NUMBER), "end" ends it;
  *                      "from NUMBER." makes it begin after that record, when its disks have some from before
+ *   T HEX              what its TPM's register has come to: "extend" extends it first, "register" does not
  *   F NUMBER MICROS    all records up to the number are flushed; the longest that a record took since the last F
  *   E ERRNO NUMBER     an I/O error
  *   D NUMBER           done: told to end, or the power button was pressed; all records are flushed
  *
  * tests/kit/records.py reads them. */
 #define _GNU_SOURCE
+#include <endian.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/input.h>
@@ -79,6 +81,23 @@ static void put(struct record *record, int disk) {
     if (pwrite(disks[disk], record, SIZE, slot(number) * SIZE) != SIZE) say("E %d %llu\n", errno, (long long)number);
 }
 
+/* Extends the TPM's debug register, or does not, and says what it is then: the end of the answer to TPM2_PCR_Read.
+ * The commands are those of the TPM 2.0 library specification, part 3. */
+static void measure(int extend) {
+    static const unsigned char begin[] = {0x80, 2, 0, 0, 0, 65, 0, 0, 1, 0x82, 0, 0, 0, 16, 0, 0, 0, 9, 0x40, 0, 0, 9, 0,
+                                          0, 0, 0, 0, 0, 0, 0, 1, 0, 11, 's', 'n', 'a', 'p'};
+    static const unsigned char query[] = {0x80, 1, 0, 0, 0, 20, 0, 0, 1, 0x7e, 0, 0, 0, 1, 0, 11, 3, 0, 0, 1};
+    unsigned char command[65] = {0}, answer[4096];
+    memcpy(command, begin, sizeof begin);
+    int tpm = open("/dev/tpm0", O_RDWR);
+    ssize_t length = 0;
+    if (extend && (write(tpm, command, sizeof command) < 0 || read(tpm, answer, sizeof answer) < 10 || answer[9]))
+        say("E %d tpm\n", errno);
+    if (write(tpm, query, sizeof query) < 0 || (length = read(tpm, answer, sizeof answer)) < 42) say("E %d tpm\n", errno);
+    else say("T %08x\n", (unsigned)be32toh(*(uint32_t *)(answer + length - 32)));
+    if (tpm >= 0) close(tpm);
+}
+
 /* Whether to go on: takes orders from the console and looks at the power button. */
 static int listen_for(int milliseconds) {
     static char order[64];
@@ -105,6 +124,8 @@ static int listen_for(int milliseconds) {
                 uint64_t wanted = strtoull(order + 5, &end, 10);
                 if (!strcmp(end, ".")) number = wanted, going = 1;
             }
+            if (!strcmp(order, "extend")) measure(1);
+            if (!strcmp(order, "register")) measure(0);
             if (!strcmp(order, "end")) return 0;
         }
     }

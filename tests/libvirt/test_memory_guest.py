@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -88,6 +89,40 @@ def test_memory_goes_with_snapshots_and_branches(written: Written) -> None:
     last = written.guest.hold()
     web.virsh("destroy", "@")
     assert max(written.holds("main")) <= last + 1
+    web.forgiven.add("leaks")
+    web.sound()
+
+
+def test_a_tpm_goes_with_memory(written: Written) -> None:
+    """What the TPM holds is of the memory's instant, wherever the guest goes; libvirt ends it with its QEMU."""
+    if shutil.which("swtpm") is None:
+        pytest.skip("swtpm is not installed")
+    web, tpm = written.web, "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm></devices>"
+    text = (web.folder / "domain.xml").read_text().replace("</devices>", tpm)
+    # The guest finds it by ACPI.
+    web.define_xml(text.replace("</os>", "</os><features><acpi/></features>"))
+    written.start()
+    first = written.guest.register(extend=True)
+    web("snapshot @ m1 --memory")
+    second = written.guest.register(extend=True)
+    assert first != second
+    goes_on_from(written, "m1", "revert @ m1")
+    assert written.guest.register() == first
+    third = written.guest.register(extend=True)
+    assert third == second, "the same twice is the same"
+    goes_on_from(written, "main.1", "switch @ main.1")
+    assert written.guest.register() == second
+    web("snapshot @ s2")
+    web("delete @ s2")
+    assert written.guest.register(extend=True) not in (first, second)
+    held, before = written.holds("m1"), len(told(written))
+    web.virsh("snapshot-revert", "@", "m1")
+    went_over(written, held, before)
+    assert written.guest.register() == first
+    web("delete @ m1")
+    on(written)
+    web.agree()
+    web.virsh("destroy", "@")
     web.forgiven.add("leaks")
     web.sound()
 
