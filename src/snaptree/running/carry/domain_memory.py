@@ -58,6 +58,7 @@ async def save(step: DomainSaveMemory, domain: DomainHandle | None, context: Con
         keeping.tell()
         if not was_cut(step, domain):
             raise ToolError(f"libvirt reported success, but {step.cuts[0].overlay} is not what the guest writes to now")
+    save_image.put_form_right(step.path)
     if broken := save_image.problem_of(step.path):
         # It may be elsewhere: libvirt does not see what was mounted since it was started. The guest is in its overlays.
         unmake(step.path, context)
@@ -206,6 +207,7 @@ async def _go_over(step: DomainGoOver, domain: DomainHandle, calls: DomainMemory
 async def _park(save: Save, name: str, calls: DomainMemory, context: Context) -> None:
     _make_file(save.path, save.like, context)
     await _waited_for(lambda: calls.park(name, save.path), calls, save.used, context)
+    save_image.put_form_right(save.path)
     _finish_file(save.path, context)
 
 
@@ -303,6 +305,7 @@ async def _go_back(
 
 def _fits(path: str, domain: DomainHandle, calls: DomainMemory) -> bool:
     """Whether the memory that was saved is whole, and the disks are those of its instant still."""
+    save_image.put_form_right(path)
     if save_image.problem_of(path):
         return False
     tips = [chain[0] for chain in domain.chains().values() if chain and os.path.exists(chain[0])]
