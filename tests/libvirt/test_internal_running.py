@@ -55,6 +55,24 @@ def test_they_are_taken_and_deleted_while_it_runs(domain: DomainScene) -> None:
     assert web.listed() == {"i1": None, "s4": "i1"}
 
 
+def test_a_name_goes_and_what_it_named_stays(web: DomainScene) -> None:
+    web("snapshot @ i1 --internal")
+    web.write(".1")
+    web("snapshot @ i2 --internal")
+    web.virsh("start", "@")
+    assert "goes on calling it 'i1'" in web("rename @ i1 first").out
+    assert tags(web) == ["i1", "i2"] and web.listed() == {"first": None, "i2": "first"}
+    assert web.shows("first") == "b......." and web.shows("i2") == "b1......"
+    web("branch @ side --from i2")
+    web("delete @ i2 --merge none")
+    assert web.shows("side") == "b1......"
+    web.agree()
+    web.virsh("destroy", "@")
+    web("gc @")
+    assert web.shows("first") == "b......." and web.shows("side") == "b1......"
+    web.sound()
+
+
 @pytest.mark.slow
 def test_what_libvirt_does_not_take(domain: DomainScene) -> None:
     web = domain

@@ -288,6 +288,12 @@ def rename(tree: Tree, survey: Survey, old: str, new: str) -> Plan:
         lines = [replace(each, parent=new) for each in tree.branches.values() if each.parent == old]
         moved = tree.without_snapshots(old).with_snapshots(*children, replace(tree.snapshots[old], name=new))
         draft.tree = moved.with_branches(*lines)
+        for point in tree.snapshots[old].points.values():
+            if point.internal is not None:
+                path = tree.layers[point.layer].path
+                draft.notes.append(
+                    f"{path} goes on calling it {point.internal!r}: qemu-img and virsh ask for that name"
+                )
     else:
         line = replace(tree.branches[old], name=new)
         draft.tree = tree.without_branches(old).with_branches(line)

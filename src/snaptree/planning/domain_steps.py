@@ -210,10 +210,12 @@ def forgotten_by_libvirt(plan: Plan, before: Tree, opened: Collection[str], step
         # The QEMU that has them open is gone by then.
         return plan
     tips = {before.layers[tip.layer].path for tip in before.active_branch.tips.values()} & set(opened)
+    # A name may go while what it named stays: it has another name now, or another snapshot has the same point.
+    going = {(each.path, each.tag) for each in plan.steps if isinstance(each, DeleteInternal)}
     gone: list[DomainForget] = []
     for snapshot in before.snapshots.values():
         places = {before.layers[point.layer].path: point.internal for point in snapshot.points.values()}
-        if snapshot.name not in plan.after.snapshots and set(places) <= tips and {*places.values()} == {snapshot.name}:
+        if set(places.items()) <= going and set(places) <= tips and {*places.values()} == {snapshot.name}:
             gone.append(DomainForget(step.uri, step.uuid, snapshot.name, tuple(sorted(places))))
     done = {(path, each.name) for each in gone for path in each.paths}
     steps: list[Step] = []
