@@ -367,5 +367,6 @@ def goes_on(web: DomainScene, to: str) -> None:
 
 def left_behind(web: DomainScene) -> None:
     """What virsh no longer needs it leaves behind, where unlinking it could have harmed somebody."""
-    needed = {each["path"] for each in web.show()["layers"]}
+    shown = web.show()
+    needed = {each["path"] for each in (*shown["layers"], *shown["memories"])}
     web.left |= {path for path in web.disks.iterdir() if str(path) not in needed}

@@ -183,9 +183,8 @@ class Scene:
             assert [each for each in found if each["severity"] == "error"] == []
             assert Connection(str(self.state)).machine(machine).unfinished() == ()
         there = {path for path in self.disks.rglob("*") if path.is_file()}
-        assert there == {path for path in known if not path.is_block_device()} | {
-            path for path in self.left if path.exists()
-        }
+        wanted = {path for path in known if not path.is_block_device()} | {path for path in self.left if path.exists()}
+        assert there == wanted, f"over: {there - wanted}, missing: {wanted - there}"
         assert hidden_files(self.folder) == []
 
 

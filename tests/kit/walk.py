@@ -86,8 +86,8 @@ class Walk:
         verb = self.chance.choice(verbs)
         if verb == "snapshot":
             name = self.name("s")
-            internal = " --internal" if self.chance.random() < 0.25 and not runs else ""
-            return verb, f"snapshot @ {name}{internal}", truth.plus(name, truth.here)
+            kinds = ["", "", "", " --internal"] + ([" --internal", " --memory", " --memory"] if runs else [])
+            return verb, f"snapshot @ {name}{self.chance.choice(kinds)}", truth.plus(name, truth.here)
         if verb == "branch":
             name, source = self.name("b"), self.chance.choice([*([None] if not runs else []), *snapshots])
             if source is None:
@@ -190,7 +190,6 @@ class Walk:
         assert not other, f"others show now what they did not: {other}"
         self.truth = found
         if sound:
-            left_behind(self.web)
             self.web.sound()
 
     def check_either(self, before: Truth, after: Truth) -> None:
@@ -204,7 +203,6 @@ class Walk:
         if found.here != before.here and after.parks is not None:
             assert before.here in found.kept.values(), "what was worked on is lost"
         self.truth = found
-        left_behind(self.web)
         self.web.sound()
 
     def virsh_and_repair(self) -> None:
@@ -213,6 +211,7 @@ class Walk:
         self.virsh()
         self.check(sound=False)
         self.run("verify @ --repair")
+        left_behind(self.web)
         self.check(sound=True)
 
     def go(self, steps: int) -> None:
