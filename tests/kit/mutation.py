@@ -41,7 +41,10 @@ WITHIN = (".lent(", "._locked(", "Guard(")
 """What holds for the length of a ``with`` block."""
 WORDS = {"PRAGMA synchronous=FULL": "PRAGMA synchronous=OFF", "BEGIN IMMEDIATE": "BEGIN"}
 ROOMS = ("images", "running", "store", "machines", "qemu")
-NONE = ("stack.", "selector.", "abandon(qmp, [job.id")
+NONE = (
+    *("stack.", "selector.", "steering.", "control.take(", "source.extend(", "await end(", "agent.sync("),
+    *("self.sync(min(", "abandon(qmp, [job.id"),
+)
 """Others have methods of these names, too; and what runs in a storage daemon ends with it."""
 
 SWITCH = '''"""Which mutant is in force."""

@@ -11,14 +11,16 @@ from pathlib import Path
 
 from tests.kit.domain import URI, DomainScene
 
+WITHIN_SECONDS = 0.4
+"""So long after it has been told what to do libvirt is at it."""
 _ROOT = Path(__file__).parents[2]
 _PROGRAM = """
-import os, signal, sys
+import os, signal, sys, threading
 from pathlib import Path
 from snaptree.cli.main import run
 from snaptree.store.libvirt.calls import DomainHandle
 from snaptree.store.libvirt.memory import DomainMemory
-from tests.kit.stage import kill_and_wait
+from tests.kit.stage import kill_and_wait, processes_of
 
 left = {when}
 
@@ -41,6 +43,16 @@ def killed(real, name):
         return answer
     return call
 
+def within(real):
+    def call(*words, **more):
+        for each in processes_of(Path({stopped!r})) if {stopped!r} else ():
+            os.kill(each, signal.SIGSTOP)
+        threading.Timer({within_seconds}, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return real(*words, **more)
+    return call
+
+if {within!r}:
+    setattr(DomainMemory, {within!r}, within(getattr(DomainMemory, {within!r})))
 for of, names in ((DomainHandle, {calls}), (DomainMemory, {memory_calls})):
     for name in names:
         setattr(of, name, killed(getattr(of, name), name))
@@ -58,15 +70,27 @@ def run_killed(
     memory_calls: Sequence[str] = (),
     victim: int | Path = 0,
     seconds: float | None = None,
+    within: str = "",
+    stops: bool = False,
 ) -> tuple[subprocess.CompletedProcess[str], str]:
     """Run a command; how it ended, and around what something was killed, empty when it did not come so far.
 
     :param calls: the methods of ``DomainHandle`` that count, with ``memory_calls`` of ``DomainMemory``.
+    :param within: a method of ``DomainMemory`` in the middle of which snaptree is killed.
+    :param stops: QEMU is stopped by then, so that libvirt cannot bring it to an end.
     :param victim: a process, 0 for snaptree's own; or the folder whose QEMU it is.
     """
     folder, process = (str(victim), 0) if isinstance(victim, Path) else ("", victim)
     program = _PROGRAM.format(
-        when=when, before=before, folder=folder, process=process, calls=tuple(calls), memory_calls=tuple(memory_calls)
+        when=when,
+        before=before,
+        folder=folder,
+        process=process,
+        calls=tuple(calls),
+        memory_calls=tuple(memory_calls),
+        within=within,
+        stopped=str(web.folder) if stops else "",
+        within_seconds=WITHIN_SECONDS,
     )
     path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(

@@ -88,19 +88,27 @@ class LibvirtMachine(Machine):
         """Read the domain and its tree."""
         reading = read(self.handle)
         self.config = replace(self.config, nvram=reading.domain.nvram)
-        kept = trees.find_config(self.database, self.name)
-        known = None
-        if kept is not None and kept.uuid == self.config.uuid:
-            known = trees.load_tree(self.database, self.name)
-            if operations.unfinished(self.database, self.name):
-                return Looked(reading, known)
+        known = self._kept()
+        if known is not None and self._is_unfinished():
+            return Looked(reading, known)
         found = found_tree(reading, self.name, known)
         left = [f"disk {disk} is left alone: {why}" for disk, why in sorted(reading.domain.left.items())]
         return Looked(reading, found.tree, (*found.notes, *left))
 
     def tree(self) -> Tree:
         """The tree as it is now."""
-        return self.look().tree
+        # libvirt may be at what was killed, and answer nobody.
+        known = self._kept() if self._is_unfinished() else None
+        return known if known is not None else self.look().tree
+
+    def _kept(self) -> Tree | None:
+        """The tree that is in the state file, if it is this domain's."""
+        kept = trees.find_config(self.database, self.name)
+        same = kept is not None and kept.uuid == self.config.uuid
+        return trees.load_tree(self.database, self.name) if same else None
+
+    def _is_unfinished(self) -> bool:
+        return bool(operations.unfinished(self.database, self.name))
 
     def survey(self, looked: Looked, tree: Tree, folders: Iterable[str] = (), *, beside: bool = True) -> Survey:
         """Read the machine's files and what surrounds them."""
@@ -286,7 +294,7 @@ class LibvirtMachine(Machine):
                     control=control,
                 )
             except BaseException:
-                if not operations.unfinished(self.database, self.name):
+                if not self._is_unfinished():
                     if goes is not None:
                         self._start(goes.before)
                     elif isinstance(request, SnapshotRequest) and request.memory:
@@ -355,10 +363,13 @@ class LibvirtMachine(Machine):
 
     async def settle(self, lock: MachineLock, control: Control | None = None) -> tuple[str, ...]:
         """Finish or undo what was killed, under the machine's lock."""
-        if not operations.unfinished(self.database, self.name):
+        if not self._is_unfinished():
             return ()
         from snaptree.running import recovery
+        from snaptree.store.libvirt.memory import DomainMemory
 
+        # What it was at libvirt goes on with by itself; who asks for something else meanwhile is told to come again.
+        DomainMemory(self.handle).settle()
         lock.extend(recovery.files_of(self.database, self.name))
         return await recovery.recover(self.database, self.name, lock, None, control, self._opened())
 

@@ -104,7 +104,6 @@ def was_taken(step: DomainSnapshot, domain: DomainHandle | None) -> bool:
         return False
     if not step.marks:
         return _are_tips(step, domain)
-    DomainMemory(domain).settle()
     return step.marks[0].tag in domain.records()
 
 

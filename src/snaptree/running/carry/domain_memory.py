@@ -77,11 +77,8 @@ def was_cut(step: DomainSaveMemory, domain: DomainHandle) -> bool:
 
 
 def was_saved(step: DomainSaveMemory, domain: DomainHandle | None) -> bool:
-    """Whether it has happened. What libvirt goes on with is waited for."""
-    if domain is None:
-        return False
-    DomainMemory(domain).settle()
-    return was_cut(step, domain)
+    """Whether it has happened."""
+    return domain is not None and was_cut(step, domain)
 
 
 def unsave(step: DomainSaveMemory, context: Context) -> None:
@@ -229,18 +226,12 @@ def _is_there(step: DomainGoOver, domain: DomainHandle) -> bool:
 
 
 def has_gone(step: DomainGoOver, domain: DomainHandle | None, context: Context) -> bool:
-    """Whether the domain has gone over. What libvirt goes on with is waited for."""
-    if context.journal.noted(step.uuid) == PIVOT:
-        return True
-    if domain is None:
-        return False
-    DomainMemory(domain).settle()
-    return _is_there(step, domain)
+    """Whether the domain has gone over."""
+    return context.journal.noted(step.uuid) == PIVOT or (domain is not None and _is_there(step, domain))
 
 
 async def _load_again(step: DomainGoOver, domain: DomainHandle, calls: DomainMemory, context: Context) -> None:
     """Load once more what has died, after a kill, before it has written anything."""
-    calls.settle()
     if step.memory is None or domain.state() != OFF or any(_was_written(*file, context) for file in _tips(step)):
         return
     text = calls.definition(step.memory, step.disks)
@@ -274,7 +265,6 @@ async def ungo(step: DomainGoOver, domain: DomainHandle | None, context: Context
     """Let the domain go on as before: from the memory that was saved, or started anew."""
     if domain is not None:
         calls = DomainMemory(domain)
-        calls.settle()
         firmware.give_back(step.pieces, context)
         before = context.journal.recall(_BEFORE)
         if before not in (None, OFF) and domain.state() == OFF:
