@@ -18,6 +18,7 @@ _PROGRAM = """
 import os, signal, sys, threading
 from pathlib import Path
 from snaptree.cli.main import run
+from snaptree.running.journal import Journal
 from snaptree.store.libvirt.calls import DomainHandle
 from snaptree.store.libvirt.memory import DomainMemory
 from tests.kit.stage import kill_and_wait, processes_of
@@ -51,6 +52,13 @@ def within(real):
         return real(*words, **more)
     return call
 
+def noted(self, path, value, real=Journal.note):
+    real(self, path, value)
+    if value == {noted!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if {noted!r}:
+    Journal.note = noted
 if {within!r}:
     setattr(DomainMemory, {within!r}, within(getattr(DomainMemory, {within!r})))
 for of, names in ((DomainHandle, {calls}), (DomainMemory, {memory_calls})):
@@ -72,12 +80,14 @@ def run_killed(
     seconds: float | None = None,
     within: str = "",
     stops: bool = False,
+    noted: str = "",
 ) -> tuple[subprocess.CompletedProcess[str], str]:
     """Run a command; how it ended, and around what something was killed, empty when it did not come so far.
 
     :param calls: the methods of ``DomainHandle`` that count, with ``memory_calls`` of ``DomainMemory``.
     :param within: a method of ``DomainMemory`` in the middle of which snaptree is killed.
     :param stops: QEMU is stopped by then, so that libvirt cannot bring it to an end.
+    :param noted: what the journal notes just before snaptree is killed.
     :param victim: a process, 0 for snaptree's own; or the folder whose QEMU it is.
     """
     folder, process = (str(victim), 0) if isinstance(victim, Path) else ("", victim)
@@ -89,6 +99,7 @@ def run_killed(
         calls=tuple(calls),
         memory_calls=tuple(memory_calls),
         within=within,
+        noted=noted,
         stopped=str(web.folder) if stops else "",
         within_seconds=WITHIN_SECONDS,
     )

@@ -366,9 +366,13 @@ def test_no_room(web: DomainScene, small: Path) -> None:
     web.virsh("destroy", "@")
 
 
+@pytest.mark.mutants
 @pytest.mark.slow
-def test_libvirt_writes_the_memory_elsewhere(web: DomainScene, small: Path) -> None:
+@pytest.mark.parametrize("variables", [False, True])
+def test_libvirt_writes_the_memory_elsewhere(web: DomainScene, small: Path, *, variables: bool) -> None:
     """It does not see what was mounted there since it was started: the snapshot is not taken, the guest goes on."""
+    if variables:
+        with_variables(web)
     web.virsh("start", "@")
     said = web(f"snapshot @ m1 --memory --memory-file {small}/m1", status=UNHEALTHY)
     assert "is cut" in said.err and web.show()["state"] == "running" and set(web.names()) == {"main"}

@@ -7,9 +7,12 @@ import shutil
 import signal
 
 import pytest
+from tests.kit import images
 from tests.kit.domain import DomainScene
 from tests.kit.told import run_killed
 from tests.libvirt.test_memory import with_variables
+
+from snaptree.running.guard import PIVOT
 
 pytestmark = pytest.mark.root
 
@@ -127,6 +130,77 @@ def test_killed_and_started_and_off_again(web: DomainScene, word: str) -> None:
     assert "was undone" in web("recover @").out
     assert web.show()["state"] == "running" and set(web.names()) == set(kept)
     assert web.shows("main") == ("b1w....." if word else kept["main"])
+    web.agree()
+    web.virsh("destroy", "@")
+    web.sound()
+
+
+@pytest.mark.mutants
+@pytest.mark.slow
+@pytest.mark.parametrize("line", ["revert @ m1", "switch @ parked"])
+def test_killed_when_it_had_gone_over_and_off_since(web: DomainScene, line: str) -> None:
+    """What has died before it wrote anything is loaded again."""
+    prepared(web)
+    web.write("..p")
+    web("switch @ parked")
+    web("switch @ main")
+    web("switch @ parked")
+    web("switch @ main")
+    shown = {name: web.shows(name) for name in ("m1", "parked")}
+    done, _ = run_killed(web, line, 0, before=True, calls=(), noted=PIVOT)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    web.virsh("destroy", "@")
+    assert "was finished" in web("recover @").out
+    assert web.show()["state"] == "running"
+    assert web.shows(web.show()["active_branch"]) == shown[line.split()[-1]]
+    web.agree()
+    web.virsh("destroy", "@")
+    web.sound()
+
+
+@pytest.mark.mutants
+@pytest.mark.slow
+def test_killed_when_it_had_gone_over_and_written_to_since(web: DomainScene) -> None:
+    """What somebody has let write stays as that has left it."""
+    kept = prepared(web)
+    done, _ = run_killed(web, "revert @ m1", 0, before=True, calls=(), noted=PIVOT)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    path = web.virsh("domblklist", "@").split()[1]
+    web.virsh("destroy", "@")
+    images.run("qemu-io", "-f", "qcow2", "-c", "write -P 0x77 131072 65536", path)
+    assert "was finished" in web("recover @").out
+    assert web.show()["state"] == "off" and web.shows("main") == "b1w....." and web.shows("m1") == kept["m1"]
+    web.agree()
+    web.sound()
+
+
+@pytest.mark.slow
+def test_killed_when_it_had_gone_over_and_started_by_hand(web: DomainScene) -> None:
+    """libvirt has not been told yet, and starts it on the disks of before: there it stays."""
+    kept = prepared(web)
+    done, _ = run_killed(web, "revert @ m1", 0, before=True, calls=(), noted=PIVOT)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    web.virsh("destroy", "@")
+    web.virsh("start", "@")
+    web.write("..z")
+    assert "was undone" in web("recover @").out
+    assert web.show()["state"] == "running" and set(web.names()) == set(kept)
+    assert web.shows("main") == "b1z....." and web.shows("parked") == kept["parked"]
+    web.agree()
+    web.virsh("destroy", "@")
+    web.sound()
+
+
+def test_a_branch_that_waits_with_its_memory_is_not_written_to(web: DomainScene) -> None:
+    """Its memory would go on from disks that it does not know."""
+    prepared(web)
+    path = web.path("parked")
+    images.run("qemu-io", "-f", "qcow2", "-c", "write -P 0x77 131072 65536", path)
+    said = web("switch @ parked", status=7)
+    assert f"{path} was written to" in said.err and web.show()["active_branch"] == "main"
+    assert "main.1" not in web.names() and "written to" in web("verify @", status=10).out
+    web("switch @ parked --no-memory")
+    assert web.shows("parked") == "b1w....."
     web.agree()
     web.virsh("destroy", "@")
     web.sound()

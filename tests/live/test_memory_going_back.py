@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from tests.kit import images
 from tests.kit.by_hand import by_hand
 from tests.kit.stage import Stage, processes_of
 
@@ -190,6 +191,23 @@ CHANGES = {
     "devices": ("-m 96", "-m 96 -device virtio-rng-pci"),
     "processors": ("-m 96", "-m 96 -smp 2"),
 }
+
+
+def test_a_branch_that_waits_with_its_memory_was_written_to(lasting: Stage) -> None:
+    """Its memory would go on from disks that it does not know."""
+    stage = lasting
+    stage("revert web1 s1")
+    stage.guest.went_over()
+    path = stage.path("main.1")
+    images.run("qemu-io", "-f", "qcow2", "-c", "write -P 0x77 0 64k", path)
+    said = stage("switch web1 main.1", status=7)
+    assert f"{path} was written to" in said.err and stage.show()["active_branch"] == "main"
+    stage.guest.writes_on()
+    stage("switch web1 main.1 --no-memory")
+    assert stage.show()["active_branch"] == "main.1" and stage.names()["main.1"]["memory"] is None
+    stage("stop web1 --force") if stage.show()["state"] != "off" else None
+    stage.forgiven.add("leaks")
+    stage.sound()
 
 
 def test_another_configuration(lasting: Stage) -> None:

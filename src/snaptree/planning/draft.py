@@ -380,7 +380,7 @@ class Draft:
         baseline = tuple(
             layer.id
             for layer in after.layers.values()
-            if layer.owned and layer.identity is None and not is_tip(after, layer.id)
+            if layer.owned and layer.identity is None and is_frozen(after, layer.id)
         )
         self._open_to_write(cleanup, after)
         delta = diff(self.before, after)
@@ -428,6 +428,13 @@ def is_tip(tree: Tree, layer: LayerId) -> bool:
     """Whether a branch has the whole layer as its tip."""
     names = tree.names_on.get(Point(layer), ())
     return any(name in tree.branches and Point(layer) in tree.branches[name].tips.values() for name in names)
+
+
+def is_frozen(tree: Tree, layer: LayerId) -> bool:
+    """Whether the layer is to stay as it is: no branch has it as its tip, or one that waits with its memory."""
+    names = (name for name in tree.names_on.get(Point(layer), ()) if name in tree.branches)
+    tips = [each for each in map(tree.branches.__getitem__, names) if Point(layer) in each.tips.values()]
+    return all(each.memory is not None and each.name != tree.active for each in tips)
 
 
 def paths_of(tree: Tree) -> dict[str, str]:

@@ -10,7 +10,7 @@ from snaptree.model.delta import diff
 from snaptree.model.layer import Layer, LayerId, Point
 from snaptree.model.tree import Tree
 from snaptree.planning.clearing import cleared
-from snaptree.planning.draft import Draft, is_tip, paths_of
+from snaptree.planning.draft import Draft, is_frozen, paths_of
 from snaptree.planning.plan import Plan
 from snaptree.planning.settle import settle
 from snaptree.planning.steps import Record, Repoint, Step, TakeName
@@ -112,5 +112,5 @@ def to_be_known(tree: Tree) -> tuple[LayerId, ...]:
     return tuple(
         layer.id
         for layer in tree.layers.values()
-        if layer.owned and layer.identity is None and not layer.half_merged and not is_tip(tree, layer.id)
+        if layer.owned and layer.identity is None and not layer.half_merged and is_frozen(tree, layer.id)
     )

@@ -18,6 +18,7 @@ from snaptree.model.tree import Tree
 from snaptree.planning import firmware
 from snaptree.planning.create import require_disks, require_free_name, require_plain
 from snaptree.planning.draft import Draft, renamed_tip
+from snaptree.planning.health import ailments
 from snaptree.planning.plan import Plan
 from snaptree.planning.remembering import (
     Moves,
@@ -269,6 +270,10 @@ def switch(tree: Tree, survey: Survey, request: SwitchRequest) -> Plan:
     if target.memory is not None and request.memory is not False and (remembered is None or remembered.loads is None):
         hint = "leave out --stopped to go on from it, or drop it with --no-memory"
         raise RefusedError(f"branch {request.name!r} was parked with its memory, which would be lost", hint)
+    if target.memory is not None and (remembered is None or remembered.loads is None):
+        # Without its memory it goes on from whatever its tips show by now.
+        tips_of = [tree.layers[point.layer] for point in target.tips.values() if point.internal is None]
+        draft.ailments = ailments(tree.with_layers(*(replace(each, identity=None) for each in tips_of)), survey)
     draft.tree = tree.with_branches(replace(active, firmware=firmware.keep(draft)))
     saved = _park_memory(draft, active.name) if remembered is not None and remembered.saves else None
     base = settle(draft.tree, draft.outsiders)

@@ -14,7 +14,8 @@ def settle(tree: Tree, outsiders: Collection[LayerId] = ()) -> Tree:
     """The tree without the layers, memories and roots of disks that nothing needs any more.
 
     A layer goes when no name needs it or a point in it, nothing of the tree stands on it, and nothing from outside does
-    (``outsiders``); its parent may then be the next. Tips lose the identity that they had as frozen layers.
+    (``outsiders``); its parent may then be the next. Tips lose the identity that they had as frozen layers, but for
+    those of branches that wait with their memory: it goes on from just what they show.
     """
     standing = {layer: len(children) for layer, children in tree.children.items()}
     wanted = {point.layer for point in tree.names_on} | set(outsiders)
@@ -38,6 +39,7 @@ def settle(tree: Tree, outsiders: Collection[LayerId] = ()) -> Tree:
     tips = [
         replace(settled.layers[point.layer], identity=None)
         for branch in settled.branches.values()
+        if branch.memory is None or branch.name == settled.active
         for point in branch.tips.values()
         if point.internal is None and settled.layers[point.layer].identity is not None
     ]

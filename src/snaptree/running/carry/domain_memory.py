@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from snaptree.errors import CancelledError, SnaptreeError, ToolError, UnhealthyError
+from snaptree.errors import BusyError, CancelledError, SnaptreeError, ToolError, UnhealthyError
 from snaptree.images import durable, save_image
 from snaptree.images.facts import read_facts
 from snaptree.model.live import OFF, PAUSED
@@ -226,8 +226,19 @@ def _is_there(step: DomainGoOver, domain: DomainHandle) -> bool:
 
 
 def has_gone(step: DomainGoOver, domain: DomainHandle | None, context: Context) -> bool:
-    """Whether the domain has gone over."""
-    return context.journal.noted(step.uuid) == PIVOT or (domain is not None and _is_there(step, domain))
+    """Whether the domain has gone over.
+
+    :raise BusyError: somebody has started it on the disks of before since, and both those and the new ones are written.
+    """
+    if context.journal.noted(step.uuid) != PIVOT:
+        return domain is not None and _is_there(step, domain)
+    if domain is None or domain.state() == OFF or _is_there(step, domain):
+        return True
+    # libvirt has not been told yet with what to start it.
+    if any(_was_written(*file, context) for file in _tips(step)):
+        hint = "'virsh destroy' it, and run 'snaptree recover' again"
+        raise BusyError(f"domain {domain.name} was started on disks that it had gone over from", hint)
+    return False
 
 
 async def _load_again(step: DomainGoOver, domain: DomainHandle, calls: DomainMemory, context: Context) -> None:
