@@ -49,10 +49,14 @@ TESTS = (
         f"tests/live/test_{name}.py"
         for name in ("snapshot", "memory", "memory_killed", "memory_going_back", "memory_back_killed", "going_over")
     ),
-    *(f"tests/live/test_{name}.py" for name in ("quiesce", "steering", "internal", "start_and_stop")),
+    *(
+        f"tests/live/test_{name}.py"
+        for name in ("memory_stopped", "quiesce", "steering", "internal", "start_and_stop", "delete")
+    ),
+    *("tests/libvirt/test_rows.py", "tests/libvirt/test_on_disk.py"),
     *(
         f"tests/libvirt/test_{name}.py"
-        for name in ("running", "killed", "shared", "memory", "memory_killed", "rows", "on_disk")
+        for name in ("running", "killed", "killed_within", "shared", "memory", "memory_killed", "internal_running")
     ),
 )
 TRIED = (*AUDITED, "EIO of the tools")
@@ -187,16 +191,16 @@ class Trials:
         cases = sorted((len(numbers), case) for case, numbers in self.whole.items() if number in numbers)
         own, others = self._quick(mutant)
         return (
-            self._failing(own, number)
+            self.failing(own, number)
             or self._wrong(cases[:FIRST_CASES], number)
-            or self._failing(others, number)
+            or self.failing(others, number)
             or self._wrong(cases[FIRST_CASES:], number)
         )
 
     def caught_late_by(self, mutant: Mutant) -> str:
         """Which of the other tests finds the mutant out."""
         quick = [test for tests in self._quick(mutant) for test in tests]
-        return self._failing([test for _, test in self._tests_of(mutant) if test not in quick], mutant.number)
+        return self.failing([test for _, test in self._tests_of(mutant) if test not in quick], mutant.number)
 
     def killed_by(self, mutant: Mutant) -> str:
         """Which kill of an operation, with its recovery, finds out a mutant that nothing else does."""
@@ -229,7 +233,8 @@ class Trials:
         """Whether the work finds the mutant, and nothing in the code as it is."""
         return not apart(work, ONE_SECONDS, chosen=number) and apart(work, ONE_SECONDS, chosen=0)
 
-    def _failing(self, tests: list[str], number: int) -> str:
+    def failing(self, tests: list[str], number: int) -> str:
+        """Which of these tests finds the mutant out, and nothing in the code as it is."""
         failed = self._first_failing(tests, number)
         return f"test: {failed}" if failed and not self._first_failing([failed], 0) else ""
 
@@ -249,7 +254,7 @@ class Trials:
             start_new_session=True,
         )
         try:
-            process.wait(ONE_SECONDS + 4 * sum(self.tests[test][0] for test in tests))
+            process.wait(ONE_SECONDS + 4 * sum(self.tests.get(test, (ONE_SECONDS, []))[0] for test in tests))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -334,6 +339,12 @@ def try_all(options: argparse.Namespace, folder: Path) -> None:
         print(f"{how}, {time.monotonic() - began:.1f} s: {mutant.line}: {name}", flush=True)
         return bool(by)
 
+    if options.test:
+        trials = Trials(folder, folder, options.stride, options.points, "")
+        trials.tests = dict.fromkeys(options.test, (ONE_SECONDS, []))
+        for each in wanted:
+            tried(*each, lambda mutant: trials.failing(options.test, mutant.number), last=False)
+        return
     with mounted(folder, "xfs", 4 * SMALLEST["xfs"]) as sharing:
         state = f"{digest([folder / 'names.json'])} {options.stride}"
         trials = Trials(folder, sharing, options.stride, options.points, state)
@@ -349,6 +360,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="those whose name contains this")
     parser.add_argument("--minutes", type=float, default=600)
+    parser.add_argument("--test", action="append", default=[], help="try just this test, and learn nothing before")
     parser.add_argument("--list", action="store_true", help="say which there are, and stop")
     parser.add_argument("--again", action="store_true", help="try those again that were alive")
     parser.add_argument("--stride", type=int, default=5, help="kill at every so manieth call")

@@ -41,7 +41,8 @@ def firm() -> Iterator[Firm]:
 
 def quickly(every: Iterable[tuple[object, ...]], *some: tuple[object, ...]) -> list[object]:
     """Of these cases some are run by default."""
-    return [each if each in some else pytest.param(*each, marks=pytest.mark.slow) for each in every]
+    later = [pytest.mark.slow, pytest.mark.mutants]
+    return [each if each in some else pytest.param(*each, marks=later) for each in every]
 
 
 def whole(firm: Firm, copies: int) -> None:
