@@ -196,6 +196,9 @@ CHANGES = {
 def test_a_branch_that_waits_with_its_memory_was_written_to(lasting: Stage) -> None:
     """Its memory would go on from disks that it does not know."""
     stage = lasting
+    stage.start(raw=False).writes_on()
+    stage("snapshot web1 s1 --memory")
+    stage.guest.writes_on()
     stage("revert web1 s1")
     stage.guest.went_over()
     path = stage.path("main.1")
