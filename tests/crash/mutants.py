@@ -202,6 +202,10 @@ class Trials:
         quick = [test for tests in self._quick(mutant) for test in tests]
         return self.failing([test for _, test in self._tests_of(mutant) if test not in quick], mutant.number)
 
+    def by_these(self, tests: list[str], cases: list[str], number: int) -> str:
+        """Which of these tests and cases finds the mutant out."""
+        return self.failing(tests, number) or self._wrong([(0, case) for case in cases], number)
+
     def killed_by(self, mutant: Mutant) -> str:
         """Which kill of an operation, with its recovery, finds out a mutant that nothing else does."""
         self.learn_points()
@@ -339,15 +343,13 @@ def try_all(options: argparse.Namespace, folder: Path) -> None:
         print(f"{how}, {time.monotonic() - began:.1f} s: {mutant.line}: {name}", flush=True)
         return bool(by)
 
-    if options.test:
-        trials = Trials(folder, folder, options.stride, options.points, "")
-        trials.tests = dict.fromkeys(options.test, (ONE_SECONDS, []))
-        for each in wanted:
-            tried(*each, lambda mutant: trials.failing(options.test, mutant.number), last=False)
-        return
     with mounted(folder, "xfs", 4 * SMALLEST["xfs"]) as sharing:
         state = f"{digest([folder / 'names.json'])} {options.stride}"
         trials = Trials(folder, sharing, options.stride, options.points, state)
+        if options.test or options.case:
+            for each in wanted:
+                tried(*each, lambda mutant: trials.by_these(options.test, options.case, mutant.number), last=False)
+            return
         trials.learn()
         left = wanted
         ways = (trials.caught_by, trials.caught_late_by, trials.killed_by)
@@ -361,6 +363,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="those whose name contains this")
     parser.add_argument("--minutes", type=float, default=600)
     parser.add_argument("--test", action="append", default=[], help="try just this test, and learn nothing before")
+    parser.add_argument("--case", action="append", default=[], help="try just this case, and learn nothing before")
     parser.add_argument("--list", action="store_true", help="say which there are, and stop")
     parser.add_argument("--again", action="store_true", help="try those again that were alive")
     parser.add_argument("--stride", type=int, default=5, help="kill at every so manieth call")
