@@ -106,11 +106,27 @@ class Disk:
             yield path
 
     def unmount(self, seconds: float = 20.0) -> None:
-        """Unmount it, as soon as the last process has let go of it."""
+        """Unmount it, as soon as the last process has let go of it.
+
+        Where it is mounted in another mount namespace as well, it is written to when that goes: what is put there
+        meanwhile would be spoilt.
+        """
         until = time.monotonic() + seconds
         while _libc.umount2(os.fsencode(self.place), 0) != 0:
             assert ctypes.get_errno() == errno.EBUSY and time.monotonic() < until, os.strerror(ctypes.get_errno())
             time.sleep(0.005)
+        until = time.monotonic() + self.patience
+        while not self.source.is_block_device() and self._is_attached():
+            assert time.monotonic() < until, f"{self.path} is mounted somewhere else as well"
+            time.sleep(0.005)
+
+    def _is_attached(self) -> bool:
+        """Whether a loop device has the file still."""
+        for each in Path("/sys/block").glob("loop*/loop/backing_file"):
+            with contextlib.suppress(OSError):
+                if each.read_text().strip() == str(self.path.resolve()):
+                    return True
+        return False
 
     def shut_down(self) -> None:
         """The power fails: nothing reaches the disk any more, until it is mounted again."""

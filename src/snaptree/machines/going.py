@@ -55,7 +55,6 @@ def going(machine: Standalone, request: object, power: Power, tree: Tree) -> Goi
     """
     if not isinstance(request, RevertRequest | SwitchRequest):
         return None
-    power.require_known(machine.name)
     after = request.power or power.state
     if power.state == after == OFF:
         return None

@@ -1,0 +1,79 @@
+"""What an operation on a domain works on is locked before it is touched, and what was killed is settled first."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import pytest
+from tests.kit.domain import DomainScene, of_libvirt
+from tests.kit.locked import require_locked, watched
+from tests.kit.told import run_killed
+from tests.libvirt.test_memory import remembered
+
+from snaptree.errors import CancelledError
+from snaptree.machines.connection import Connection
+from snaptree.planning.create import SnapshotRequest
+from snaptree.planning.plan import Plan
+from snaptree.running import recovery
+
+pytestmark = pytest.mark.root
+
+
+def test_the_files_of_the_plan(web: DomainScene, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(1, 4):
+        web(f"snapshot @ s{number}")
+        web.write("." * number + "1")
+    found = watched(monkeypatch)
+    web("delete @ s2")
+    assert found and str(web.disks / "web.s1.qcow2") in found[0]
+
+
+def test_the_files_of_what_is_merged_after_memory_is_loaded(web: DomainScene, monkeypatch: pytest.MonkeyPatch) -> None:
+    remembered(web)
+    found = watched(monkeypatch)
+    web("revert @ m1 --discard --delete")
+    assert len(found) == 2 and found[1]
+    web.virsh("destroy", "@")
+
+
+@pytest.fixture
+def killed(web: DomainScene) -> DomainScene:
+    """A snapshot was taken, and snaptree was killed when libvirt was told its new disks."""
+    web("snapshot @ s1")
+    web.write(".1")
+    done, _ = run_killed(web, "snapshot @ s2", 1, before=False, calls=("define",))
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    return web
+
+
+def test_the_tips_of_what_was_recovered(killed: DomainScene) -> None:
+    """What was killed is settled first; its tips are others than those that were locked at first."""
+    web = killed
+
+    def look(_: Plan) -> bool:
+        assert {"s1", "s2"} <= set(machine.tree().snapshots) and machine.unfinished() == ()
+        require_locked(str(each["path"]) for each in web.show()["disks"])
+        return False
+
+    with of_libvirt(web.own.uri):
+        machine = Connection(str(web.state)).machine(web.name)
+        with pytest.raises(CancelledError):
+            machine.run(SnapshotRequest("s3"), confirm=look)
+    web.sound()
+
+
+def test_the_files_of_what_is_recovered(killed: DomainScene, monkeypatch: pytest.MonkeyPatch) -> None:
+    web, looked = killed, list[str]()
+
+    async def recover(database: Any, name: str, *more: Any) -> tuple[str, ...]:
+        looked.extend(recovery.files_of(database, name))
+        require_locked(looked)
+        raise CancelledError("seen")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(recovery, "recover", recover)
+        web("recover @", status=130)
+    assert looked
+    web("recover @")
+    web.sound()
