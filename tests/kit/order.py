@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,8 +23,8 @@ class Order:
 
         patched.setattr(os, "fsync", syncing)
 
-    def watch(self, owner: type, name: str, word: str) -> None:
-        """Note the word before each call of the method."""
+    def watch(self, owner: type | ModuleType, name: str, word: str) -> None:
+        """Note the word before each call of the method, or of the module's function."""
         called = getattr(owner, name)
 
         def calling(*words: Any, **more: Any) -> Any:

@@ -141,10 +141,8 @@ def test_killed_and_started_and_off_again(web: DomainScene, word: str) -> None:
 def test_killed_when_it_had_gone_over_and_off_since(web: DomainScene, line: str) -> None:
     """What has died before it wrote anything is loaded again."""
     prepared(web)
+    web("switch @ parked")
     web.write("..p")
-    web("switch @ parked")
-    web("switch @ main")
-    web("switch @ parked")
     web("switch @ main")
     shown = {name: web.shows(name) for name in ("m1", "parked")}
     done, _ = run_killed(web, line, 0, before=True, calls=(), noted=PIVOT)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.kit.by_hand import WAYS, by_hand
+from tests.kit.locked import watched
 from tests.kit.qmp import Qmp
 from tests.kit.stage import Stage
 
@@ -223,7 +224,9 @@ def test_a_guest_that_outruns_a_commit_has_its_data_pulled_up(stage: Stage, monk
     guest.writes_on()
     stage("snapshot web1 s2")
     assert stage("delete web1 s2 --plan --json").json["way"] == "commit"
+    found = watched(monkeypatch)
     said = stage("delete web1 s2 --limit 256K --json").json
+    assert len(found) > 1, "what it turns to is locked, too"
     assert any("pulled up instead" in note for note in said["notes"])
     guest.writes_on()
     stage.finish()

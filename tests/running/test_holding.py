@@ -60,3 +60,15 @@ def test_all_or_none(row: tuple[tuple[str, str], ...]) -> None:
     assert found is not None and found.writing
     holding.release()
     assert probe(top) is None
+
+
+def test_what_the_machine_had_open_is_locked_when_it_has_closed_it(row: tuple[tuple[str, str], ...]) -> None:
+    top = row[1][0]
+    status = os.stat(top)
+    holding = Holding(patience=0.0, spared=[(status.st_dev, status.st_ino)])
+    with held(Path(top)), pytest.raises(BusyError, match="top"):
+        holding.take_over(top)
+    holding.take_over(top)
+    found = probe(top)
+    assert found is not None and found.writing
+    holding.release()

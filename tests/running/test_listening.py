@@ -254,3 +254,18 @@ def test_a_file_in_the_way_keeps_nobody_from_work(tmp_path: Path, control: Contr
     (tmp_path / "operations").write_text("")
     with listening.heard(str(tmp_path), control):
         assert calling.everyone(str(tmp_path)) == ()
+
+
+def test_it_listens_before_it_has_the_name(tmp_path: Path, control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What refuses a connection counts as dead, and is removed."""
+    real, refused = os.rename, list[str]()
+
+    def rename(source: str, target: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+        with socket.socket(socket.AF_UNIX) as asker:
+            if asker.connect_ex(f"/proc/self/fd/{src_dir_fd}/{source}"):
+                refused.append(source)
+        real(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with listening.heard(str(tmp_path), control):
+        assert len(sockets.names(str(tmp_path))) == 1 and not refused

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import pytest
 from tests.kit import images
+from tests.kit.order import Order
 from tests.kit.programs import dies
 from tests.kit.scene import SLOT
 from tests.kit.space import held
@@ -19,6 +20,7 @@ from tests.kit.still import Still, standing
 from tests.running.test_live import cutting
 
 from snaptree.qemu.session import QmpSession
+from snaptree.running.carry import live_internals
 from snaptree.running.journal import Journal
 
 FAILED = 12
@@ -164,6 +166,15 @@ def test_room_is_given_back_where_nobody_writes(layered: Still) -> None:
     layered("delete web1 i1")
     assert root.stat().st_blocks < before
     whole(layered, "i1")
+
+
+def test_the_tables_are_on_disk_before_room_is_given_back(layered: Still, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they referred to may be read until then."""
+    order, root = Order(monkeypatch), str(layered.disks / "vda.qcow2")
+    order.watch(live_internals, "_delete", "deleted")
+    order.watch(live_internals, "punch_free", "punched")
+    layered("delete web1 i1")
+    assert root in order.before_last("punched", since="deleted")
 
 
 def test_what_somebody_else_reads_is_left_alone(layered: Still) -> None:
