@@ -37,16 +37,14 @@ async def pull_instead(
     plan: Plan,
     request: Request,
     run: Callable[[Plan], Awaitable[Outcome]],
-    lock: MachineLock,
     qemu: RunningQemu | None,
 ) -> Outcome:
-    """Carry out pulls instead of the commits that the guest has outrun.
+    """Carry out pulls instead of the commits that the guest has outrun, on the same files, which are locked.
 
     :param run: carries out a plan.
     :raise OutrunError: the user asked for a commit, or nothing can be pulled.
     """
     from snaptree.machines.asking import again
-    from snaptree.running.holding import files_of
 
     rows = _rows(plan)
     if getattr(request, "merge", "auto") == "commit" or not rows or qemu is None:
@@ -55,7 +53,6 @@ async def pull_instead(
     for row in rows:
         tree = machine.tree()
         pull = machine.plan_with(tree, await again(qemu, tree), row)
-        lock.extend(files_of(pull))
         outcome = await run(pull)
         said += [note for each in pull.every() for note in each.notes]
     outcome.said = [*said, *outcome.said]

@@ -198,7 +198,7 @@ class Standalone(Machine):
                 try:
                     outcome = await run(plan, qemu=qemu, still=held)
                 except OutrunError as error:
-                    outcome = await pull_instead(self, error, plan, request, partial(run, qemu=qemu), lock, qemu)
+                    outcome = await pull_instead(self, error, plan, request, partial(run, qemu=qemu), qemu)
                 except BaseException as error:
                     if isinstance(error, ToolError) and qemu is not None and not await qemu.answers():
                         # The guest may stand still, or its requests wait, until that has been brought to an end.
