@@ -15,7 +15,6 @@ from snaptree.planning.sweep import SquashRequest
 from snaptree.planning.verbs import Request
 
 if TYPE_CHECKING:
-    from snaptree.images.locks import MachineLock
     from snaptree.machines.standalone import Standalone
     from snaptree.qemu.running import RunningQemu
     from snaptree.running.executor import Outcome
