@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,15 @@ from tests.kit.disks import Disk
 from tests.kit.domain import DomainScene, domain_scene, line, of_libvirt
 from tests.kit.guest import DISKS
 from tests.kit.images import MiB
+from tests.kit.locked import require_locked
 from tests.kit.libvirtd import LABELLED, Libvirtd, LibvirtUnavailable, libvirtd
 from tests.kit.stage import kill_and_wait, killed_at, processes_of
 from tests.kit.told import run_killed
 from tests.libvirt.test_guest import Written
+
+from snaptree.errors import IoError, ToolError
+from snaptree.images import durable
+from snaptree.running.carry import domain_swap
 
 pytestmark = pytest.mark.root
 BUSY, REFUSED = 5, 6
@@ -331,6 +336,55 @@ def test_killed_around_every_call(web: DomainScene, gone: str, when: int, before
 @pytest.mark.parametrize("gone", ["s2", "s3"])
 def test_qemu_is_killed_around_every_call(web: DomainScene, gone: str, when: int, before: bool) -> None:
     one(web, gone, when, before=before, qemu=True)
+
+
+def test_what_takes_the_place_of_another_is_locked_before(web: DomainScene, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen = durable.exchange, list[str]()
+
+    def exchange(one: str, other: str) -> None:
+        require_locked([one, other])
+        seen.append(other)
+        real(one, other)
+
+    monkeypatch.setattr(durable, "exchange", exchange)
+    web.virsh("start", "@")
+    web("delete @ s2 --merge reflink")
+    assert seen
+    whole(web, {"s1": "b.......", "s3": "b12.....", "main": "b123...."})
+    stopped(web)
+
+
+@pytest.mark.mutants
+@pytest.mark.slow
+def test_qemu_dies_and_the_names_change_only_in_part(web: DomainScene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the guest wrote to has its new name last: from that on the merge counts as done."""
+    done, exchange, replace = list[str](), durable.exchange, durable.replace
+
+    async def dies(*_: Any) -> None:
+        kill_and_wait(web.folder)
+        raise ToolError("QEMU has died")
+
+    def once(real: Callable[[str, str], None]) -> Callable[[str, str], None]:
+        def changed(one: str, other: str) -> None:
+            if done:
+                raise IoError("the second of two")
+            done.append(other)
+            real(one, other)
+
+        return changed
+
+    web.virsh("start", "@")
+    with monkeypatch.context() as patched:
+        patched.setattr(domain_swap, "_until_ready", dies)
+        patched.setattr(durable, "exchange", once(exchange))
+        patched.setattr(durable, "replace", once(replace))
+        web("delete @ s2 --merge reflink", status=9)
+    assert done
+    web("recover @")
+    web("gc @")
+    web.forgiven.add("leaks")
+    assert {name: web.shows(name) for name in web.names()} == {"s1": "b.......", "s3": "b12.....", "main": "b123...."}
+    web.sound()
 
 
 @pytest.mark.slow
