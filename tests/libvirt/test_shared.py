@@ -20,8 +20,8 @@ from tests.kit.disks import Disk
 from tests.kit.domain import DomainScene, domain_scene, line, of_libvirt
 from tests.kit.guest import DISKS
 from tests.kit.images import MiB
-from tests.kit.locked import require_locked
 from tests.kit.libvirtd import LABELLED, Libvirtd, LibvirtUnavailable, libvirtd
+from tests.kit.locked import require_locked
 from tests.kit.stage import kill_and_wait, killed_at, processes_of
 from tests.kit.told import run_killed
 from tests.libvirt.test_guest import Written

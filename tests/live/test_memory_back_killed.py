@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from tests.kit.stage import Stage, killed_around, killed_at, processes_of
+from tests.live.test_memory import settings
 
 from snaptree.qemu import memory
 
@@ -61,11 +62,13 @@ def require_right(stage: Stage) -> bool:
 def test_killed_around_a_command(lasting: Stage, command: str, before: bool, there: bool) -> None:
     """Somebody goes on without anybody's doing; recovery brings the rest in order."""
     stage = lasting
-    first = stage.holds("s1")
+    first, asked = stage.holds("s1"), settings(stage)
     killed_around(stage, command, before=before, line="revert web1 s1")
     stage.guest.went_over()
     assert require_right(stage) == there
     assert stage.holds("s1") == first
+    if not there:
+        assert settings(stage) == asked, "its user's"
     if there:
         parked = stage.holds("main.1")
         stage("switch web1 main.1 --paused --no-memory" if command == "stop" else "switch web1 main.1 --paused")

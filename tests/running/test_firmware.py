@@ -310,6 +310,20 @@ def test_killed_while_another_one_takes_over(firm: Firm, when: str, also: str) -
     whole(firm, 2 if went else 1)
 
 
+def test_what_has_died_before_it_wrote_anything_is_loaded_again(firm: Firm) -> None:
+    """Its tip has something in it, which was written before its memory was saved."""
+    firm("snapshot web1 s1 --memory")
+    firm.set("two")
+    firm.write(".x")
+    firm("revert web1 s1")
+    firm.killed("switch web1 main.1", arranged("after"))
+    firm.kill_every_qemu()
+    firm("recover web1")
+    assert firm.show()["state"] == "running" and firm.show()["active_branch"] == "main.1"
+    assert firm.variable() == firm.kept() == "two"
+    whole(firm, 2)
+
+
 LINES = ("snapshot web1 s2", "snapshot web1 s2 --memory", "revert web1 s1", "revert web1 s1 --no-memory")
 
 

@@ -213,6 +213,7 @@ async def _save(save: Save, context: Context, old: RunningQemu, before: memory.S
     descriptor = saving.new_file(save.path, save.like, context)
     try:
         form = await saving.choose(old, before, save.forms, context)
+        saving.note_form(save.path, form, context)
         lent = await memory.lend(old, descriptor, memory.forms_known(before))
         try:
             await old.qmp.execute("migrate", uri=lent.uri)
@@ -221,7 +222,6 @@ async def _save(save: Save, context: Context, old: RunningQemu, before: memory.S
             await lent.take_back()
     finally:
         os.close(descriptor)
-    saving.note_form(save.path, form, context)
     durable.publish(durable.temporary_path(save.path, context.token), save.path)
 
 
