@@ -324,6 +324,18 @@ def test_what_has_died_before_it_wrote_anything_is_loaded_again(firm: Firm) -> N
     whole(firm, 2)
 
 
+@pytest.mark.parametrize("memory", ["", " --memory"])
+def test_killed_when_the_guest_goes_on(firm: Firm, memory: str) -> None:
+    """Whoever pauses the guest after that has it paused; of its memory nobody knows yet in which form it is saved."""
+    firm.killed(f"snapshot web1 s2{memory}", arranged("after"))
+    with firm.qmp() as qmp:
+        qmp("stop")
+    firm("recover web1")
+    assert ("s2" in firm.names()) == (not memory) and firm.run_state() == "paused"
+    firm.go()
+    whole(firm, 0 if memory else 1)
+
+
 LINES = ("snapshot web1 s2", "snapshot web1 s2 --memory", "revert web1 s1", "revert web1 s1 --no-memory")
 
 
