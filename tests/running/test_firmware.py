@@ -333,6 +333,7 @@ def test_killed_when_the_guest_goes_on(firm: Firm, memory: str) -> None:
     firm("recover web1")
     assert ("s2" in firm.names()) == (not memory) and firm.run_state() == "paused"
     firm.go()
+    firm("gc web1")
     whole(firm, 0 if memory else 1)
 
 

@@ -118,6 +118,16 @@ def test_deleting_at_a_fork_by_reflink(shared: Scene) -> None:
     shared.sound()
 
 
+def test_what_is_noted_on_the_root_stays_with_its_name(xfs: Scene) -> None:
+    line(xfs)
+    root = xfs.path("s1")
+    os.setxattr(root, "user.note", b"golden")
+    before = root.stat().st_ino
+    xfs("delete web1 s1 --merge pull")
+    assert root.stat().st_ino != before and os.getxattr(root, "user.note") == b"golden"
+    xfs.sound()
+
+
 def tips(scene: Scene) -> list[Path]:
     return [scene.path(name) for name in ("main", "b1")]
 
