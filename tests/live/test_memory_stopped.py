@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 from tests.kit import guest as guest_kit
+from tests.kit.programs import killed
 from tests.kit.stage import Stage
 from tests.live.test_memory import cancelled, settings
 from tests.live.test_memory_back_killed import kill_one
+from tests.running.test_firmware import arranged
 
 from snaptree.errors import ToolError
 from snaptree.model.memory import BACKGROUND
@@ -136,3 +138,18 @@ def test_the_new_qemu_dies_when_it_is_to_go_on(lasting: Stage, monkeypatch: pyte
         stage("revert web1 s1", status=12)
     assert killed
     goes_on(stage, before)
+
+
+def test_what_is_still_being_saved_after_a_kill_is_ended(stage: Stage, said: list[str]) -> None:
+    """The guest ran on, and nobody knew yet in which form its memory was being saved."""
+    guest = stage.start(raw=False)
+    guest.writes_on()
+    before = settings(stage)
+    killed(lambda: stage("snapshot web1 s1 --memory"), arranged("after"))
+    said.clear()
+    stage("recover web1")
+    assert "migrate_cancel" in said and settings(stage) == before
+    assert "s1" not in stage.names()
+    guest.writes_on()
+    stage("gc web1")
+    stage.finish()
