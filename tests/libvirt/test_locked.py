@@ -6,7 +6,7 @@ import signal
 from typing import Any
 
 import pytest
-from tests.kit.domain import DomainScene, of_libvirt
+from tests.kit.domain import DomainScene, line, of_libvirt
 from tests.kit.locked import require_locked, watched
 from tests.kit.told import run_killed
 from tests.libvirt.test_memory import remembered
@@ -16,6 +16,7 @@ from snaptree.machines.connection import Connection
 from snaptree.planning.create import SnapshotRequest
 from snaptree.planning.plan import Plan
 from snaptree.running import recovery
+from snaptree.running.guard import PIVOT
 
 pytestmark = pytest.mark.root
 
@@ -63,8 +64,31 @@ def test_the_tips_of_what_was_recovered(killed: DomainScene) -> None:
     web.sound()
 
 
-def test_the_files_of_what_is_recovered(killed: DomainScene, monkeypatch: pytest.MonkeyPatch) -> None:
-    web, looked = killed, list[str]()
+def test_the_tips_that_came_with_what_was_recovered(web: DomainScene) -> None:
+    """The tree is told of them only when it is recovered."""
+    remembered(web)
+    done, _ = run_killed(web, "revert @ m1", 0, before=True, calls=(), noted=PIVOT)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    tips = {each["path"] for each in web.show()["disks"]}
+
+    def look(_: Plan) -> bool:
+        now = {each["path"] for each in web.show()["disks"]}
+        assert not now & tips
+        require_locked(now)
+        return False
+
+    with of_libvirt(web.own.uri), pytest.raises(CancelledError):
+        Connection(str(web.state)).machine(web.name).run(SnapshotRequest("s3"), confirm=look)
+    web.virsh("destroy", "@")
+    web.sound()
+
+
+def test_the_files_of_what_is_recovered(web: DomainScene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only the roots and tips."""
+    looked = list[str]()
+    line(web)
+    done, _ = run_killed(web, "delete @ s2", 1, before=True, calls=("define",))
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
     async def recover(database: Any, name: str, *more: Any) -> tuple[str, ...]:
         looked.extend(recovery.files_of(database, name))
