@@ -18,17 +18,20 @@ from snaptree.qemu import memory
 from snaptree.qemu.memory import Followed, Settings
 from snaptree.qemu.session import QmpSession
 
-SPEED = 20 << 20
-"""In bytes per second: saving is not over by the time at which it is ended."""
+
+@pytest.fixture
+def speed() -> int:
+    """In bytes per second: saving is not over by the time at which it is ended."""
+    return 20 << 20
 
 
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def said(monkeypatch: pytest.MonkeyPatch, speed: int) -> list[str]:
     """All that monitors are told, in its order; memory is saved slowly."""
     told, real, use = list[str](), QmpSession.execute, memory.use
 
-    async def slowly(qmp: QmpSession, before: Settings, form: str, speed: int) -> None:
-        await use(qmp, before, form, SPEED)
+    async def slowly(qmp: QmpSession, before: Settings, form: str, _: int) -> None:
+        await use(qmp, before, form, speed)
 
     monkeypatch.setattr(memory, "use", slowly)
 
@@ -140,6 +143,7 @@ def test_the_new_qemu_dies_when_it_is_to_go_on(lasting: Stage, monkeypatch: pyte
     goes_on(stage, before)
 
 
+@pytest.mark.parametrize("speed", [256 << 10])
 def test_what_is_still_being_saved_after_a_kill_is_ended(stage: Stage, said: list[str]) -> None:
     """The guest ran on, and nobody knew yet in which form its memory was being saved."""
     guest = stage.start(raw=False)
