@@ -47,16 +47,17 @@ TESTS = (
     *("tests/scenarios/test_found_by_attack.py", "tests/cli/test_bad_input.py", "tests/crash/test_many_at_once.py"),
     *(
         f"tests/live/test_{name}.py"
-        for name in ("snapshot", "memory", "memory_killed", "memory_going_back", "memory_back_killed", "going_over")
+        for name in (
+            *("snapshot", "memory", "memory_killed", "memory_going_back", "memory_back_killed", "memory_stopped"),
+            *("going_over", "quiesce", "steering", "internal", "start_and_stop", "delete"),
+        )
     ),
-    *(
-        f"tests/live/test_{name}.py"
-        for name in ("memory_stopped", "quiesce", "steering", "internal", "start_and_stop", "delete")
-    ),
-    *("tests/libvirt/test_rows.py", "tests/libvirt/test_on_disk.py"),
     *(
         f"tests/libvirt/test_{name}.py"
-        for name in ("running", "killed", "killed_within", "shared", "memory", "memory_killed", "internal_running")
+        for name in (
+            *("running", "killed", "killed_within", "shared", "memory", "memory_killed", "internal_running"),
+            *("locked", "rows", "on_disk"),
+        )
     ),
 )
 TRIED = (*AUDITED, "EIO of the tools")

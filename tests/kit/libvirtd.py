@@ -160,6 +160,23 @@ def libvirtd(qemu_conf: str = AS_ROOT, keep: Path | None = None, *, lasting: boo
         _remove(place)
 
 
+@contextlib.contextmanager
+def libvirtd_or_skip(
+    qemu_conf: str = LABELLED, keep: Path | None = None, *, lasting: bool = False
+) -> Iterator[Libvirtd]:
+    """One for tests that use it by libvirt's binding, which are skipped where there can be none; images are labelled as
+    by default."""
+    import pytest
+
+    pytest.importorskip("libvirt")
+    with contextlib.ExitStack() as stack:
+        try:
+            found = stack.enter_context(libvirtd(qemu_conf, keep, lasting=lasting))
+        except LibvirtUnavailable as error:
+            pytest.skip(str(error))
+        yield found
+
+
 def _wait(found: Libvirtd, process: subprocess.Popen[bytes]) -> None:
     until = time.monotonic() + SECONDS
     said = ""

@@ -6,18 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 from tests.kit.domain import DomainScene, domain_scene
-from tests.kit.libvirtd import LABELLED, Libvirtd, LibvirtUnavailable, libvirtd
+from tests.kit.libvirtd import Libvirtd, libvirtd_or_skip
 
 
 @pytest.fixture(scope="session")
 def own() -> Iterator[Libvirtd]:
     """A libvirtd."""
-    pytest.importorskip("libvirt")
-    try:
-        with libvirtd(LABELLED) as found:
-            yield found
-    except LibvirtUnavailable as error:
-        pytest.skip(str(error))
+    with libvirtd_or_skip() as found:
+        yield found
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.kit.domain import DomainScene, domain_scene
-from tests.kit.libvirtd import LABELLED, Libvirtd, LibvirtUnavailable, libvirtd
+from tests.kit.libvirtd import LABELLED, Libvirtd, libvirtd_or_skip
 from tests.kit.stage import processes_of
 from tests.kit.told import run_killed
 
@@ -21,12 +21,8 @@ MIB = 1 << 20
 @pytest.fixture(scope="module")
 def slow() -> Iterator[Libvirtd]:
     """A libvirtd that takes its time to save memory."""
-    pytest.importorskip("libvirt")
-    try:
-        with libvirtd(f'{LABELLED}snapshot_image_format = "gzip"\n') as found:
-            yield found
-    except LibvirtUnavailable as error:
-        pytest.skip(str(error))
+    with libvirtd_or_skip(f'{LABELLED}snapshot_image_format = "gzip"\n') as found:
+        yield found
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from tests.kit.domain import DomainScene, VirshRefusal, domain_scene
-from tests.kit.libvirtd import LABELLED, LibvirtUnavailable, libvirtd
+from tests.kit.libvirtd import LABELLED, libvirtd_or_skip
 from tests.libvirt.test_memory import UNHEALTHY, memory_of, remembered
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.root, pytest.mark.slow]
 @pytest.fixture(params=["gzip", "zstd", "sparse"])
 def form(request: pytest.FixtureRequest) -> str:
     """What libvirt is told to save memory as."""
-    if request.param not in ("sparse",) and shutil.which(request.param) is None:
+    if request.param != "sparse" and shutil.which(request.param) is None:
         pytest.skip(f"{request.param} is not installed")
     return str(request.param)
 
@@ -25,15 +25,11 @@ def form(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def web(form: str) -> Iterator[DomainScene]:
     """A domain of a libvirt that saves in that form."""
-    pytest.importorskip("libvirt")
     conf = f'{LABELLED}snapshot_image_format = "{form}"\nsave_image_format = "{form}"\n'
-    try:
-        with libvirtd(conf) as own, domain_scene(own) as found:
-            found.image("web.qcow2", word="b")
-            found.define("vda=web.qcow2")
-            yield found
-    except LibvirtUnavailable as error:
-        pytest.skip(str(error))
+    with libvirtd_or_skip(conf) as own, domain_scene(own) as found:
+        found.image("web.qcow2", word="b")
+        found.define("vda=web.qcow2")
+        yield found
 
 
 def test_memory_is_gone_back_to_and_parked(web: DomainScene) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.kit.domain import DomainScene, VirshRefusal, domain_scene, of_libvirt
-from tests.kit.libvirtd import LABELLED, Libvirtd, LibvirtUnavailable, libvirtd
+from tests.kit.libvirtd import Libvirtd, libvirtd_or_skip
 from tests.libvirt.test_guest import Written
 from tests.libvirt.test_guest import initramfs as initramfs
 from tests.libvirt.test_guest import written as written
@@ -206,12 +206,8 @@ def answers(web: DomainScene) -> None:
 @pytest.fixture
 def mortal(initramfs: Path) -> Iterator[Written]:
     """A domain of a libvirtd that may be killed."""
-    pytest.importorskip("libvirt")
-    try:
-        with libvirtd(LABELLED) as own, domain_scene(own) as found:
-            yield Written(found, initramfs)
-    except LibvirtUnavailable as error:
-        pytest.skip(str(error))
+    with libvirtd_or_skip() as own, domain_scene(own) as found:
+        yield Written(found, initramfs)
 
 
 @pytest.mark.parametrize("line", ["snapshot @ m2 --memory", "revert @ m1"])

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 from tests.kit.domain import DomainScene, domain_scene
-from tests.kit.libvirtd import LABELLED, Libvirtd, LibvirtUnavailable, libvirtd
+from tests.kit.libvirtd import Libvirtd, libvirtd_or_skip
 from tests.kit.stage import processes_of
 from tests.kit.told import run_killed
 from tests.kit.walk import Walk
@@ -29,12 +29,8 @@ CALLS = ("define", "redefine", "forget_record", "cut", "commit", "pull", "pivot"
 @pytest.fixture(scope="module")
 def mortal() -> Iterator[Libvirtd]:
     """A libvirtd that comes back when it is killed."""
-    pytest.importorskip("libvirt")
-    try:
-        with libvirtd(LABELLED, lasting=True) as found:
-            yield found
-    except LibvirtUnavailable as error:
-        pytest.skip(str(error))
+    with libvirtd_or_skip(lasting=True) as found:
+        yield found
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from tests.kit.disks import Disk
 from tests.kit.domain import DomainScene, domain_scene, line, of_libvirt
 from tests.kit.guest import DISKS
 from tests.kit.images import MiB
-from tests.kit.libvirtd import LABELLED, Libvirtd, LibvirtUnavailable, libvirtd
+from tests.kit.libvirtd import Libvirtd, libvirtd_or_skip
 from tests.kit.locked import require_locked
 from tests.kit.stage import kill_and_wait, killed_at, processes_of
 from tests.kit.told import run_killed
@@ -51,12 +51,8 @@ def place() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def sharing(place: Path) -> Iterator[Libvirtd]:
     """A libvirtd that sees it, with images labelled as by default."""
-    pytest.importorskip("libvirt")
-    try:
-        with libvirtd(LABELLED, keep=place) as found:
-            yield found
-    except LibvirtUnavailable as error:
-        pytest.skip(str(error))
+    with libvirtd_or_skip(keep=place) as found:
+        yield found
 
 
 @pytest.fixture

@@ -89,6 +89,16 @@ def settings(stage: Stage) -> tuple[Any, Any]:
         return qmp("query-migrate-capabilities"), qmp("query-migrate-parameters")
 
 
+def go_back_and_agree(stage: Stage, *names: str) -> None:
+    """Go back to each of these: its memory is of the very instant of its disks. The machine is off then, and whole."""
+    for name in names:
+        stage(f"revert web1 {name} --paused")
+        stage.agree(name, stage.monitor)
+        stage("stop web1 --force")
+    stage.forgiven.add("leaks")
+    stage.sound()
+
+
 @pytest.fixture
 def on_disk(place: Path) -> Iterator[Path]:
     """A folder on a file system with a disk, wherever the tests' own folders are."""
@@ -124,12 +134,7 @@ def test_where_the_host_cannot_the_guest_waits(stage: Stage, on_disk: Path) -> N
     assert settings(stage) == before and stage.show()["state"] == "paused"
     stage.sound()
     stage("stop web1 --force")
-    for name in ("s2", "s1"):
-        stage(f"revert web1 {name} --paused")
-        stage.agree(name, stage.monitor)
-        stage("stop web1 --force")
-    stage.forgiven.add("leaks")
-    stage.sound()
+    go_back_and_agree(stage, "s2", "s1")
 
 
 def test_a_qemu_that_knows_only_the_plain_form(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,11 +145,7 @@ def test_a_qemu_that_knows_only_the_plain_form(stage: Stage, monkeypatch: pytest
     stage("snapshot web1 s1 --memory")
     assert settings(stage) == before and stage.show()["memories"][0]["form"] == "plain"
     guest.writes_on()
-    stage("revert web1 s1 --paused")
-    stage.agree("s1", stage.monitor)
-    stage("stop web1 --force")
-    stage.forgiven.add("leaks")
-    stage.sound()
+    go_back_and_agree(stage, "s1")
 
 
 @pytest.mark.parametrize("line", ["snapshot web1 s1 --memory --exclude vdb", "snapshot web1 s1 --memory-file x"])

@@ -8,7 +8,7 @@ import pytest
 from tests.kit import guest as guest_kit
 from tests.kit.programs import killed
 from tests.kit.stage import Stage
-from tests.live.test_memory import cancelled, settings
+from tests.live.test_memory import cancelled, go_back_and_agree, settings
 from tests.live.test_memory_back_killed import kill_one
 from tests.running.test_firmware import arranged
 
@@ -87,11 +87,7 @@ def test_what_was_begun_in_the_background_is_ended(
     assert after_stop(said)[:3] == ["migrate", "migrate_cancel", "migrate"]
     guest.writes_on()
     monkeypatch.undo()
-    stage("revert web1 s1 --paused")
-    stage.agree("s1", stage.monitor)
-    stage("stop web1 --force")
-    stage.forgiven.add("leaks")
-    stage.sound()
+    go_back_and_agree(stage, "s1")
 
 
 @pytest.fixture

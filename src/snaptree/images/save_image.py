@@ -60,7 +60,7 @@ def problem(descriptor: int, path: str) -> str:
     stream = os.pread(descriptor, _BEGINNING_BYTES, begins)
     if len(stream) >= len(_STREAM) and not stream.startswith(_STREAM):
         return f"the memory file {path} is no memory that libvirt has saved"
-    if form == _SPARSE and _MAPPED_RAM not in stream:
+    if _is_mislabelled(form, stream):
         why = "as libvirt writes those of snapshots where they are to be"
         return (
             f"the memory file {path} says that it is sparse, and is not, {why}: only 'virsh snapshot-revert' loads it"
@@ -69,6 +69,11 @@ def problem(descriptor: int, path: str) -> str:
     if begins >= size or not _ends(os.pread(descriptor, size - start, start)):
         return f"the memory file {path} is cut: its {size} bytes have no end"
     return ""
+
+
+def _is_mislabelled(form: int, stream: bytes) -> bool:
+    """Whether a memory says that it is sparse, and the beginning of QEMU's stream does not."""
+    return form == _SPARSE and stream.startswith(_STREAM) and _MAPPED_RAM not in stream
 
 
 def put_form_right(path: str) -> None:
@@ -85,11 +90,11 @@ def put_form_right(path: str) -> None:
         if len(head) < _HEADER.size:
             return
         magic, _, length, _, form, _ = _HEADER.unpack(head)
-        if magic == _WHOLE and form == _SPARSE and length <= MAX_XML:
-            stream = os.pread(descriptor, _BEGINNING_BYTES, _HEADER.size + length)
-            if stream.startswith(_STREAM) and _MAPPED_RAM not in stream:
-                durable.write_in_place(descriptor, _FORM_AT, struct.pack("=I", _RAW), path)
-                os.utime(descriptor, ns=(status.st_atime_ns, status.st_mtime_ns))
+        if magic != _WHOLE or length > MAX_XML:
+            return
+        if _is_mislabelled(form, os.pread(descriptor, _BEGINNING_BYTES, _HEADER.size + length)):
+            durable.write_in_place(descriptor, _FORM_AT, struct.pack("=I", _RAW), path)
+            os.utime(descriptor, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def _ends(tail: bytes) -> bool:

@@ -59,7 +59,7 @@ from snaptree.running.control import Control
 from snaptree.running.listening import heard
 from snaptree.running.progress import Report
 from snaptree.running.progress import silent as unheard
-from snaptree.store import operations, trees
+from snaptree.store import trees
 from snaptree.store.database import Database
 from snaptree.store.libvirt import applying
 from snaptree.store.libvirt.calls import DomainHandle
@@ -89,7 +89,7 @@ class LibvirtMachine(Machine):
         reading = read(self.handle)
         self.config = replace(self.config, nvram=reading.domain.nvram)
         known = self._kept()
-        if known is not None and self._is_unfinished():
+        if known is not None and self.unfinished():
             return Looked(reading, known)
         found = found_tree(reading, self.name, known)
         left = [f"disk {disk} is left alone: {why}" for disk, why in sorted(reading.domain.left.items())]
@@ -98,7 +98,7 @@ class LibvirtMachine(Machine):
     def tree(self) -> Tree:
         """The tree as it is now."""
         # libvirt may be at what was killed, and answer nobody.
-        known = self._kept() if self._is_unfinished() else None
+        known = self._kept() if self.unfinished() else None
         return known if known is not None else self.look().tree
 
     def _kept(self) -> Tree | None:
@@ -106,9 +106,6 @@ class LibvirtMachine(Machine):
         kept = trees.find_config(self.database, self.name)
         same = kept is not None and kept.uuid == self.config.uuid
         return trees.load_tree(self.database, self.name) if same else None
-
-    def _is_unfinished(self) -> bool:
-        return bool(operations.unfinished(self.database, self.name))
 
     def survey(self, looked: Looked, tree: Tree, folders: Iterable[str] = (), *, beside: bool = True) -> Survey:
         """Read the machine's files and what surrounds them."""
@@ -294,7 +291,7 @@ class LibvirtMachine(Machine):
                     control=control,
                 )
             except BaseException:
-                if not self._is_unfinished():
+                if not self.unfinished():
                     if goes is not None:
                         self._start(goes.before)
                     elif isinstance(request, SnapshotRequest) and request.memory:
@@ -363,7 +360,7 @@ class LibvirtMachine(Machine):
 
     async def settle(self, lock: MachineLock, control: Control | None = None) -> tuple[str, ...]:
         """Finish or undo what was killed, under the machine's lock."""
-        if not self._is_unfinished():
+        if not self.unfinished():
             return ()
         from snaptree.running import recovery
         from snaptree.store.libvirt.memory import DomainMemory

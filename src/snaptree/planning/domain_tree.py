@@ -19,7 +19,7 @@ from snaptree.model.memory import LIBVIRT, Memory
 from snaptree.model.snapshot import Snapshot
 from snaptree.model.survey import LayerFacts
 from snaptree.model.tree import MAX_CHAIN, Tree
-from snaptree.planning.draft import is_frozen
+from snaptree.planning.settle import is_frozen
 
 _CONSISTENCY = {"shutoff": "off", "shutdown": "off", "crashed": "off"}
 

@@ -18,7 +18,7 @@ from snaptree.planning.health import Ailment, ailments, require_whole
 from snaptree.planning.live_steps import LiveOpen
 from snaptree.planning.memory_steps import GoOver
 from snaptree.planning.plan import Plan
-from snaptree.planning.settle import settle
+from snaptree.planning.settle import is_frozen, settle
 from snaptree.planning.steps import (
     BuildFromPoint,
     DeleteInternal,
@@ -428,13 +428,6 @@ def is_tip(tree: Tree, layer: LayerId) -> bool:
     """Whether a branch has the whole layer as its tip."""
     names = tree.names_on.get(Point(layer), ())
     return any(name in tree.branches and Point(layer) in tree.branches[name].tips.values() for name in names)
-
-
-def is_frozen(tree: Tree, layer: LayerId) -> bool:
-    """Whether the layer is to stay as it is: no branch has it as its tip, or one that waits with its memory."""
-    names = (name for name in tree.names_on.get(Point(layer), ()) if name in tree.branches)
-    tips = [each for each in map(tree.branches.__getitem__, names) if Point(layer) in each.tips.values()]
-    return all(each.memory is not None and each.name != tree.active for each in tips)
 
 
 def paths_of(tree: Tree) -> dict[str, str]:

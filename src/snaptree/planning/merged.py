@@ -10,9 +10,9 @@ from snaptree.model.delta import diff
 from snaptree.model.layer import Layer, LayerId, Point
 from snaptree.model.tree import Tree
 from snaptree.planning.clearing import cleared
-from snaptree.planning.draft import Draft, is_frozen, paths_of
+from snaptree.planning.draft import Draft, paths_of
 from snaptree.planning.plan import Plan
-from snaptree.planning.settle import settle
+from snaptree.planning.settle import is_frozen, settle
 from snaptree.planning.steps import Record, Repoint, Step, TakeName
 from snaptree.planning.ways import Choice, Row, is_owned_root
 

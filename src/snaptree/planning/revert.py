@@ -267,10 +267,10 @@ def switch(tree: Tree, survey: Survey, request: SwitchRequest) -> Plan:
     purpose = f"switch to {request.name!r}"
     active, target = tree.active_branch, tree.branches[request.name]
     remembered = memory_moves(tree, survey.live.state if survey.live is not None else OFF, request)
-    if target.memory is not None and request.memory is not False and (remembered is None or remembered.loads is None):
-        hint = "leave out --stopped to go on from it, or drop it with --no-memory"
-        raise RefusedError(f"branch {request.name!r} was parked with its memory, which would be lost", hint)
     if target.memory is not None and (remembered is None or remembered.loads is None):
+        if request.memory is not False:
+            hint = "leave out --stopped to go on from it, or drop it with --no-memory"
+            raise RefusedError(f"branch {request.name!r} was parked with its memory, which would be lost", hint)
         # Without its memory it goes on from whatever its tips show by now.
         tips_of = [tree.layers[point.layer] for point in target.tips.values() if point.internal is None]
         draft.ailments = ailments(tree.with_layers(*(replace(each, identity=None) for each in tips_of)), survey)

@@ -37,13 +37,18 @@ def settle(tree: Tree, outsiders: Collection[LayerId] = ()) -> Tree:
     if any(disk not in disks for disk in settled.roots):
         settled = replace(settled, roots={disk: root for disk, root in settled.roots.items() if disk in disks})
     tips = [
-        replace(settled.layers[point.layer], identity=None)
-        for branch in settled.branches.values()
-        if branch.memory is None or branch.name == settled.active
-        for point in branch.tips.values()
-        if point.internal is None and settled.layers[point.layer].identity is not None
+        replace(layer, identity=None)
+        for layer in settled.layers.values()
+        if layer.identity is not None and not is_frozen(settled, layer.id)
     ]
     return settled.with_layers(*tips) if tips else settled
+
+
+def is_frozen(tree: Tree, layer: LayerId) -> bool:
+    """Whether the layer is to stay as it is: no branch has it as its tip, or one that waits with its memory."""
+    names = (name for name in tree.names_on.get(Point(layer), ()) if name in tree.branches)
+    tips = [each for each in map(tree.branches.__getitem__, names) if Point(layer) in each.tips.values()]
+    return all(each.memory is not None and each.name != tree.active for each in tips)
 
 
 def is_loose(tree: Tree, layer: LayerId, outsiders: Collection[LayerId] = ()) -> bool:
