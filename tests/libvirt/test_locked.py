@@ -13,6 +13,7 @@ from tests.libvirt.test_memory import remembered
 
 from snaptree.errors import CancelledError
 from snaptree.machines.connection import Connection
+from snaptree.machines.libvirt import LibvirtMachine
 from snaptree.planning.create import SnapshotRequest
 from snaptree.planning.plan import Plan
 from snaptree.running import recovery
@@ -99,3 +100,23 @@ def test_the_files_of_what_is_recovered(web: DomainScene, monkeypatch: pytest.Mo
     assert looked
     web("recover @")
     web.sound()
+
+
+def test_the_tips_that_virsh_has_just_brought(web: DomainScene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It took a snapshot after those of before were locked."""
+    web("snapshot @ s1")
+    real = LibvirtMachine.settle
+
+    async def settling(self: LibvirtMachine, *arguments: Any) -> tuple[str, ...]:
+        told = await real(self, *arguments)
+        web.virsh("snapshot-create-as", "@", "v1", "--disk-only")
+        return told
+
+    def look(_: Plan) -> bool:
+        assert "v1" in web.names()
+        require_locked({each["path"] for each in web.show()["disks"]})
+        return False
+
+    monkeypatch.setattr(LibvirtMachine, "settle", settling)
+    with of_libvirt(web.own.uri), pytest.raises(CancelledError):
+        Connection(str(web.state)).machine(web.name).run(SnapshotRequest("s3"), confirm=look)
