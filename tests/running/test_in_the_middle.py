@@ -73,6 +73,7 @@ def test_the_monitor_hangs_up_at_a_command(line: str, stride: int, *, after: boo
             # It goes on at once, not only when it is recovered.
             with still.second() as qmp:
                 assert qmp("query-status")["running"], (number, status)
+            assert not any("interrupted" in each for each in still.show()["pending"]), (number, status)
             still.write("...z")
             still("recover web1")
             right(still, main="cdez....")
