@@ -24,7 +24,7 @@ from snaptree.running.guard import PIVOT, STAY, Guard
 from snaptree.running.journal import Journal
 from snaptree.store import operations
 
-STATE, FAILED, BUSY, CANCELLED = 11, 12, 5, 130
+STATE, FAILED, BUSY, REFUSED, CANCELLED = 11, 12, 5, 6, 130
 
 
 @pytest.fixture
@@ -208,6 +208,46 @@ def test_a_merge_that_is_stopped_leaves_no_job(snapshots: Still, way: str, monke
     assert snapshots.jobs() == {}
     assert snapshots.show()["pending"] and not any("interrupted" in each for each in snapshots.show()["pending"])
     whole(snapshots, "s2")
+
+
+def finalized(kill: Callable[[], None]) -> None:
+    """Be killed when a job has been told to make an end."""
+    execute = QmpSession.execute
+
+    async def executed(self: QmpSession, command: str, **arguments: Any) -> Any:
+        answer = await execute(self, command, **arguments)
+        if command == "job-finalize":
+            kill()
+        return answer
+
+    setattr(QmpSession, "execute", executed)  # noqa: B010
+
+
+@pytest.mark.parametrize("way", ["commit", "pull"])
+def test_killed_when_a_job_has_been_finalized(snapshots: Still, way: str) -> None:
+    """QEMU 10.0.2 dies when it is asked for its nodes while a finished stream is there."""
+    snapshots.killed(f"delete web1 s2 --merge {way}", finalized)
+    snapshots("recover web1")
+    answers(snapshots)
+    whole(snapshots, "s2")
+
+
+def test_a_finished_stream_of_somebody_else_is_not_looked_behind(snapshots: Still) -> None:
+    """QEMU dies of it (10.0.2); snaptree's own, however it came there, is dismissed."""
+    for name in ("mine", "snaptree-1"):
+        with snapshots.qmp() as qmp:
+            top = qmp("query-block")[0]["inserted"]
+            (below,) = (each for each in qmp("query-named-block-nodes") if each["file"] == top["backing_file"])
+            qmp("block-stream", device=top["node-name"], base_node=below["node-name"], job_id=name, auto_dismiss=False)
+        answers(snapshots)
+        if name == "mine":
+            said = snapshots("snapshot web1 s4", status=REFUSED)
+            assert "job-dismiss" in said.err and "mine" in said.err
+            with snapshots.qmp() as qmp:
+                qmp("job-dismiss", id=name)
+    snapshots("show web1")
+    assert snapshots.jobs() == {}
+    answers(snapshots)
 
 
 def test_what_a_qemu_has_open_that_does_not_answer_is_left_alone(

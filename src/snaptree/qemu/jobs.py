@@ -15,6 +15,8 @@ from snaptree.errors import CancelledError, SnaptreeError, ToolError
 from snaptree.images.mover.limiting import Limiter
 from snaptree.qemu.session import QmpSession, explain
 
+PREFIX = "snaptree-"
+"""What the names of our jobs begin with."""
 FIRST_POLL, LAST_POLL = 0.005, 0.1
 STALL_SECONDS = 300.0
 """So long the jobs may make no progress at all."""
@@ -272,6 +274,21 @@ class Steering:
     def end(self) -> None:
         """The jobs are over."""
         self._rest(resting=False)
+
+
+async def dismiss_streams(qmp: QmpSession) -> None:
+    """Dismiss our streams that have ended: while there is one, QEMU must not be asked for its nodes.
+
+    :raise ToolError: there is one of somebody else's.
+    """
+    answer = await qmp.execute("query-jobs")
+    with suppress(TypeError, KeyError, AttributeError):
+        ended = [str(each["id"]) for each in answer if (each["type"], each["status"]) == ("stream", "concluded")]
+        for name in ended:
+            if not name.startswith(PREFIX):
+                hint = f"tell its monitor: job-dismiss, with id {name!r}"
+                raise ToolError(f"{qmp.name} has a finished block-stream job, {name}, that nobody has dismissed", hint)
+            await qmp.execute("job-dismiss", id=name)
 
 
 async def abandon(qmp: QmpSession, names: Sequence[str]) -> None:

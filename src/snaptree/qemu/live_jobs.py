@@ -55,7 +55,13 @@ async def begin(qmp: QmpSession, job: Merging, speed: int) -> None:
 
     :raise ToolError: QEMU refuses.
     """
-    common: dict[str, Any] = {"job_id": job.id, "speed": speed, "auto_dismiss": False, "auto_finalize": False}
+    # A pull that has ended must not stay: see :meth:`RunningQemu.graph`.
+    common: dict[str, Any] = {
+        "job_id": job.id,
+        "speed": speed,
+        "auto_dismiss": job.way == "pull",
+        "auto_finalize": False,
+    }
     if job.backing is not None and not job.active:
         common["backing_file"] = job.backing
     if job.way == "commit":
@@ -89,7 +95,7 @@ async def follow(
         if cancelled.is_set():
             raise CancelledError("stopped while data was being moved")
         found = await query(qmp, names)
-        _require_sound(found, names)
+        _require_sound(qmp, found, names)
         progress({name: each.progress for name, each in found.items()})
         held = await steering.apply(found)
         if not held and all(_has_all(names[name], each) for name, each in found.items()):
@@ -114,8 +120,10 @@ async def follow(
         await polls.wait(now.values())
 
 
-def _require_sound(found: Mapping[str, Job], names: Collection[str]) -> None:
+def _require_sound(qmp: QmpSession, found: Mapping[str, Job], names: Collection[str]) -> None:
     gone = set(names) - set(found)
+    for name in sorted(gone & qmp.failed.keys()):
+        raise explain(f"the {name} job failed", qmp.failed[name])
     if gone:
         raise ToolError(f"QEMU does not know the {min(gone)} job any more, which had not come to its end")
     for name, each in found.items():
@@ -136,7 +144,9 @@ async def settle(qmp: QmpSession, job: Merging) -> None:
     asked = False
     while True:
         found = await query(qmp, [job.id])
-        _require_sound(found, [job.id])
+        if asked and not found and job.way == "pull" and job.id not in qmp.failed:
+            return
+        _require_sound(qmp, found, [job.id])
         status = found[job.id].progress.status
         if status == "concluded":
             await qmp.execute("job-dismiss", id=job.id)
@@ -159,7 +169,7 @@ async def stop_the_guest(qmp: QmpSession, job: Merging) -> bool:
     asked = False
     while True:
         found = await query(qmp, [job.id])
-        _require_sound(found, [job.id])
+        _require_sound(qmp, found, [job.id])
         status = found[job.id].progress.status
         if status in ("pending", "concluded"):
             return status == "pending"

@@ -11,6 +11,7 @@ from snaptree.errors import ToolError
 from snaptree.images import durable
 from snaptree.images.locks import open_in
 from snaptree.model.live import PAUSED, RUNNING
+from snaptree.qemu import jobs
 from snaptree.qemu.dialling import dial, peer_of
 from snaptree.qemu.graph import BlockGraph, Inode, Node, read_graph
 from snaptree.qemu.session import GREETING_SECONDS, QmpSession, not_negotiated
@@ -126,7 +127,14 @@ class RunningQemu:
             raise ToolError(f"{self.qmp.name} gave no commands that make sense: {str(answer)[:200]}") from error
 
     async def graph(self) -> BlockGraph:
-        """The block graph as it is now."""
+        """The block graph as it is now.
+
+        Asked for it while a finished stream has not been dismissed, QEMU dies (7.2.22, 10.0.2): the filter above what
+        it has copied is listed still, and has nothing beneath it any more.
+
+        :raise ToolError: somebody's stream is like that, or the answer makes no sense.
+        """
+        await jobs.dismiss_streams(self.qmp)
         told = await self.qmp.execute("query-named-block-nodes", flat=True)
         edges = await self.qmp.execute("x-debug-query-block-graph")
         devices = await self.qmp.execute("query-block")

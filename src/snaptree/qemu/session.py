@@ -6,7 +6,7 @@ import asyncio
 import socket
 from typing import Any
 
-from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError
+from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError
 from qemu.qmp.qmp_client import NegotiationError
 
 from snaptree.errors import NoSpaceError, SnaptreeError, ToolError
@@ -24,8 +24,10 @@ class QmpSession:
     def __init__(self, name: str) -> None:
         self.name = name
         self._client = QMPClient(name)
+        self.failed: dict[str, str] = {}
+        """Why block jobs have failed that ended in this session, by their names: some are forgotten by then."""
         # Nobody reads what it would gather of the events that come.
-        self._client.events.event_filter = lambda event: False
+        self._client.events.event_filter = self._hear
 
     async def connect(self, address: str | socket.socket, seconds: float = GREETING_SECONDS) -> None:
         """Connect, and wait for the greeting.
@@ -59,6 +61,14 @@ class QmpSession:
             raise explain(f"{self.name} refused {command}", str(error)) from error
         except (ExecInterruptedError, QMPError, OSError) as error:
             raise ToolError(f"{self.name} went away during {command}") from error
+
+    def _hear(self, event: Message) -> bool:
+        """Look at an event as it comes; whether it is to be kept, which none is."""
+        if event.get("event") == "BLOCK_JOB_COMPLETED":
+            told = event.get("data")
+            if isinstance(told, dict) and "error" in told:
+                self.failed[str(told.get("device"))] = str(told["error"])
+        return False
 
     async def close(self) -> None:
         """Close the connection; one that is broken already is no error."""

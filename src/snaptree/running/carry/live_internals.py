@@ -15,7 +15,7 @@ from snaptree.planning.live_steps import LiveOpen, Mark
 from snaptree.planning.steps import DeleteInternal, MakeInternal
 from snaptree.qemu import live_jobs
 from snaptree.qemu.graph import BlockGraph, Node
-from snaptree.qemu.jobs import query
+from snaptree.qemu.jobs import PREFIX, query
 from snaptree.qemu.running import RunningQemu
 from snaptree.qemu.session import explain
 from snaptree.running.carry import internals
@@ -153,7 +153,7 @@ async def _delete(qemu: RunningQemu, path: str, tag: str, context: Context) -> N
 
 def _job(context: Context) -> str:
     """The name of the job in QEMU, by which it is found again."""
-    return f"snaptree-{context.token}-d"
+    return f"{PREFIX}{context.token}-d"
 
 
 async def _delete_by_job(qemu: RunningQemu, node: str, tag: str, name: str) -> None:

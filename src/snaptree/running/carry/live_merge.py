@@ -11,7 +11,7 @@ from snaptree.planning.live_steps import File, LiveJob, LiveMerge
 from snaptree.planning.steps import Move
 from snaptree.qemu import live_jobs
 from snaptree.qemu.graph import BlockGraph
-from snaptree.qemu.jobs import JobProgress, Steering, abandon
+from snaptree.qemu.jobs import PREFIX, JobProgress, Steering, abandon
 from snaptree.qemu.live_jobs import Merging
 from snaptree.qemu.running import RunningQemu
 from snaptree.running.carry import moving
@@ -59,7 +59,7 @@ async def merge(step: LiveMerge, context: Context) -> None:
 
 def _id(step: LiveMerge, job: LiveJob, context: Context) -> str:
     """The job's name in QEMU, by which it is found again."""
-    return f"snaptree-{context.token}-{step.jobs.index(job)}"
+    return f"{PREFIX}{context.token}-{step.jobs.index(job)}"
 
 
 def _reporter(step: LiveMerge, jobs: Mapping[LiveJob, Merging], context: Context) -> live_jobs.Reporter:
