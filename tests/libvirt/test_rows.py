@@ -179,6 +179,21 @@ def test_a8_the_middle_goes(web: DomainScene, way: str) -> None:
     goes_on(web, "s3")
 
 
+def test_a8_the_root_is_asked_to_go_up(web: DomainScene) -> None:
+    """libvirt would pull it into the tip, and all between, also where only rights speak against it."""
+    line(web, "s1", "s2")
+    web.path("s1").chmod(0o600)
+    web.path("s2").chmod(0o644)
+    said = web("delete @ s1 --merge pull")
+    if web.runs():
+        assert "libvirt pulls nothing into" in said.out and len(web.chain()) == 3
+        web.sound()
+        web("gc @")
+    assert (web.shows("s2"), web.shows()) == ("b1......", "b12.....")
+    assert len(web.chain()) == 2 and web.listed() == {"s2": None}
+    web.sound()
+
+
 def test_a8_a_chain_without_snapshots_is_squashed(web: DomainScene) -> None:
     """Such as backup programs leave: what the disk stands on is foreign until the user says that it is not."""
     for name in ("x1", "x2", "x3"):

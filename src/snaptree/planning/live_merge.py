@@ -111,7 +111,7 @@ def _choose(draft: Draft, row: Row, way: str) -> Choice | str:
         closed |= {"commit": reason, "pull": reason}
     closed |= _forgotten(draft, row)
     if draft.survey.libvirt and not is_tip(tree, row[-1]):
-        closed.setdefault("pull", f"libvirt pulls nothing into {tree.layers[row[-1]].path}, which is not the tip")
+        closed["pull"] = f"libvirt pulls nothing into {tree.layers[row[-1]].path}, which is not the tip"
     rooted = is_owned_root(tree, row[0])
     if rooted and "pull" not in closed and len(tree.children.get(row[0], ())) == 1:
         closed["pull"] = (
