@@ -351,11 +351,13 @@ def test_killed_at_its_calls(firm: Firm, line: str, every: int) -> None:
     when, done = 1, 0
     while killed_at(firm, when, line):
         firm("recover web1")
-        assert firm.show()["pending"] == []
+        assert not any("interrupted" in each for each in firm.show()["pending"])
         if firm.show()["state"] == "off":
             firm("start web1")
         if firm.run_state() != "running":
             firm.go()
+        # A snapshot whose memory was not saved leaves its overlays to be merged.
+        firm("gc web1")
         went = len(firm.names()) > 2
         assert firm.variable() == firm.kept() == ("one" if went and "revert" in line else "two"), when
         assert len(firm.copies()) == 1 + went
