@@ -55,6 +55,7 @@ async def begin(qmp: QmpSession, job: Merging, speed: int) -> None:
 
     :raise ToolError: QEMU refuses.
     """
+    qmp.failed.pop(job.id, None)
     # A pull that has ended must not stay: see :meth:`RunningQemu.graph`.
     common: dict[str, Any] = {
         "job_id": job.id,
