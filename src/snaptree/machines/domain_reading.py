@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from snaptree.errors import SnaptreeError
 from snaptree.images import gate
 from snaptree.images.facts import read_facts
-from snaptree.model.domain import Domain, Record
+from snaptree.model.domain import Domain, DomainDisk, Record
 from snaptree.model.live import OFF, Live
 from snaptree.model.survey import LayerFacts, Outsider
 from snaptree.model.tree import Tree
@@ -27,6 +27,8 @@ class Reading(Struct, frozen=True):
     domain: Domain
     records: tuple[Record, ...]
     current: str | None
+    next: tuple[DomainDisk, ...]
+    """The disks that it is started with next."""
 
 
 def read(handle: DomainHandle) -> Reading:
@@ -41,11 +43,38 @@ def read(handle: DomainHandle) -> Reading:
         persistent=handle.is_persistent(),
         saved=handle.is_saved(),
     )
+    next_disks = domain.disks
     if state != OFF and domain.persistent:
         # What snaptree notes is kept with what the domain is started from next.
-        domain = replace(domain, hints=domain_of(handle.definition(), "", state, resolve).hints)
+        defined = domain_of(handle.definition(), "", state, resolve)
+        domain, next_disks = replace(domain, hints=defined.hints), defined.disks
     records = tuple(record_of(text, resolve) for text in handle.records().values())
-    return Reading(domain, records, handle.current())
+    return Reading(domain, records, handle.current(), next_disks)
+
+
+def doubt(reading: Reading) -> tuple[str, str] | None:
+    """What keeps one from knowing all that the domain's files are needed for, and what to do about it.
+
+    A point in a pool that is not active would be taken for a file that nobody needs. What is started next may stand on
+    what the running domain has left, and its definition is written again after each operation.
+    """
+    lost = [(f"domain {reading.domain.name}", each) for each in reading.domain.lost]
+    lost += [(f"snapshot {record.name!r}", each) for record in reading.records for each in record.lost]
+    for who, (pool, volume) in lost:
+        return f"volume {volume} of pool {pool}, which {who} has, cannot be found", f"'virsh pool-start {pool}'"
+    name = reading.domain.name
+    now, then = ({disk.target: disk.path for disk in disks} for disks in (reading.domain.disks, reading.next))
+    for target in sorted(now.keys() | then.keys()):
+        if target not in then:
+            hint = f"plug it in for good ('virsh attach-disk {name} … --config') or pull it out"
+            return f"disk {target} was plugged in for this run only", hint
+        if target not in now:
+            hint = f"pull it out for good ('virsh detach-disk {name} {target} --config') or plug it in again"
+            return f"disk {target} was pulled out for this run only", hint
+        if now[target] != then[target]:
+            hint = f"shut it down, or see to it with 'virsh edit {name}'"
+            return f"disk {target} runs on {now[target]}, and is to be {then[target]} at the next start", hint
+    return None
 
 
 def found_tree(reading: Reading, name: str, known: Tree | None) -> FoundTree:
@@ -108,7 +137,7 @@ def other_domains_on(handle: DomainHandle, tree: Tree) -> tuple[Outsider, ...]:
         except SnaptreeError:
             # It has just been undefined, or is being changed; what is on its disks is seen by the files beside ours.
             continue
-        files = {(disk.path, disk.format) for disk in reading.domain.disks}
+        files = {(disk.path, disk.format) for disk in (*reading.domain.disks, *reading.next)}
         files |= {place for record in reading.records for place in record.points.values()}
         for path in set(facts_of(sorted(files))) & set(owned):
             found.append(Outsider(owned[path], f"domain {reading.domain.name!r}"))

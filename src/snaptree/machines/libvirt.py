@@ -23,7 +23,7 @@ from snaptree.errors import BusyError, CancelledError, RefusedError, SnaptreeErr
 from snaptree.images import durable
 from snaptree.images.locks import MachineLock
 from snaptree.machines import domain_memories
-from snaptree.machines.domain_reading import Reading, found_tree, live_of, other_domains_on, read
+from snaptree.machines.domain_reading import Reading, doubt, found_tree, live_of, other_domains_on, read
 from snaptree.machines.findings import Finding
 from snaptree.machines.going import Going
 from snaptree.machines.machine import (
@@ -93,7 +93,8 @@ class LibvirtMachine(Machine):
             return Looked(reading, known)
         found = found_tree(reading, self.name, known)
         left = [f"disk {disk} is left alone: {why}" for disk, why in sorted(reading.domain.left.items())]
-        return Looked(reading, found.tree, (*found.notes, *left))
+        unclear = doubt(reading)
+        return Looked(reading, found.tree, (*found.notes, *left, *([unclear[0]] if unclear else [])))
 
     def tree(self) -> Tree:
         """The tree as it is now."""
@@ -228,6 +229,8 @@ class LibvirtMachine(Machine):
         if not domain.persistent:
             hint = "make it persistent with 'virsh define'"
             raise RefusedError(f"domain {domain.name} is transient: libvirt forgets it when it stops", hint)
+        if found := doubt(looked.reading):
+            raise RefusedError(f"domain {domain.name}: {found[0]}", found[1])
         if isinstance(request, SnapshotRequest) and request.internal and request.exclude:
             hint = "leave out --exclude, or take it external (without --internal)"
             raise RefusedError(f"libvirt has no record for an internal snapshot without {request.exclude[0]}", hint)

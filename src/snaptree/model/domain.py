@@ -46,7 +46,10 @@ class Hints(Struct, frozen=True):
 
 
 class Domain(Struct, frozen=True):
-    """A domain. ``left`` says, by target, why a disk is left alone; ``nvram`` is where its UEFI variables are."""
+    """A domain. ``left`` says, by target, why a disk is left alone; ``nvram`` is where its UEFI variables are.
+
+    ``lost`` are the volumes of its disks that cannot be found, as pool and name.
+    """
 
     name: str
     uuid: str
@@ -59,6 +62,7 @@ class Domain(Struct, frozen=True):
     saved: bool = False
     """Whether it has a managed save image."""
     hints: Hints = field(default_factory=Hints)
+    lost: tuple[tuple[str, str], ...] = ()
 
 
 class Mark(Struct, frozen=True):
@@ -94,6 +98,7 @@ class Record(Struct, frozen=True):
     """One of libvirt's records of a snapshot. ``points`` are the disks of the domain in it, ``(path, format)``.
 
     ``state`` is libvirt's word, ``memory`` the file with the machine's memory, ``hints`` what the metadata was.
+    ``lost`` are the volumes of its points that cannot be found, as pool and name.
     """
 
     name: str
@@ -109,3 +114,4 @@ class Record(Struct, frozen=True):
     hints: Hints = field(default_factory=Hints)
     inside: bool = False
     """Whether its memory is within an image, as an internal snapshot of a machine that ran has it."""
+    lost: tuple[tuple[str, str], ...] = ()

@@ -42,6 +42,7 @@ def domain_of(
         nvram=os.path.realpath(nvram) if nvram is not None and os.path.exists(nvram) else None,
         saved=saved,
         hints=hints_of(root),
+        lost=xml.lost_volumes(root, resolve),
     )
 
 
@@ -78,6 +79,7 @@ def record_of(text: str, resolve: Resolve) -> Record:
         mark=_mark_of(domain),
         hints=hints_of(domain),
         inside=kind == "internal",
+        lost=xml.lost_volumes(domain, resolve),
     )
 
 

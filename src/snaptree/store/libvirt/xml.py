@@ -105,6 +105,13 @@ def path_of(disk: Element, resolve: Resolve) -> str | None:
     return os.path.realpath(path) if path is not None else None
 
 
+def lost_volumes(domain: Element | None, resolve: Resolve) -> tuple[tuple[str, str], ...]:
+    """The volumes of a ``<domain>``'s disks that cannot be found, as pool and name: their pool is not active, say."""
+    sources = [disk.find("source") for _, disk in disks(domain)]
+    named = [(each.get("pool"), each.get("volume")) for each in sources if each is not None]
+    return tuple((pool, name) for pool, name in named if pool and name and resolve(pool, name) is None)
+
+
 def format_of(disk: Element) -> str:
     """The image format that a disk is given; libvirt takes one that has none for raw."""
     driver = disk.find("driver")
