@@ -107,6 +107,14 @@ def test_one_module_changes_files() -> None:
     assert found == []
 
 
+def test_libvirt_is_told_by_its_official_calls_alone() -> None:
+    """The monitor's taint a domain, and libvirt does not know what they change."""
+    for _, path, tree in modules():
+        assert not [name for name in imports(tree) if name.split(".")[0] in ("libvirt_qemu", "libvirt_lxc")], path
+        text = path.read_text(encoding="utf-8")
+        assert "qemu-monitor-command" not in text and "qemuMonitorCommand" not in text, path
+
+
 def test_no_module_holds_two_things() -> None:
     long = {str(path.relative_to(ROOT)): count for _, path, _ in modules() if (count := lines(path)) > 450}
     assert long == {}
