@@ -65,6 +65,7 @@ def _record(wanted: Wanted) -> Record:
         for disk, place in wanted.points.items()
     }
     tags = {disk: place.tag for disk, place in wanted.points.items() if place.tag and place.tag != wanted.name}
+    kept = wanted.created, wanted.consistency, wanted.firmware, tags, wanted.guarded, wanted.active
     return Record(
         name=wanted.name,
         parent=wanted.parent,
@@ -74,7 +75,9 @@ def _record(wanted: Wanted) -> Record:
         disks=disks,
         points={disk: (place.path, place.format) for disk, place in wanted.points.items()},
         reverts={disk: RecordDisk(EXTERNAL, *file) for disk, file in wanted.reverts.items()},
-        mark=Mark(wanted.kind, wanted.created, wanted.consistency, wanted.firmware, tags, wanted.guarded),
+        mark=Mark(
+            wanted.kind, wanted.created, wanted.consistency, wanted.firmware, tags, wanted.guarded, wanted.active
+        ),
     )
 
 

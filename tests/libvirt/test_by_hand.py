@@ -161,6 +161,28 @@ def test_what_is_sent_is_as_the_schema_has_it(web: DomainScene, monkeypatch: pyt
     assert "tainted" not in web.virsh("dominfo", "@")
 
 
+@pytest.mark.parametrize("how", ["gone", "put back"])
+def test_what_the_metadata_says_is_found_again(web: DomainScene, how: str) -> None:
+    """It is dropped, or what it was when a snapshot was taken, as going back with virsh leaves it."""
+    line(web, "s1", "s2")
+    web("branch @ feature --from s1")
+    before = web.virsh("dumpxml", "@", "--inactive")
+    web("switch @ feature")
+    was = web.show()
+    if how == "gone":
+        web.virsh("metadata", "@", "--uri", "urn:snaptree:domain:1", "--remove", "--config")
+    else:
+        after, old = (etree.fromstring(each) for each in (web.virsh("dumpxml", "@", "--inactive"), before))
+        now, then = (each.find("metadata") for each in (after, old))
+        assert now is not None and then is not None
+        after.replace(now, then)
+        web.define_xml(etree.tostring(after, encoding="unicode"))
+    found = web.show()
+    for key in ("active_branch", "snapshots", "layers"):
+        assert found[key] == was[key], key
+    assert {each["name"]: each for each in found["branches"]} == {each["name"]: each for each in was["branches"]}
+
+
 def test_names_are_completed(web: DomainScene) -> None:
     line(web, "s1")
     web("branch @ feature --from s1")

@@ -71,7 +71,8 @@ class Mark(Struct, frozen=True):
     ``kind`` is ``snapshot``, ``branch`` (the record of a parked branch: its points are the branch's tips) or
     ``placeholder`` (it stands where the active branch grew from while no snapshot does). ``tags`` are those internal
     snapshots, by disk, that have another name in the image than the record. ``guarded`` are disks that virsh is kept
-    from deleting: it takes them for ones whose deletion was interrupted.
+    from deleting: it takes them for ones whose deletion was interrupted. The current record has the active branch's
+    name as ``active``.
     """
 
     kind: str = SNAPSHOT
@@ -80,6 +81,7 @@ class Mark(Struct, frozen=True):
     firmware: tuple[FirmwareFile, ...] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
     guarded: frozenset[str] = frozenset()
+    active: str | None = None
 
 
 class RecordDisk(Struct, frozen=True):

@@ -189,16 +189,20 @@ def _memories(records: Iterable[Record], known: Tree | None, sizes: Mapping[str,
 
 
 def _hints(domain: Domain, records: Sequence[Record]) -> Hints:
-    """What the domain's metadata says; where virsh has put it back to that of a record, what records say as well."""
+    """What the domain's metadata says; where virsh has put it back to that of a record, what records say as well.
+
+    The record that was current knows the active branch's name.
+    """
     all_of = [domain.hints, *(each.hints for each in reversed(records))]
     first = next((each for each in all_of if each.active is not None), Hints())
+    named = [each.mark.active for each in records if each.mark is not None and each.mark.active is not None]
     roots: dict[str, tuple[str, str]] = {}
     renamed: dict[str, str] = {}
     for each in reversed(all_of):
         roots.update(each.roots)
         renamed = {disk: now for disk, now in renamed.items() if disk not in each.roots} | dict(each.renamed)
     return Hints(
-        first.active,
+        named[0] if len(named) == 1 else first.active,
         first.parent,
         first.created,
         roots,

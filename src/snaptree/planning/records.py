@@ -56,6 +56,8 @@ class Wanted(Struct, frozen=True):
     firmware: tuple[FirmwareFile, ...] = ()
     guarded: frozenset[str] = frozenset()
     """The disks that virsh is kept from deleting."""
+    active: str | None = None
+    """Of the current one, the active branch's name."""
 
     @property
     def external(self) -> bool:
@@ -168,6 +170,7 @@ def _standing(tree: Tree, name: str, family: _Family) -> Wanted:
         tips if grown else {},
         current=True,
         guarded=frozenset(points),
+        active=tree.active,
     )
 
 
@@ -200,6 +203,7 @@ def _wanted(tree: Tree, named: Snapshot | Branch, family: _Family) -> Wanted:
         overlays=overlays,
         reverts=reverts,
         current=current,
+        active=tree.active if current else None,
         consistency=named.consistency if isinstance(named, Snapshot) else "off",
         memory=tree.memories[named.memory].path if named.memory is not None else None,
         firmware=named.firmware,

@@ -116,6 +116,7 @@ def _mark_of(domain: Element | None) -> Mark | None:
         ),
         guarded=frozenset(each.get("disk", "") for each in xml.children(found, "guard")),
         tags={each.get("disk", ""): each.get("name", "") for each in xml.children(found, "tag")},
+        active=found.get("active"),
     )
 
 

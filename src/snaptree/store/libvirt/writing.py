@@ -232,6 +232,8 @@ def is_placeholder(record: Element) -> bool:
 
 def _mark(wanted: Wanted) -> Element:
     found = xml.new_own("record", kind=wanted.kind, created=repr(wanted.created))
+    if wanted.active is not None:
+        found.set("active", wanted.active)
     if wanted.consistency:
         found.set("consistency", wanted.consistency)
     for piece in wanted.firmware:
