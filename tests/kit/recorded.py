@@ -65,7 +65,6 @@ def _record(wanted: Wanted) -> Record:
         for disk, place in wanted.points.items()
     }
     tags = {disk: place.tag for disk, place in wanted.points.items() if place.tag and place.tag != wanted.name}
-    kept = wanted.created, wanted.consistency, wanted.firmware, tags, wanted.guarded, wanted.active
     return Record(
         name=wanted.name,
         parent=wanted.parent,
