@@ -210,6 +210,35 @@ def test_a_merge_that_is_stopped_leaves_no_job(snapshots: Still, way: str, monke
     whole(snapshots, "s2")
 
 
+@pytest.mark.parametrize("also", ["", "qemu", "stop web1 --force"])
+def test_a_commit_that_somebody_cancels_when_it_is_ready(
+    still: Still, also: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the human monitor's ``block_job_cancel`` does: it ends without an error, and the guest stays where it was."""
+    still("snapshot web1 s1")
+    still.write(".c")
+    follow = live_jobs.follow
+
+    async def cancelled(qmp: QmpSession, jobs: Any, *words: Any) -> None:
+        await follow(qmp, jobs, *words)
+        await qmp.execute("block-job-cancel", device=jobs[0].id)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(live_jobs, "follow", cancelled)
+        assert "somebody has cancelled" in still("delete web1 s1 --merge commit", status=FAILED).err
+    assert still.disk() == "vda.s1.qcow2"
+    still.write("..z")
+    if also == "qemu":
+        still.kill_qemu()
+    elif also:
+        still(also)
+        still.forgiven.add("leaks")
+    still("recover web1")
+    still("gc web1")
+    assert still.shows() == "bcz....."
+    still.sound()
+
+
 def finalized(kill: Callable[[], None]) -> None:
     """Be killed when a job has been told to make an end."""
     execute = QmpSession.execute

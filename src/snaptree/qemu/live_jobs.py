@@ -50,6 +50,11 @@ async def living(qmp: QmpSession, names: Collection[str]) -> frozenset[str]:
     return frozenset(found.keys() - ended)
 
 
+async def pending(qmp: QmpSession, names: Collection[str]) -> list[str]:
+    """Which of the jobs have done all and wait to be finalized."""
+    return [name for name, each in (await query(qmp, names)).items() if each.progress.status == "pending"]
+
+
 async def begin(qmp: QmpSession, job: Merging, speed: int) -> None:
     """Start the job.
 
@@ -165,6 +170,7 @@ async def stop_the_guest(qmp: QmpSession, job: Merging) -> bool:
 
     :return: whether it is so; without it the commit has ended already.
     :raise OutrunError: it does not get there in time.
+    :raise ToolError: somebody has cancelled it: one that is ready would end, and the guest stay where it was.
     """
     deadline = time.monotonic() + PENDING_SECONDS
     asked = False
@@ -172,6 +178,8 @@ async def stop_the_guest(qmp: QmpSession, job: Merging) -> bool:
         found = await query(qmp, [job.id])
         _require_sound(qmp, found, [job.id])
         status = found[job.id].progress.status
+        if status in ("waiting", "pending") and not asked:
+            raise ToolError(f"somebody has cancelled the {job.id} job", "try it again")
         if status in ("pending", "concluded"):
             return status == "pending"
         if status == "ready" and not asked:

@@ -28,6 +28,9 @@ async def merge(step: LiveMerge, context: Context) -> None:
         await _without_qemu(step, context)
         return
     qemu = context.qemu
+    # One that is about to go over may have been told to, or have been cancelled: nobody knows.
+    unclear = await live_jobs.pending(qemu.qmp, [_id(step, job, context) for job in step.jobs if job.active])
+    await abandon(qemu.qmp, unclear)
     known = await live_jobs.living(qemu.qmp, [_id(step, job, context) for job in step.jobs])
     graph = await qemu.graph()
     waiting = [job for job in step.jobs if not is_merged(graph, job)]
@@ -155,6 +158,12 @@ async def _go_over(qemu: RunningQemu, job: LiveJob, merging: Merging, context: C
             if not is_merged(await qemu.graph(), job):
                 journal.note(path, STAY)
             raise
+        # One that somebody has cancelled when it was ready ends without an error, and the guest stays where it was.
+        merged = is_merged(await qemu.graph(), job)
+        if merged != (journal.noted(path) == PIVOT):
+            journal.note(path, PIVOT if merged else STAY)
+    if not merged:
+        raise ToolError(f"somebody has cancelled the {merging.id} job", "try it again")
 
 
 async def _close(qemu: RunningQemu, step: LiveMerge) -> None:
