@@ -52,6 +52,13 @@ def cleared(draft: Draft, after: Tree) -> tuple[list[Step], int]:
                 f"cannot delete the internal snapshot {going[0]!r} in {path}: it is encrypted",
                 "encrypted layers are not supported yet",
             )
+        live = draft.survey.live
+        if going and live is not None and live.let_go and layer_id in live.open:
+            raise RefusedError(
+                f"cannot delete the internal snapshot {going[0]!r} in {path}: "
+                "its QEMU has let go of the disks with the memory that was saved",
+                "let the guest go on, or turn it off, and try again",
+            )
         steps.extend(DeleteInternal(path, tag) for tag in going)
     for piece in sorted(firmware_of(draft.before) - firmware_of(after), key=lambda each: each.path):
         steps.append(RemoveFirmware(piece.role, piece.path))

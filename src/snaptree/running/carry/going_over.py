@@ -185,7 +185,7 @@ async def _take_over(step: GoOver, context: Context, old: RunningQemu, new: Runn
         await memory.quiet(old)
     before = await memory.settings(old.qmp)
     go = Orders((new or old).descriptor, [standing.CONT] if new is not None and step.after == RUNNING else [])
-    stay = Orders(old.descriptor, standing.GO_ON if running else standing.GO_ON[:1])
+    stay = Orders(old.descriptor, await standing.words_to_go_on(old, running=running))
     saving.remember(step.monitor, before, old, context)
     with Guard(context.journal, step.monitor, go=go, stay=stay):
         begun = time.monotonic()

@@ -20,6 +20,7 @@ from snaptree.qemu.running import RunningQemu
 from snaptree.qemu.session import explain
 from snaptree.running.carry import internals
 from snaptree.running.carry.nodes import inode_at, node_of
+from snaptree.running.carry.standing import go_on
 from snaptree.running.context import Context
 
 OPENED = "opened"
@@ -143,6 +144,8 @@ async def _delete(qemu: RunningQemu, path: str, tag: str, context: Context) -> N
     node = node_of(graph, path)
     if graph.top(inode_at(path)) is not None:
         root = graph.root_of(node).name
+        # In an image that QEMU (10.0.2) has let go of, with the memory that was saved, it dies of this.
+        await go_on(qemu, running=False)
         await qemu.qmp.execute("blockdev-snapshot-delete-internal-sync", device=root, name=tag, seconds=DELETE_SECONDS)
     else:
         await _open(qemu, path, context)

@@ -11,7 +11,7 @@ from snaptree.errors import SnaptreeError, ToolError
 from snaptree.images import durable
 from snaptree.images.inode import inode_of, is_still
 from snaptree.images.rights import keep_private
-from snaptree.model.live import PAUSED
+from snaptree.model.live import PAUSED, RUNNING
 from snaptree.model.memory import BACKGROUND, PLAIN
 from snaptree.planning.memory_steps import SaveMemory
 from snaptree.qemu import memory
@@ -19,7 +19,7 @@ from snaptree.qemu.memory import Followed, Settings
 from snaptree.qemu.running import RunningQemu
 from snaptree.running.carry import firmware, live, live_internals
 from snaptree.running.carry.making import unmake
-from snaptree.running.carry.standing import GO_ON, go_on_after_kill, standing_still
+from snaptree.running.carry.standing import go_on, go_on_after_kill, standing_still, words_to_go_on
 from snaptree.running.context import Context
 from snaptree.running.guard import PIVOT, Guard, Orders
 
@@ -69,7 +69,7 @@ async def _begin(step: SaveMemory, context: Context, qemu: RunningQemu) -> None:
         lent = await memory.lend(qemu, descriptor, memory.forms_known(before))
         told = followed(step.used, context)
         try:
-            orders = Orders(qemu.descriptor, GO_ON)
+            orders = Orders(qemu.descriptor, await words_to_go_on(qemu, running=await qemu.state() == RUNNING))
             with Guard(context.journal, step.path, go=Orders(qemu.descriptor), stay=orders):
                 async with standing_still(qemu, step.path, context, saves=True):
                     firmware.renew(step.firmware, context)
@@ -200,6 +200,7 @@ async def set_right(about: str, context: Context, qemu: RunningQemu) -> None:
         return
     await memory.abandon(qemu.qmp)
     await go_on_after_kill(about, qemu, context)
+    await go_on(qemu, running=False)
     with suppress(SnaptreeError):
         await memory.restore(qemu.qmp, Settings.parse(text))
 

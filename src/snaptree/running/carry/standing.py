@@ -82,6 +82,14 @@ async def answering(qemu: RunningQemu) -> AsyncIterator[RunningQemu]:
         yield again
 
 
+async def words_to_go_on(qemu: RunningQemu, *, running: bool) -> list[tuple[str, dict[str, Any]]]:
+    """What lets a guest go on that waits until it is saved; a paused one stays so, with its disks in use again."""
+    if running:
+        return GO_ON
+    known = "blockdev-set-active" in await qemu.commands()
+    return [*GO_ON[:1], *([("blockdev-set-active", {"active": True})] if known else [])]
+
+
 async def go_on(qemu: RunningQemu, *, running: bool) -> None:
     """Let the guest go on; a paused one stays so, with its disks in use again."""
     if running:
