@@ -246,7 +246,7 @@ class DomainScene(Scene):
             assert self.source(each["target"])[0] == Path(each["path"])
         for line in self.virsh("domblklist", "@").splitlines():
             target, path = line.split(None, 1)
-            known = [each["path"] for each in shown["disks"] if each["target"] == target]
+            known = [os.path.realpath(each["path"]) for each in shown["disks"] if each["target"] == target]
             assert os.path.realpath(path.strip()) in known or not known
         found = self(f"verify {self.name} --json").json["findings"]
         found = [each for each in found if " is left alone: " not in each["detail"]]

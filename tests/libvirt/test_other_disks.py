@@ -46,6 +46,66 @@ def test_a_block_device_that_virsh_takes_no_snapshot_of(domain: DomainScene, sta
         domain.remove()
 
 
+def test_a_volume_has_another_number_after_a_boot(domain: DomainScene, state: str) -> None:
+    """``/dev/vg/lv`` is a link to ``/dev/dm-3``, and after the next boot one to ``/dev/dm-4``."""
+    first, second = domain.image("disk.raw", "raw", word="b"), domain.image("other.raw", "raw", word="b")
+    domain.left |= {first, second}
+    with loop_device(first) as one, loop_device(second) as two:
+        link = domain.folder / "vg-lv"
+        link.symlink_to(one)
+        domain.define_xml(define_text(domain.name, domain.uuid, [("vda", link, "raw")]))
+        domain.be(state)
+        domain(f"snapshot @ s1 --file vda={domain.disks}/vda.qcow2")
+        domain.write(".1")
+        domain("snapshot @ s2")
+        domain("delete @ s2")
+        domain.sound()
+        domain.be("off")
+        # As after a boot: the volume has the other number, and a stranger's has this one.
+        one.write_bytes(b"x" * SLOTS * SLOT)
+        link.unlink()
+        link.symlink_to(two)
+        assert domain.virsh_shows() == domain.shows() == "b1......" and domain.shows("s1") == "b......."
+        domain.sound()
+        domain.be(state)
+        domain("snapshot @ s3")
+        domain.write("..3")
+        domain("revert @ s3")
+        domain("delete @ s3")
+        assert domain.shows() == "b1......" and domain.shows("main.1") == "b13....."
+        domain.sound()
+        domain("delete @ --branch main.1")
+        domain("revert @ s1 --discard --delete")
+        assert domain.source() == (link, "raw") and domain.shows() == "b......." and domain.listed() == {}
+        domain.sound()
+        domain.remove()
+
+
+def test_a_volume_by_several_names(domain: DomainScene) -> None:
+    """Whoever made a record or an overlay may have named the volume by another of its links, or by its number."""
+    content = domain.image("disk.raw", "raw", word="b")
+    domain.left.add(content)
+    with loop_device(content) as device:
+        links = [domain.folder / "vg-lv", domain.folder / "by-id"]
+        for link in links:
+            link.symlink_to(device)
+        domain.define_xml(define_text(domain.name, domain.uuid, [("vda", links[0], "raw")]))
+        domain(f"snapshot @ s1 --file vda={domain.disks}/vda.qcow2")
+        images.run("qemu-img", "rebase", "-q", "-u", "-b", device, "-F", "raw", domain.path("main"))
+        domain.write(".1")
+        domain(f"snapshot @ s2 --file vda={domain.disks}/second.qcow2")
+        text = domain.virsh("snapshot-dumpxml", "@", "s1", "--security-info").replace(str(links[0]), str(links[1]))
+        (domain.folder / "s1.xml").write_text(text)
+        domain.virsh("snapshot-create", "@", domain.folder / "s1.xml", "--redefine")
+        assert len(domain.show()["layers"]) == 3 and domain.path("s1") == links[1]
+        domain("snapshot @ s3")
+        domain("delete @ s2")
+        domain("revert @ s1")
+        assert domain.shows() == "b......." and domain.shows("s3") == "b1......"
+        domain.sound()
+        domain.remove()
+
+
 def test_what_is_passed_through_is_left_alone(domain: DomainScene) -> None:
     """Besides CD-ROMs, read-only and shared disks (``test_reading.py``)."""
     content = domain.image("disk.raw", "raw", word="b")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import click
 
 from snaptree.cli.connecting import connection
 from snaptree.cli.output import carry_out, print_json, say
 from snaptree.cli.parsing import changing, json_option, machine_argument, merge_option, paced
 from snaptree.errors import FindingsError, UsageError
+from snaptree.paths import canonical
 from snaptree.planning.accept import AcceptRequest
 from snaptree.planning.sweep import SquashRequest
 from snaptree.planning.verbs import GcRequest, RepairRequest
@@ -37,8 +36,8 @@ def squash_command(
     idle: bool,
 ) -> None:
     """Make one layer of all from --base up to --top, both included; never across a point that a name needs."""
-    highest = os.path.realpath(top) if top is not None else None
-    lowest = os.path.realpath(base) if base is not None else None
+    highest = canonical(top) if top is not None else None
+    lowest = canonical(base) if base is not None else None
     request = SquashRequest(disk, highest, lowest, merge)
     carry_out(
         connection().machine(machine), request, only_plan=only_plan, as_json=as_json, wait=wait, pace=Pace(limit, idle)
@@ -59,7 +58,7 @@ def verify_command(machine: str, accept: str | None, repair: bool, only_plan: bo
         carry_out(found, RepairRequest(), only_plan=only_plan, as_json=as_json, wait=wait)
         return
     if accept is not None:
-        request = AcceptRequest(os.path.realpath(accept))
+        request = AcceptRequest(canonical(accept))
         carry_out(connection().machine(machine), request, only_plan=only_plan, as_json=as_json, wait=wait)
         return
     if only_plan:

@@ -22,6 +22,7 @@ from typing import TypeAlias
 from snaptree.errors import CancelledError, ExistsError, IoError, NoSpaceError, RefusedError, SnaptreeError
 from snaptree.images.inode import inode_of, is_still
 from snaptree.images.rights import copy_rights
+from snaptree.paths import opened_at
 
 Claim: TypeAlias = Callable[[str, int, int], None]
 """Told of a new file before it has its name: its temporary path, generation and inode."""
@@ -69,7 +70,7 @@ def sync(descriptor: int, path: str) -> None:
 def sync_file(path: str) -> None:
     """Bring to disk what another program wrote to the file."""
     with explained(path, "sync"):
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(opened_at(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)
         finally:
@@ -155,7 +156,7 @@ def copy_into(source: str, target: str, *, cancelled: Callable[[], bool] = lambd
     :raise CancelledError: ``cancelled`` said so.
     """
     with opened_for_writing(target) as writing, explained(target, "copy to"):
-        reading = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        reading = os.open(opened_at(source), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             length = os.fstat(reading).st_size
             os.ftruncate(writing, length)
@@ -203,9 +204,9 @@ def write_all(descriptor: int, offset: int, data: bytes | memoryview) -> None:
 
 @contextmanager
 def opened_for_writing(path: str) -> Iterator[int]:
-    """A descriptor for changing a file in place; never follows a link, never makes a file."""
+    """A descriptor for changing a file in place; follows no link but to a block device, never makes a file."""
     with explained(path, "open"):
-        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(opened_at(path), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         yield descriptor
     finally:

@@ -18,9 +18,10 @@ from snaptree.images.header import (
     read_header,
     read_internals,
 )
-from snaptree.images.inode import generation_of
+from snaptree.images.inode import boot, generation_of
 from snaptree.model.layer import Identity
 from snaptree.model.survey import LayerFacts
+from snaptree.paths import opened_at
 
 QCOW2_ENDINGS = (".qcow2", ".qcow", ".q2")
 _OFFSET = 0x00FFFFFFFFFFFE00
@@ -30,11 +31,11 @@ _COMPARED = 64 << 20
 
 
 def open_to_read(path: str) -> int:
-    """A descriptor for reading that follows no link in the last place and waits for no FIFO.
+    """A descriptor for reading that follows no link in the last place, but to a block device, and waits for no FIFO.
 
     :raise OSError: it cannot be opened, or is neither a regular file nor a block device.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = os.open(opened_at(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     mode = os.fstat(descriptor).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         os.close(descriptor)
@@ -77,9 +78,8 @@ def _of_file(descriptor: int, facts: LayerFacts) -> LayerFacts:
     status = os.fstat(descriptor)
     device = stat.S_ISBLK(status.st_mode)
     size = os.lseek(descriptor, 0, os.SEEK_END) if device else status.st_size
-    identity = Identity(
-        status.st_dev, status.st_ino, size, status.st_mtime_ns, generation=0 if device else generation_of(descriptor)
-    )
+    generation = boot() if device else generation_of(descriptor)
+    identity = Identity(status.st_dev, status.st_ino, size, status.st_mtime_ns, generation=generation)
     return replace(
         facts,
         identity=identity,

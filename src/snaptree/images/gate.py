@@ -20,6 +20,7 @@ from snaptree.images.facts import guess_format, open_to_read, read_facts
 from snaptree.images.header import MAX_BACKING_NAME, is_qcow2, read_header
 from snaptree.model.survey import LayerFacts
 from snaptree.model.tree import MAX_CHAIN
+from snaptree.paths import canonical, device_at
 
 TEMPORARY_PREFIX = ".snaptree-"
 MAX_FILES = 20_000
@@ -42,15 +43,17 @@ def resolve_backing(overlay: str, name: str) -> str:
             f"{overlay} names {shown!r} as its backing file, which is not a plain file name",
             "point it at a file with 'qemu-img rebase -u' if you trust it",
         )
-    return os.path.realpath(os.path.join(os.path.dirname(overlay), name))
+    return canonical(os.path.join(os.path.dirname(overlay), name))
 
 
 def relative_backing_name(overlay: str, backing: str) -> str:
     """The backing name to write into the overlay's header: relative to its folder, and never taken for a protocol.
 
+    That of a block device is absolute: it stays right wherever the overlay goes.
+
     :raise RefusedError: it is longer than a header can hold.
     """
-    name = os.path.relpath(backing, os.path.dirname(overlay))
+    name = os.path.relpath(backing, os.path.dirname(overlay)) if device_at(backing) is None else backing
     if _PROTOCOL.match(name):
         name = "./" + name
     if len(os.fsencode(name)) > MAX_BACKING_NAME:
@@ -86,9 +89,9 @@ def read_chain(
     :raise UsageError: the image's format is not known and has to be said.
     :raise UnhealthyError: an image is damaged, missing, in a loop, or of another format than it should be.
     """
-    at: str | None = os.path.realpath(path)
+    at: str | None = canonical(path)
     assert at is not None
-    folder = os.path.dirname(at)
+    folder = os.path.dirname(os.path.realpath(path))
     said = {os.path.realpath(each): value for each, value in (formats or {}).items()}
     allowed = {os.path.realpath(each) for each in bases}
     links: list[Link] = []
@@ -112,13 +115,15 @@ def read_chain(
             _require_allowed(backing, at, folder, allowed)
             if above is None:
                 _require_one_meaning(path, backing, facts.backing)
-            wanted = _backing_format(at, backing, facts.backing_format or said.get(backing))
+            wanted = _backing_format(at, backing, facts.backing_format or said.get(os.path.realpath(backing)))
         at = backing
     return tuple(links)
 
 
 def _require_allowed(path: str, above: str, folder: str, allowed: Collection[str]) -> None:
-    if os.path.dirname(path) != folder and path not in allowed:
+    # By the file itself: a link in the folder may lead to any device.
+    there = os.path.realpath(path)
+    if os.path.dirname(there) != folder and there not in allowed:
         raise RefusedError(
             f"{above} stands on {path}, which is in another folder", f"if that is right, allow it with --base {path}"
         )

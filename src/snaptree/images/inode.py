@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import stat
 import struct
@@ -19,6 +20,17 @@ def generation_of(descriptor: int) -> int:
         return 0
     # The number says long, but what is written is an int.
     return int(struct.unpack_from("I", found)[0])
+
+
+@functools.cache
+def boot() -> int:
+    """The number of this run of the system, which the nodes of block devices have for a generation: the next one makes
+    them anew."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return int(file.read(8), 16)
+    except (OSError, ValueError):
+        return 0
 
 
 def inode_of(path: str) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from msgspec import Struct
 
 from snaptree.errors import BusyError, CancelledError, IoError, NotFoundError, RefusedError
 from snaptree.images.workers import run_together
+from snaptree.paths import opened_at
 
 _F_OFD_GETLK, _F_OFD_SETLK = 36, 37
 _FLOCK = struct.Struct("hhqqi4x")
@@ -118,7 +119,7 @@ CLOSERS = 3
 def worked_on(path: str) -> bool:
     """Whether a snaptree has its own lock on the image. Nothing is locked."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = os.open(opened_at(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
         return False
     try:
@@ -207,12 +208,12 @@ class MachineLock:
 def _open_for_lock(path: str) -> tuple[int, bool]:
     flags = os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        return os.open(path, os.O_RDWR | flags), True
+        return os.open(opened_at(path), os.O_RDWR | flags), True
     except (PermissionError, OSError) as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY):
             raise _unlockable(path, error) from error
     try:
-        return os.open(path, os.O_RDONLY | flags), False
+        return os.open(opened_at(path), os.O_RDONLY | flags), False
     except OSError as error:
         raise _unlockable(path, error) from error
 
@@ -230,7 +231,7 @@ def _unlockable(path: str, error: OSError) -> Exception:
 def _is_still(descriptor: int, path: str) -> bool:
     """Whether the path still names the open file: whoever had it locked may have put another in its place."""
     try:
-        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+        return os.path.samestat(os.fstat(descriptor), os.lstat(opened_at(path)))
     except OSError:
         return False
 

@@ -7,6 +7,8 @@ import os
 import stat
 from contextlib import suppress
 
+from snaptree.paths import opened_at
+
 _ACL, _LABEL = "system.posix_acl_access", "security.selinux"
 
 
@@ -16,8 +18,9 @@ def copy_rights(descriptor: int, like: str) -> None:
     At no moment may anybody read it who may not read the other. Without the right to give a file away, owner and group
     stay ours, and group and others get nothing.
 
-    :raise OSError: the other is a symbolic link, or not there.
+    :raise OSError: the other is a symbolic link, but to a block device, or not there.
     """
+    like = opened_at(like)
     status = os.lstat(like)
     if stat.S_ISLNK(status.st_mode):
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), like)

@@ -11,6 +11,8 @@ import functools
 import os
 from contextlib import suppress
 
+from snaptree.paths import opened_at
+
 _WAIT_BEFORE, _WRITE = 1, 2
 _NOT_HERE = (errno.EINVAL, errno.ENOSYS, errno.ESPIPE, errno.EOPNOTSUPP)
 
@@ -33,7 +35,7 @@ def wait(descriptor: int, offset: int, length: int) -> None:
 def begin_file(path: str) -> None:
     """Begin to write back what another program writes to a file. Whether that succeeds is for its sync to say."""
     with suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = os.open(opened_at(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             begin(descriptor)
         finally:

@@ -16,6 +16,7 @@ from snaptree.model.domain import Domain, DomainDisk, Record
 from snaptree.model.live import OFF, Live
 from snaptree.model.survey import LayerFacts, Outsider
 from snaptree.model.tree import Tree
+from snaptree.paths import device_at
 from snaptree.planning.domain_tree import FoundTree, tree_of
 from snaptree.store.libvirt.calls import DomainHandle
 from snaptree.store.libvirt.reading import domain_of, record_of
@@ -82,15 +83,37 @@ def found_tree(reading: Reading, name: str, known: Tree | None) -> FoundTree:
 
     :param name: by which the machine is known here.
     """
-    files = {(disk.path, disk.format) for disk in reading.domain.disks}
-    files |= {place for record in reading.records for place in record.points.values()}
+    reading = _by_one_name(reading)
+    files = _files_of(reading)
     sizes: dict[str, int] = {}
     for record in reading.records:
         if record.memory is not None:
             with suppress(OSError):
                 sizes[record.memory] = os.stat(record.memory).st_size
     domain = replace(reading.domain, name=name)
-    return tree_of(domain, reading.records, reading.current, facts_of(sorted(files)), known, sizes)
+    return tree_of(domain, reading.records, reading.current, facts_of(files), known, sizes)
+
+
+def _files_of(reading: Reading) -> list[tuple[str, str]]:
+    """The images that the domain, now and at its next start, and its records name, and their formats."""
+    files = {(disk.path, disk.format) for disk in (*reading.domain.disks, *reading.next)}
+    return sorted(files.union(*(record.points.values() for record in reading.records)))
+
+
+def _by_one_name(reading: Reading) -> Reading:
+    """The same with each block device by one name, whatever its links: the definition's, or the first record's."""
+    names: dict[int, str] = {}
+
+    def named(path: str) -> str:
+        number = device_at(path)
+        return path if number is None else names.setdefault(number, path)
+
+    disks = tuple(replace(disk, path=named(disk.path)) for disk in reading.domain.disks)
+    records = tuple(
+        replace(each, points={disk: (named(path), form) for disk, (path, form) in each.points.items()})
+        for each in sorted(reading.records, key=lambda each: (each.created, each.name))
+    )
+    return replace(reading, domain=replace(reading.domain, disks=disks), records=records)
 
 
 def facts_of(files: Iterable[tuple[str, str | None]]) -> dict[str, LayerFacts]:
@@ -100,6 +123,7 @@ def facts_of(files: Iterable[tuple[str, str | None]]) -> dict[str, LayerFacts]:
     """
     found: dict[str, LayerFacts] = {}
     waiting = list(files)
+    names = {number: path for path, _ in waiting if (number := device_at(path)) is not None}
     while waiting:
         path, image_format = waiting.pop()
         if path in found:
@@ -107,7 +131,10 @@ def facts_of(files: Iterable[tuple[str, str | None]]) -> dict[str, LayerFacts]:
         facts = read_facts(path, image_format)
         if facts.backing is not None:
             try:
-                facts = replace(facts, backing=gate.resolve_backing(path, facts.backing))
+                backing = gate.resolve_backing(path, facts.backing)
+                # A device by the name that the domain gives it: a header may have another one of its links, or none.
+                number = device_at(backing)
+                facts = replace(facts, backing=names.setdefault(number, backing) if number is not None else backing)
             except SnaptreeError as error:
                 facts = replace(facts, backing=None, problem=facts.problem or "changed", detail=error.message)
         found[path] = facts
@@ -127,7 +154,7 @@ def live_of(reading: Reading, tree: Tree) -> Live | None:
 
 def other_domains_on(handle: DomainHandle, tree: Tree) -> tuple[Outsider, ...]:
     """The other domains of the connection that stand on layers of this one, by their disks or their snapshots."""
-    owned = {layer.path: layer.id for layer in tree.layers.values() if layer.owned}
+    owned = {os.path.realpath(layer.path): layer.id for layer in tree.layers.values() if layer.owned}
     found: list[Outsider] = []
     for other in handle.connection.domains():
         if other.uuid == handle.uuid:
@@ -137,8 +164,6 @@ def other_domains_on(handle: DomainHandle, tree: Tree) -> tuple[Outsider, ...]:
         except SnaptreeError:
             # It has just been undefined, or is being changed; what is on its disks is seen by the files beside ours.
             continue
-        files = {(disk.path, disk.format) for disk in (*reading.domain.disks, *reading.next)}
-        files |= {place for record in reading.records for place in record.points.values()}
-        for path in set(facts_of(sorted(files))) & set(owned):
+        for path in set(map(os.path.realpath, facts_of(_files_of(reading)))) & set(owned):
             found.append(Outsider(owned[path], f"domain {reading.domain.name!r}"))
     return tuple(found)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from snaptree.errors import NotFoundError, ToolError, UnhealthyError
 from snaptree.model.layer import Point
 from snaptree.model.tree import Tree
+from snaptree.paths import canonical
 from snaptree.planning.adopt import FoundSnapshot
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def _read(path: str) -> FoundSnapshot:
         kind = kinds.get(target.get("dev"), "no" if kinds else "internal")
         if kind != "no":
             internal = name if kind == "internal" else None
-            points.append((str(target.get("dev")), os.path.realpath(str(source.get("file"))), internal))
+            points.append((str(target.get("dev")), canonical(str(source.get("file"))), internal))
     try:
         created = float(root.findtext("creationTime") or 0)
     except ValueError:

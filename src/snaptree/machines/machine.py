@@ -19,6 +19,7 @@ from snaptree.model.layer import LayerId
 from snaptree.model.machine import MachineConfig
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
+from snaptree.paths import opened_at
 from snaptree.planning.accept import AcceptRequest
 from snaptree.planning.health import Ailment
 from snaptree.planning.naming import renamed_roots
@@ -238,7 +239,7 @@ def seen(tree: Tree, request: Request) -> dict[str, tuple[int, int] | None]:
     found: dict[str, tuple[int, int] | None] = {}
     for path in (*(layer.path for layer in tree.layers.values()), *folders):
         try:
-            status = os.stat(path) if path in folders else os.lstat(path)
+            status = os.stat(path) if path in folders else os.lstat(opened_at(path))
         except OSError:
             found[path] = None
         else:

@@ -19,6 +19,7 @@ from snaptree.model.live import OFF
 from snaptree.model.machine import STANDALONE, MachineConfig
 from snaptree.model.survey import FileSystemFacts, LayerFacts, Outsider, PointFacts, RowFacts, Start, Stray, Survey
 from snaptree.model.tree import Tree
+from snaptree.paths import device_at
 from snaptree.planning.plan import Plan
 from snaptree.planning.unmeasured import Unmeasured
 from snaptree.store import operations, trees
@@ -87,10 +88,15 @@ def _facts_of(tree: Tree, number: LayerId) -> LayerFacts:
         facts = replace(facts, problem="changed", detail=f"{layer.path} leads through a symbolic link to {there} now")
     if facts.backing is None:
         return facts
+    parent = tree.layers[layer.parent].path if layer.parent is not None else None
     try:
-        return replace(facts, backing=gate.resolve_backing(layer.path, facts.backing))
+        backing = gate.resolve_backing(layer.path, facts.backing)
     except SnaptreeError as error:
         return replace(facts, problem=facts.problem or "changed", detail=facts.detail or error.message)
+    device = device_at(backing)
+    # By whatever name: it is the device that the tree knows as long as that has this number.
+    same = parent is not None and device is not None and device == device_at(parent)
+    return replace(facts, backing=parent if same else backing)
 
 
 def _file_systems(facts: Iterable[LayerFacts]) -> dict[int, FileSystemFacts]:

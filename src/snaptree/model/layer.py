@@ -13,7 +13,8 @@ class Identity(Struct, frozen=True):
 
     ``size`` is the file's length in bytes, ``mtime_ns`` its modification time, ``header`` the SHA-256 (hex) of the
     qcow2 header's fixed fields and snapshot table position, or empty for a raw file. ``generation`` tells a file from
-    another one that has got its inode number, 0 where the file system does not say; ``device`` holds until a reboot.
+    another one that has got its inode number, 0 where the file system does not say; ``device`` holds until a reboot. Of
+    a block device only ``size`` and ``header`` hold any longer; its ``generation`` is the boot's.
     """
 
     device: int
@@ -27,10 +28,11 @@ class Identity(Struct, frozen=True):
 class Layer(Struct, frozen=True):
     """One image file of one disk.
 
-    ``path`` is absolute and canonical. ``parent`` is the layer that the header names as backing file. ``owned`` is true
-    when snaptree made the file or the user named it; all beneath is foreign. ``virtual_size`` is in bytes. ``identity``
-    is kept for frozen owned layers only: a tip changes all the time. ``half_merged`` says that a commit has begun to
-    write here: the layer shows what it should only through the one above it.
+    ``path`` is absolute and canonical: without links, but for one that is a block device's name. ``parent`` is the
+    layer that the header names as backing file. ``owned`` is true when snaptree made the file or the user named it; all
+    beneath is foreign. ``virtual_size`` is in bytes. ``identity`` is kept for frozen owned layers only: a tip changes
+    all the time. ``half_merged`` says that a commit has begun to write here: the layer shows what it should only
+    through the one above it.
     """
 
     id: LayerId

@@ -212,6 +212,8 @@ def remove(tree: Tree, survey: Survey, *, delete_files: bool) -> Plan:
         facts = survey.layers.get(layer.id)
         if layer.id in held:
             notes.append(f"{layer.path} stays: something outside stands on it")
+        elif facts is not None and facts.block_device:
+            notes.append(f"{layer.path} stays: it is a block device")
         elif facts is not None and facts.identity is not None:
             steps.append(Unlink(layer.path, facts.identity.generation, facts.identity.inode, facts.allocated))
             freed += facts.allocated

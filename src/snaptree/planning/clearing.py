@@ -26,6 +26,9 @@ def cleared(draft: Draft, after: Tree) -> tuple[list[Step], int]:
             steps.append(Unlink(layer.path, 0, 0))
         if layer.id in draft.spared or facts.identity is None or facts.problem == "missing":
             continue
+        if facts.block_device:
+            draft.notes.append(f"{layer.path} stays: it is a block device")
+            continue
         room = facts.allocated if facts.links == 1 else 0
         freed += room
         if layer.path in named:

@@ -48,9 +48,12 @@ def _ailment(tree: Tree, layer_id: LayerId, survey: Survey) -> Ailment | None:
     was, now = layer.identity, facts.identity
     if was is not None and now is not None and not layer.half_merged:
         known = was.generation and now.generation
-        if was.inode != now.inode or (known and was.generation != now.generation):
+        other = was.inode != now.inode or bool(known and was.generation != now.generation)
+        if other and not facts.block_device:
             return Ailment("changed", f"{layer.path} is another file than the one that was frozen")
-        if (was.size, was.mtime_ns, was.header) != (now.size, now.mtime_ns, now.header):
+        # A device's node is a new one after each boot, and whenever the device comes back; it tells no times from then.
+        written = not other and was.mtime_ns != now.mtime_ns
+        if written or (was.size, was.header) != (now.size, now.header):
             return Ailment("changed", f"{layer.path} was written to after it was frozen")
     if layer.owned:
         parent = tree.layers[layer.parent].path if layer.parent is not None else None

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from snaptree.errors import ToolError, UnhealthyError
+from snaptree.paths import canonical
 
 NAMESPACES = {"domain": "urn:snaptree:domain:1", "record": "urn:snaptree:record:1"}
 """Those of the elements which snaptree keeps in ``<metadata>``: libvirt keeps one element of each namespace."""
@@ -102,7 +103,7 @@ def path_of(disk: Element, resolve: Resolve) -> str | None:
     path = source.get("file") or source.get("dev")
     if path is None and source.get("volume") is not None and source.get("pool") is not None:
         path = resolve(source.get("pool"), source.get("volume"))
-    return os.path.realpath(path) if path is not None else None
+    return canonical(path) if path is not None else None
 
 
 def lost_volumes(domain: Element | None, resolve: Resolve) -> tuple[tuple[str, str], ...]:
