@@ -140,6 +140,27 @@ def test_what_is_passed_through_is_left_alone(domain: DomainScene) -> None:
         domain.remove()
 
 
+def test_a_slice_of_a_file_is_left_alone(domain: DomainScene, state: str) -> None:
+    """An overlay on the file would show the guest what is at its beginning."""
+    path = images.create(domain.disks / "data.raw", 2 * SLOTS * SLOT, "raw")
+    images.io(path, "raw", f"write -P {ord('s')} {SLOTS * SLOT} {SLOT}")
+    path.chmod(0o600)
+    domain.left.add(path)
+    slices = f"<slices><slice type='storage' offset='{SLOTS * SLOT}' size='{SLOTS * SLOT}'/></slices>"
+    disk = f"<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{path}'>{slices}</source>"
+    domain.define("vda=web.qcow2", devices=f"{disk}<target dev='vdb' bus='virtio'/></disk>")
+    domain.be(state)
+    domain("snapshot @ s1")
+    domain.write(".1")
+    domain("revert @ s1")
+    assert "disk vdb is left alone: it is a slice of a file" in domain("verify @").out
+    assert [each["target"] for each in domain.show()["disks"]] == ["vda"]
+    source = domain.definition().findall("devices/disk/source")[1]
+    assert source.get("file") == str(path) and source.find("slices/slice").get("offset") == str(SLOTS * SLOT)
+    assert domain.shows() == "........" and domain.shows("main.1") == ".1......"
+    domain.sound()
+
+
 def test_a_volume_of_a_storage_pool_that_is_in_use(domain: DomainScene, state: str) -> None:
     images.create(domain.disks / "volume.qcow2", SLOTS * SLOT)
     pool = f"pool-{domain.name}"

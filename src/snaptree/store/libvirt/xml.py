@@ -136,6 +136,8 @@ def why_left(disk: Element, resolve: Resolve) -> str:
         source = disk.find("source")
         protocol = source.get("protocol") if source is not None else None
         return f"it is on network storage ({protocol or 'of some kind'})"
+    if disk.find("source/slices") is not None:
+        return "it is a slice of a file"
     if path_of(disk, resolve) is None:
         return f"its source is no file that can be found (type {disk.get('type', 'file')!r})"
     if format_of(disk) not in FORMATS:
