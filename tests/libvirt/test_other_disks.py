@@ -228,6 +228,28 @@ def test_labels_that_the_user_has_given_stay(web: DomainScene, state: str) -> No
     web.sound()
 
 
+def test_what_else_a_source_says_stays(web: DomainScene, state: str) -> None:
+    text = web.virsh("dumpxml", "@", "--inactive")
+    path = web.disks / "web.qcow2"
+    web.define_xml(text.replace(f"<source file='{path}'/>", f"<source file='{path}' startupPolicy='optional'/>"))
+    web.be(state)
+
+    def policy() -> str | None:
+        found: str | None = web.definition().find("devices/disk/source").get("startupPolicy")
+        return found
+
+    assert policy() == "optional"
+    web("snapshot @ s1")
+    assert policy() == "optional"
+    web.write(".1")
+    web("revert @ s1")
+    assert policy() == "optional" and web.shows() == "b......." and web.shows("main.1") == "b1......"
+    web("delete @ --branch main.1")
+    web("revert @ s1 --discard --delete")
+    assert policy() == "optional" and web.source()[0] == path
+    web.sound()
+
+
 def test_backup_checkpoints(web: DomainScene) -> None:
     """What a backup program has noted since its last backup is not lost by snapshots and deletions while it runs."""
     web.be("running")

@@ -17,6 +17,10 @@ from snaptree.paths import canonical
 NAMESPACES = {"domain": "urn:snaptree:domain:1", "record": "urn:snaptree:record:1"}
 """Those of the elements which snaptree keeps in ``<metadata>``: libvirt keeps one element of each namespace."""
 FORMATS = ("qcow2", "raw")
+_OF_ONE_FILE = ("file", "dev", "pool", "volume", "mode", "fdgroup", "index")
+_WITHIN_ONE_FILE = ("slices", "encryption", "reservations", "dataStore", "privateData")
+"""Attributes and children of a ``<source>`` that name or describe the one file; the disk's own (``startupPolicy``,
+``seclabel``) go with it to another one."""
 Element = Any
 """An element of lxml's; its types are as loose."""
 Resolve = Callable[[str, str], str | None]
@@ -152,7 +156,10 @@ def strip_chain(disk: Element) -> None:
 
 
 def put_source(disk: Element, path: str, image_format: str, resolve: Resolve) -> None:
-    """Let a disk begin on the file; one that does already keeps the name by which it does."""
+    """Let a disk begin on the file; one that does already keeps the name by which it does.
+
+    What else its source says stays, but for what is of the file that it began on.
+    """
     driver = disk.find("driver")
     if driver is None:
         driver = etree().Element("driver", name="qemu")
@@ -162,16 +169,18 @@ def put_source(disk: Element, path: str, image_format: str, resolve: Resolve) ->
     strip_chain(disk)
     if path_of(disk, resolve) == path:
         return
-    kept = [] if (source := disk.find("source")) is None else [each for each in source if each.tag == "seclabel"]
-    fresh = etree().Element("source")
+    source = disk.find("source")
+    fresh = clone(source) if source is not None else etree().Element("source")
+    for name in _OF_ONE_FILE:
+        fresh.attrib.pop(name, None)
+    for each in [each for each in fresh if each.tag in _WITHIN_ONE_FILE]:
+        fresh.remove(each)
     if os.path.exists(path) and not os.path.isfile(path):
         disk.set("type", "block")
         fresh.set("dev", path)
     else:
         disk.set("type", "file")
         fresh.set("file", path)
-    for each in kept:
-        fresh.append(each)
     if source is None:
         driver.addnext(fresh)
     else:
