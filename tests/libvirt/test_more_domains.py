@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -36,14 +37,23 @@ def test_passwords_and_what_others_keep_in_the_metadata_stay(domain: DomainScene
     domain.sound()
 
 
-def test_uefi_variables_go_with_snapshots_and_branches(domain: DomainScene) -> None:
-    loader, variables = domain.folder / "code.fd", domain.folder / "vars.fd"
+def with_variables(domain: DomainScene, element: str) -> None:
+    """Define the domain with UEFI firmware, its variables as the element says."""
+    loader = domain.folder / "code.fd"
     loader.write_bytes(bytes(65536))
-    variables.write_bytes(b"one" + bytes(65533))
     domain.define("vda=web.qcow2", more="<features><acpi/></features>")
     text = (domain.folder / "domain.xml").read_text()
-    firmware = f"<loader readonly='yes' type='pflash'>{loader}</loader><nvram>{variables}</nvram></os>"
-    domain.define_xml(text.replace("</os>", firmware))
+    domain.define_xml(text.replace("</os>", f"<loader readonly='yes' type='pflash'>{loader}</loader>{element}</os>"))
+
+
+@pytest.mark.parametrize(
+    "element", ["<nvram>{}</nvram>", "<nvram type='file'><source file='{}'/></nvram>"], ids=["older", "newer"]
+)
+def test_uefi_variables_go_with_snapshots_and_branches(domain: DomainScene, element: str) -> None:
+    """In both forms that libvirt has for where they are."""
+    variables = domain.folder / "vars.fd"
+    variables.write_bytes(b"one" + bytes(65533))
+    with_variables(domain, element.format(variables))
     domain("snapshot @ s1")
     domain.write("1")
     variables.write_bytes(b"two" + bytes(65533))
@@ -52,10 +62,28 @@ def test_uefi_variables_go_with_snapshots_and_branches(domain: DomainScene) -> N
     domain.agree()
     domain("switch @ main.1")
     assert variables.read_bytes()[:3] == b"two" and domain.shows("main.1") == "1......."
+    assert domain.definition().find("os/nvram").get("type") == ("file" if "source" in element else None)
     domain("delete @ s1")
     domain("delete @ --branch main")
     assert [path for path in (domain.state / "firmware").rglob("*") if path.is_file()] == []
     domain.agree()
+
+
+def test_uefi_variables_that_are_in_no_file(domain: DomainScene) -> None:
+    with_variables(domain, "<nvram type='block'><source dev='/dev/vg/variables'/></nvram>")
+    assert "no snapshot keeps the UEFI variables: they are in no file (type 'block')" in domain("verify @").out
+    domain("snapshot @ s1")
+    domain("revert @ s1")
+    assert domain.definition().find("os/nvram/source").get("dev") == "/dev/vg/variables"
+
+
+def test_uefi_variables_on_a_device_do_not_go_with_the_domain(domain: DomainScene) -> None:
+    node = domain.folder / "variables"
+    os.mknod(node, stat.S_IFBLK | 0o600, os.makedev(7, 0))
+    with_variables(domain, f"<nvram type='block'><source dev='{node}'/></nvram>")
+    domain("remove @ --delete-files --yes")
+    assert domain.name not in domain.virsh("list", "--all", "--name").split()
+    assert node.is_block_device() and domain.files() == set()
 
 
 def test_memory_that_virsh_has_saved(web: DomainScene) -> None:

@@ -93,8 +93,11 @@ class LibvirtMachine(Machine):
             return Looked(reading, known)
         found = found_tree(reading, self.name, known)
         left = [f"disk {disk} is left alone: {why}" for disk, why in sorted(reading.domain.left.items())]
-        unclear = doubt(reading)
-        return Looked(reading, found.tree, (*found.notes, *left, *([unclear[0]] if unclear else [])))
+        if reading.domain.nvram_left:
+            left.append(f"no snapshot keeps the UEFI variables: {reading.domain.nvram_left}")
+        if unclear := doubt(reading):
+            left.append(unclear[0])
+        return Looked(reading, found.tree, (*found.notes, *left))
 
     def tree(self) -> Tree:
         """The tree as it is now."""
@@ -159,7 +162,10 @@ class LibvirtMachine(Machine):
         plan = planned(tree, survey, lambda measured: verbs.plan(tree, measured, request))
         plan, tell = self._by_libvirt(plan, tree, survey, self._tell(looked))
         if isinstance(request, RemoveRequest):
-            undefine = Undefine(tell.uri, tell.uuid, looked.reading.domain.name, nvram=request.delete_files)
+            domain = looked.reading.domain
+            # libvirt would remove the node of a device.
+            variables = request.delete_files and not domain.nvram_left
+            undefine = Undefine(tell.uri, tell.uuid, domain.name, nvram=variables)
             steps: tuple[Step, ...] = (undefine, *plan.steps)
             return replace(plan, steps=steps)
         if isinstance(request, RepairRequest):

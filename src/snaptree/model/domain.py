@@ -48,6 +48,7 @@ class Hints(Struct, frozen=True):
 class Domain(Struct, frozen=True):
     """A domain. ``left`` says, by target, why a disk is left alone; ``nvram`` is where its UEFI variables are.
 
+    ``nvram_left`` says why these are left alone, where they are and snaptree cannot keep them.
     ``lost`` are the volumes of its disks that cannot be found, as pool and name.
     """
 
@@ -59,6 +60,7 @@ class Domain(Struct, frozen=True):
     disks: tuple[DomainDisk, ...] = ()
     left: Mapping[str, str] = field(default_factory=dict)
     nvram: str | None = None
+    nvram_left: str = ""
     saved: bool = False
     """Whether it has a managed save image."""
     hints: Hints = field(default_factory=Hints)

@@ -30,7 +30,7 @@ def domain_of(
             left[target] = why
         else:
             found.append(DomainDisk(target, path, xml.format_of(disk)))
-    nvram = root.findtext("os/nvram") or None
+    nvram, nvram_left = xml.variables_of(root)
     return Domain(
         name=str(root.findtext("name")),
         uuid=str(root.findtext("uuid")),
@@ -40,6 +40,7 @@ def domain_of(
         disks=tuple(found),
         left=left,
         nvram=os.path.realpath(nvram) if nvram is not None and os.path.exists(nvram) else None,
+        nvram_left=nvram_left,
         saved=saved,
         hints=hints_of(root),
         lost=xml.lost_volumes(root, resolve),

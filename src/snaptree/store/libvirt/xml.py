@@ -149,6 +149,21 @@ def why_left(disk: Element, resolve: Resolve) -> str:
     return ""
 
 
+def variables_of(domain: Element) -> tuple[str | None, str]:
+    """The file with a domain's UEFI variables, and why they are left alone where they are not in a file.
+
+    libvirt has two forms for it: the path as text, and a ``<source>`` as disks have.
+    """
+    element = domain.find("os/nvram")
+    if element is None:
+        return None, ""
+    source = element.find("source")
+    if source is None:
+        return (element.text or "").strip() or None, ""
+    kind = element.get("type", "file")
+    return source.get("file"), "" if kind == "file" else f"they are in no file (type {kind!r})"
+
+
 def strip_chain(disk: Element) -> None:
     """Take away what libvirt has noted of the chain beneath a disk: it would believe that rather than the headers."""
     for each in disk.findall("backingStore"):
