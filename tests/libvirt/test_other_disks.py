@@ -161,6 +161,21 @@ def test_a_slice_of_a_file_is_left_alone(domain: DomainScene, state: str) -> Non
     domain.sound()
 
 
+def test_a_raw_disk_that_is_encrypted_is_left_alone(domain: DomainScene) -> None:
+    """An overlay on the file would show the guest what only the key makes sense of."""
+    path = images.create(domain.disks / "data.raw", SLOTS * SLOT, "raw")
+    domain.left.add(path)
+    secret = f"<encryption format='luks'><secret type='passphrase' uuid='{domain.uuid}'/></encryption>"
+    disk = f"<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{path}'>{secret}</source>"
+    domain.define("vda=web.qcow2", devices=f"{disk}<target dev='vdb' bus='virtio'/></disk>")
+    domain("snapshot @ s1")
+    domain("revert @ s1")
+    assert "disk vdb is left alone: it is encrypted" in domain("verify @").out
+    assert [each["target"] for each in domain.show()["disks"]] == ["vda"]
+    assert domain.source("vdb") == (path, "raw") and domain.definition().find(".//source/encryption") is not None
+    domain.sound()
+
+
 def test_a_volume_of_a_storage_pool_that_is_in_use(domain: DomainScene, state: str) -> None:
     images.create(domain.disks / "volume.qcow2", SLOTS * SLOT)
     pool = f"pool-{domain.name}"

@@ -146,6 +146,9 @@ def why_left(disk: Element, resolve: Resolve) -> str:
         return f"its source is no file that can be found (type {disk.get('type', 'file')!r})"
     if format_of(disk) not in FORMATS:
         return f"its format is {format_of(disk)}, and only qcow2 and raw are handled"
+    if format_of(disk) == "raw" and any(disk.find(each) is not None for each in ("encryption", "source/encryption")):
+        # Of a qcow2 image its header says so.
+        return "it is encrypted"
     return ""
 
 
