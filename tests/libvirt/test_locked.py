@@ -8,17 +8,21 @@ from typing import Any
 import pytest
 from tests.kit.domain import DomainScene, line, of_libvirt
 from tests.kit.locked import require_locked, watched
+from tests.kit.space import held
 from tests.kit.told import run_killed
 from tests.libvirt.test_memory import remembered
 
-from snaptree.errors import CancelledError
+from snaptree.errors import BusyError, CancelledError
+from snaptree.images.locks import MachineLock
 from snaptree.machines.connection import Connection
 from snaptree.machines.libvirt import LibvirtMachine
 from snaptree.planning.create import SnapshotRequest
 from snaptree.planning.plan import Plan
 from snaptree.running import recovery
+from snaptree.store.libvirt.calls import DomainHandle
 
 pytestmark = pytest.mark.root
+BUSY = 5
 
 
 def test_the_files_of_the_plan(web: DomainScene, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,6 +40,58 @@ def test_the_files_of_what_is_merged_after_memory_is_loaded(web: DomainScene, mo
     web("revert @ m1 --discard --delete")
     assert len(found) == 2 and found[1]
     web.virsh("destroy", "@")
+
+
+def test_what_another_snaptree_works_on_turns_no_domain_off(web: DomainScene) -> None:
+    line(web, "s1", "s2")
+    web.be("running")
+    before, lock = web.virsh("domid", "@"), MachineLock()
+    lock.acquire([str(web.path("s2"))])
+    try:
+        assert "another snaptree" in web("revert @ s2 --discard --delete", status=BUSY).err
+    finally:
+        lock.release()
+    assert web.virsh("domid", "@") == before
+    web.be("off")
+    web.sound()
+
+
+def test_what_somebody_has_open_turns_no_domain_off(web: DomainScene) -> None:
+    line(web, "s1", "s2")
+    web("revert @ s1")
+    web("delete @ --branch main.1")
+    web.be("running")
+    before = web.virsh("domid", "@")
+    with held(web.path("s2")):
+        assert "is open by qemu-io" in web("revert @ s1 --discard --children", status=BUSY).err
+    assert web.virsh("domid", "@") == before
+    web.be("off")
+    web.sound()
+
+
+@pytest.mark.parametrize("state", ["running", "paused"])
+def test_what_is_refused_after_it_was_turned_off_has_it_started_again(
+    web: DomainScene, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line(web, "s1", "s2")
+    web.be("running")
+    if state == "paused":
+        web.virsh("suspend", "@")
+    shown, before = web.show(), web.virsh("domid", "@")
+    stop = DomainHandle.stop
+
+    def stopped(handle: DomainHandle) -> None:
+        stop(handle)
+        monkeypatch.setattr("snaptree.machines.libvirt.require_same", refuses)
+
+    def refuses(*_: Any) -> None:
+        raise BusyError("somebody has been at it meanwhile")
+
+    monkeypatch.setattr(DomainHandle, "stop", stopped)
+    assert "meanwhile" in web("revert @ s1 --discard", status=BUSY).err
+    assert web.show() == shown and web.show()["state"] == state and web.virsh("domid", "@") != before
+    web.be("off")
+    web.sound()
 
 
 @pytest.fixture

@@ -12,12 +12,14 @@ import pytest
 from tests.kit.stage import processes_of
 from tests.kit.still import Still
 
-from snaptree.errors import ToolError
-from snaptree.images.locks import probe
+from snaptree.errors import BusyError, ToolError
+from snaptree.images.locks import MachineLock, probe
+from snaptree.machines import switching
 from snaptree.qemu import ending
 from snaptree.qemu.session import QmpSession
 from snaptree.running.journal import Journal
 
+BUSY = 5
 PIDFD_GETFD = 438
 """The system call's number, the same on all architectures but Alpha."""
 
@@ -76,6 +78,45 @@ def test_it_has_not_stopped_before_its_disks_are_free(still: Still, lingering: C
     tip = str(still.path("main"))
     still("stop web1 --force")
     assert probe(tip) is None
+
+
+def test_what_is_refused_turns_no_machine_off(still: Still) -> None:
+    still("snapshot web1 s1")
+    still.write("x")
+    still("snapshot web1 s2")
+    before, lock = processes_of(still.folder), MachineLock()
+    lock.acquire([str(still.path("s2"))])
+    try:
+        assert "another snaptree" in still("revert web1 s2 --discard --delete", status=BUSY).err
+    finally:
+        lock.release()
+    assert processes_of(still.folder) == before
+    still("stop web1 --force")
+    still.forgiven.add("leaks")
+    still.sound()
+
+
+def test_what_is_refused_after_it_was_turned_off_has_it_started_again(
+    still: Still, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    still("snapshot web1 s1")
+    still.write("x")
+    before, turn_off = processes_of(still.folder), switching.turn_off
+
+    async def turned_off(*words: Any) -> None:
+        await turn_off(*words)
+        monkeypatch.setattr("snaptree.machines.standalone.require_same", refuses)
+
+    def refuses(*_: Any) -> None:
+        raise BusyError("somebody has been at it meanwhile")
+
+    monkeypatch.setattr(switching, "turn_off", turned_off)
+    assert "meanwhile" in still("revert web1 s1 --discard --delete", status=BUSY).err
+    assert processes_of(still.folder) != before and still.show()["state"] == "paused"
+    assert still.shows() == "x......." and set(still.names()) == {"s1", "main"}
+    still("stop web1 --force")
+    still.forgiven.add("leaks")
+    still.sound()
 
 
 def test_it_goes_elsewhere_when_its_disks_are_free(still: Still, lingering: Callable[[], None]) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
 from msgspec.structs import replace
 
+from snaptree.errors import SnaptreeError
 from snaptree.machines.power import Power
 from snaptree.model.live import OFF, PAUSED
 from snaptree.model.tree import Tree
@@ -44,6 +47,27 @@ class Going(Struct, frozen=True):
             from snaptree.machines import switching
 
             await within(switching.launch(machine, machine.tree(), paused=state == PAUSED))
+
+
+@asynccontextmanager
+async def or_back(start: Callable[[], Awaitable[None]], unfinished: Callable[[], object]) -> AsyncIterator[None]:
+    """Whatever fails in the block, the machine does afterwards what it did before; what has not come to its end is
+    recovery's.
+
+    :param start: has it do that.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not unfinished():
+            try:
+                await start()
+            except SnaptreeError as failed:
+                if not isinstance(error, SnaptreeError):
+                    raise
+                more = f"the machine was turned off, and cannot be started again: {failed.message}"
+                error.hint = f"{error.hint}; {more}" if error.hint else more
+        raise
 
 
 def going(machine: Standalone, request: object, power: Power, tree: Tree) -> Going | None:

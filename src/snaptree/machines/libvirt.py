@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -25,7 +26,7 @@ from snaptree.images.locks import MachineLock
 from snaptree.machines import domain_memories
 from snaptree.machines.domain_reading import Reading, doubt, found_tree, live_of, other_domains_on, read
 from snaptree.machines.findings import Finding
-from snaptree.machines.going import Going
+from snaptree.machines.going import Going, or_back
 from snaptree.machines.machine import (
     Machine,
     View,
@@ -274,40 +275,41 @@ class LibvirtMachine(Machine):
             plan = self._plan(looked, tree, request, off=goes is not None)
             if confirm is not None and not confirm(plan):
                 raise CancelledError("nothing was done", "")
-            if goes is not None and goes.before != OFF:
-                # What was planned rested on disks that the guest wrote to.
-                self.handle.stop()
-                looked = self.look()
-                plan = self._plan(looked, tree, request, off=True)
-            if goes is not None:
-                plan = goes.told(plan)
             lock.extend(files_of(plan))
             require_same(tree, request, before)
-            if read(self.handle) != looked.reading:
-                hint = "see what did it, and try again"
-                raise BusyError(f"domain {self.name} has been changed since it was planned", hint)
-            self._keep(tree)
-            off = looked.reading.domain.state == OFF and moves is None
-            try:
-                outcome = await executor.run(
-                    self.database,
-                    self.name,
-                    plan,
-                    lock=lock,
-                    still=still(tree, request) if off else (),
-                    spared=self._opened,
-                    report=progress or unheard,
-                    control=control,
-                )
-            except BaseException:
-                if not self.unfinished():
-                    if goes is not None:
-                        self._start(goes.before)
-                    elif isinstance(request, SnapshotRequest) and request.memory:
+            async with or_back(partial(self._back, goes), self.unfinished):
+                if goes is not None and goes.before != OFF:
+                    executor.require_free(plan, closing=self._opened())
+                    self.handle.stop()
+                    # What was planned rested on disks that the guest wrote to.
+                    looked = self.look()
+                    plan = self._plan(looked, tree, request, off=True)
+                    lock.extend(files_of(plan))
+                    require_same(tree, request, before)
+                if goes is not None:
+                    plan = goes.told(plan)
+                if read(self.handle) != looked.reading:
+                    hint = "see what did it, and try again"
+                    raise BusyError(f"domain {self.name} has been changed since it was planned", hint)
+                self._keep(tree)
+                off = looked.reading.domain.state == OFF and moves is None
+                try:
+                    outcome = await executor.run(
+                        self.database,
+                        self.name,
+                        plan,
+                        lock=lock,
+                        still=still(tree, request) if off else (),
+                        spared=self._opened,
+                        report=progress or unheard,
+                        control=control,
+                    )
+                except BaseException:
+                    if isinstance(request, SnapshotRequest) and request.memory and not self.unfinished():
                         # Memory that could not be saved may leave overlays; what it leaves loose, gc merges.
                         with suppress(SnaptreeError):
                             await self._merge_loose(tree, lock)
-                raise
+                    raise
             if moves is not None:
                 why = await self._arrive(moves, tree, lock)
                 outcome.said += [why] if why else []
@@ -354,6 +356,11 @@ class LibvirtMachine(Machine):
         within = domain_memories.within(looked.tree, looked.reading, request)
         after = request.power or (within.state if within is not None else before)
         return None if before == after == OFF else Going(before, after)
+
+    async def _back(self, goes: Going | None) -> None:
+        """Have the domain do what it did before."""
+        if goes is not None:
+            self._start(goes.before)
 
     def _start(self, state: str) -> None:
         if state != OFF and not self._runs():

@@ -16,7 +16,7 @@ from snaptree.images.locks import MachineLock
 from snaptree.machines.finding import find_disk
 from snaptree.machines.findings import Finding
 from snaptree.machines.free import require_free, require_plugged_in, without_others
-from snaptree.machines.going import going
+from snaptree.machines.going import Going, going, or_back
 from snaptree.machines.machine import (
     Machine,
     View,
@@ -184,34 +184,29 @@ class Standalone(Machine):
                     match(await qemu.graph(), plan.after, qemu.path)
                 if confirm is not None and not confirm(plan):
                     raise CancelledError("nothing was done", "")
-                if gone is not None and qemu is not None:
-                    await gone.turn_off(qemu, tree)
-                    # What was planned rested on disks that the guest wrote to.
-                    power, qemu = Power(OFF), None
-                    plan = gone.told(self.plan_with(tree, power, request))
                 lock.extend(files_of(plan))
                 require_same(tree, request, before)
                 run = partial(
                     executor.run, self.database, self.name, lock=lock, report=progress or unheard, control=control
                 )
-                held = still(tree, request) if power.live is None and moves is None else ()
-                try:
-                    outcome = await run(plan, qemu=qemu, still=held)
-                except OutrunError as error:
-                    outcome = await pull_instead(self, error, plan, request, partial(run, qemu=qemu), qemu)
-                except BaseException as error:
-                    if isinstance(error, ToolError) and qemu is not None and not await qemu.answers():
-                        # The guest may stand still, or its requests wait, until that has been brought to an end.
-                        with suppress(SnaptreeError):
-                            await self.settle(lock, control)
-                    elif not operations.unfinished(self.database, self.name):
-                        if gone is not None:
-                            await gone.start(self, gone.before)
-                        elif qemu is not None and isinstance(request, SnapshotRequest):
-                            # Memory that could not be saved leaves overlays; what it leaves loose, gc merges.
-                            with suppress(SnaptreeError):
-                                await merge_loose(self, tree, qemu, lock)
-                    raise
+                async with or_back(partial(self._back, gone), partial(operations.unfinished, self.database, self.name)):
+                    if gone is not None and qemu is not None:
+                        executor.require_free(plan, closing=await qemu.open_files())
+                        await gone.turn_off(qemu, tree)
+                        # What was planned rested on disks that the guest wrote to.
+                        power, qemu = Power(OFF), None
+                        plan = gone.told(self.plan_with(tree, power, request))
+                        lock.extend(files_of(plan))
+                        require_same(tree, request, before)
+                    held = still(tree, request) if power.live is None and moves is None else ()
+                    try:
+                        outcome = await run(plan, qemu=qemu, still=held)
+                    except OutrunError as error:
+                        outcome = await pull_instead(self, error, plan, request, partial(run, qemu=qemu), qemu)
+                    except BaseException as error:
+                        if qemu is not None:
+                            await self._failed(error, request, tree, qemu, lock, control)
+                        raise
                 if gone is not None:
                     await gone.start(self, gone.after)
                 if moves is not None:
@@ -220,6 +215,24 @@ class Standalone(Machine):
                     if outcome.qemu is not None:
                         await outcome.qemu.close()
                 return as_it_went(plan, outcome)
+
+    async def _back(self, gone: Going | None) -> None:
+        """Have the machine do what it did before, if it is off by now."""
+        if gone is not None and silent(self.database, self.config, self.tree()):
+            await gone.start(self, gone.before)
+
+    async def _failed(
+        self, error: BaseException, request: Request, tree: Tree, qemu: RunningQemu, lock: MachineLock, control: Control
+    ) -> None:
+        """What is done at once after something has failed on a machine that runs."""
+        if isinstance(error, ToolError) and not await qemu.answers():
+            # The guest may stand still, or its requests wait, until that has been brought to an end.
+            with suppress(SnaptreeError):
+                await self.settle(lock, control)
+        elif isinstance(request, SnapshotRequest) and not operations.unfinished(self.database, self.name):
+            # Memory that could not be saved leaves overlays; what it leaves loose, gc merges.
+            with suppress(SnaptreeError):
+                await merge_loose(self, tree, qemu, lock)
 
     async def settle(self, lock: MachineLock, control: Control | None = None) -> tuple[str, ...]:
         """Finish or undo what was killed, under the machine's lock."""

@@ -106,9 +106,12 @@ def _both(one: Report, other: Report) -> Report:
     return report
 
 
-def require_free(plan: Plan, spared: Collection[tuple[int, int]] = ()) -> None:
+def require_free(
+    plan: Plan, spared: Collection[tuple[int, int]] = (), closing: Collection[tuple[int, int]] = ()
+) -> None:
     """See that what the plan and the merges that follow it use is there, and open nowhere, before anything is touched.
 
+    :param closing: the files (device and inode) that a machine has open which is turned off first.
     :raise NotFoundError: a piece of firmware state is not there.
     :raise RefusedError: a folder or an image may not be changed, or a piece of firmware state is a symbolic link.
     :raise BusyError: somebody has one of the images open.
@@ -126,7 +129,7 @@ def require_free(plan: Plan, spared: Collection[tuple[int, int]] = ()) -> None:
     # Every file that is worked on is held open; a machine may have more than a process usually may.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    holding = Holding(spared=spared)
+    holding = Holding(spared=spared, closing=closing)
     holding.take_steps(steps)
     holding.release()
 

@@ -103,13 +103,21 @@ class Holding:
 
     :param spared: the files (device and inode) that the machine's own QEMU has open. They are not locked; what is
         written there it writes itself.
+    :param closing: the files that a machine has open which is turned off before anything is done: nothing can be known
+        of them yet.
     :param patience: for how many seconds to wait for somebody else to give a file up: one who only looks, or one of
         QEMU's programs that is just being killed because its snaptree was.
     """
 
-    def __init__(self, patience: float = 0.2, spared: Collection[tuple[int, int]] = ()) -> None:
+    def __init__(
+        self,
+        patience: float = 0.2,
+        spared: Collection[tuple[int, int]] = (),
+        closing: Collection[tuple[int, int]] = (),
+    ) -> None:
         self._patience = patience
         self._spared = frozenset(spared)
+        self._closing = frozenset(closing)
         self._locks: dict[tuple[int, int], ImageLock] = {}
 
     def take(self, plan: Plan, still: Iterable[str] = ()) -> None:
@@ -143,7 +151,7 @@ class Holding:
     def _lock(self, path: str, mode: str) -> None:
         # A file may have two names for a while (TakeName), and is locked once.
         inode = _inode(path)
-        if inode is None or inode in self._locks or inode in self._spared:
+        if inode is None or inode in self._locks or inode in self._spared | self._closing:
             return
         deadline = time.monotonic() + self._patience
         while True:
