@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 
 import pytest
-from tests.kit.domain import DomainScene
+from tests.kit.domain import DomainScene, line
 from tests.kit.told import run_killed
 
 pytestmark = pytest.mark.root
@@ -94,6 +94,50 @@ def test_started_on_the_old_disk_after_a_kill(web: DomainScene) -> None:
 @pytest.mark.parametrize("line", VERBS, ids=lambda line: line.replace("@ ", "").replace(" ", "-"))
 def test_killed_at_everything_that_libvirt_is_told(web: DomainScene, line: str, when: int, before: bool) -> None:
     one(web, line, when, before=before)
+
+
+@pytest.mark.parametrize("by", ["recover @", "recover", "snapshot @ s9"])
+@pytest.mark.parametrize(
+    ("call", "state", "shows"),
+    [("stop", "running", "b1......"), ("start", "running", "b......."), ("stop", "paused", "b1......")],
+)
+def test_killed_while_it_is_off_for_it(web: DomainScene, call: str, state: str, shows: str, by: str) -> None:
+    line(web, "s1")
+    web.be("running")
+    if state == "paused":
+        web.virsh("suspend", "@")
+    _, told = run_killed(web, "revert @ s1 --discard", 1, before=call == "start", calls=(call,))
+    assert told and not web.runs()
+    assert f"is to be {state} again" in web.show()["pending"][-1]
+    said = web(by)
+    assert by.startswith("snapshot") or "was started again" in said.out
+    assert web.show()["state"] == state and web.show()["pending"] == [] and web.shows() == shows
+    assert web("recover @").out == "nothing to recover\n"
+    web.be("off")
+    assert web("recover").out == "nothing to recover\n"
+    web.sound()
+
+
+def test_killed_while_it_is_off_after_its_memory_was_saved(web: DomainScene) -> None:
+    line(web, "s1")
+    web.be("running")
+    _, told = run_killed(web, "revert @ s1 --memory", 1, before=True, calls=("start",))
+    assert told and not web.runs()
+    assert "was started again" in web("recover @").out
+    assert web.runs() and web.shows() == "b......." and web.names()["main.1"]["memory"]
+    web.be("off")
+    web.sound()
+
+
+def test_killed_while_it_is_off_for_it_and_somebody_has_started_it_since(web: DomainScene) -> None:
+    line(web, "s1")
+    web.be("running")
+    run_killed(web, "revert @ s1 --discard", 1, before=False, calls=("stop",))
+    web.be("running")
+    assert web.show()["pending"] == [] and web("recover @").out == "nothing to recover\n"
+    web.be("off")
+    assert web("recover @").out == "nothing to recover\n" and not web.runs()
+    web.sound()
 
 
 @pytest.mark.mutants

@@ -44,6 +44,66 @@ def test_what_was_killed_is_settled_first(still: Still, command: str) -> None:
     still.sound()
 
 
+def before_it_begins(kill: Callable[[], None]) -> None:
+    """Be killed when the machine is off, and nothing is in the journal yet."""
+
+    def begin(*_: Any) -> None:
+        kill()
+
+    setattr(Journal, "begin", begin)  # noqa: B010
+
+
+def before_it_starts(kill: Callable[[], None]) -> None:
+    """Be killed when the operation has come to its end, and the machine is to be started."""
+
+    async def launch(*_: Any, **__: Any) -> None:
+        kill()
+
+    setattr(switching, "launch", launch)  # noqa: B010
+
+
+@pytest.mark.parametrize("when", [before_it_begins, recording, before_it_starts])
+@pytest.mark.parametrize("by", ["recover", "recover web1", "delete web1 s2"])
+def test_it_was_off_for_what_was_killed(still: Still, when: Callable[[Callable[[], None]], None], by: str) -> None:
+    still("snapshot web1 s1")
+    still.write("x")
+    still("snapshot web1 s2")
+    still.write("y")
+    still.killed("revert web1 s1 --discard", when)
+    assert still.show()["state"] == "off" and "is to be paused again" in still.show()["pending"][-1]
+    said = still(by)
+    assert by.startswith("delete") or "was started again" in said.out
+    assert still.show()["state"] == "paused" and still.show()["pending"] == []
+    assert still.shows() == ("y......." if when is before_it_begins else "b.......")
+    assert still("recover web1").out == "nothing to recover\n"
+    still("stop web1 --force")
+    assert still("recover").out == "nothing to recover\n"
+    still.forgiven.add("leaks")
+    still.sound()
+
+
+@pytest.mark.parametrize("command", ["start web1", "stop web1", "remove web1"])
+def test_it_was_off_for_what_was_killed_and_the_user_says_what_it_does_now(still: Still, command: str) -> None:
+    still("snapshot web1 s1")
+    still.write("x")
+    still.killed("revert web1 s1 --discard --paused", before_it_begins)
+    still(command)
+    assert still("recover").out == "nothing to recover\n"
+    assert bool(processes_of(still.folder)) == (command == "start web1")
+
+
+def test_it_was_off_after_its_memory_was_saved(still: Still) -> None:
+    still("snapshot web1 s1")
+    still.write("x")
+    still.killed("revert web1 s1 --memory", before_it_starts)
+    assert still.show()["state"] == "off"
+    assert "was started again" in still("recover").out and still.show()["state"] == "paused"
+    assert still.shows() == "b......." and still.names()["main.1"]["memory"]
+    still("stop web1 --force")
+    still.forgiven.add("leaks")
+    still.sound()
+
+
 @pytest.fixture
 def lingering(still: Still, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """QEMU does not quit, and its disk stays open for a second after it was killed: by a child of its, say."""

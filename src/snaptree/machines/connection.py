@@ -210,7 +210,8 @@ class Connection:
 
     def recover(self, name: str | None = None, *, wait: float = 0.0) -> tuple[str, ...]:
         """Finish or undo what was killed, on one machine or on all; a sentence for each operation."""
-        waiting = dict.fromkeys(each.machine for each in operations.unfinished(self.database))
+        begun = (each.machine for each in operations.unfinished(self.database))
+        waiting = dict.fromkeys((*begun, *trees.due(self.database)))
         known = trees.names(self.database)
         if name is not None and (name not in waiting or name in known):
             return self.machine(name).recover(wait=wait)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from snaptree.errors import SnaptreeError
+from snaptree.machines import due
 from snaptree.machines.power import Power
-from snaptree.model.live import OFF, PAUSED
+from snaptree.model.live import OFF
 from snaptree.model.tree import Tree
 from snaptree.planning.plan import Plan
 from snaptree.planning.revert import RevertRequest, SwitchRequest
-from snaptree.running.loops import within
 
 if TYPE_CHECKING:
     from snaptree.machines.standalone import Standalone
@@ -34,6 +34,14 @@ class Going(Struct, frozen=True):
         notes += [] if self.after == OFF else [f"the machine is started on its new disks, and is {self.after} then"]
         return replace(plan, notes=(*plan.notes, *notes), estimate=self.before != OFF)
 
+    def note(self, machine: Standalone) -> None:
+        """Keep what the machine does now, if it can be started, and what it is to do afterwards."""
+        from snaptree.machines import switching
+
+        with suppress(SnaptreeError):
+            switching.require_startable(machine, machine.tree())
+            due.note(machine.database, machine.name, self.before, self.after)
+
     async def turn_off(self, qemu: RunningQemu | None, tree: Tree) -> None:
         """Turn the machine off."""
         if qemu is not None:
@@ -41,27 +49,20 @@ class Going(Struct, frozen=True):
 
             await switching.turn_off(qemu, tree)
 
-    async def start(self, machine: Standalone, state: str) -> None:
-        """Start the machine on the tips that it has now, if it is to run then."""
-        if state != OFF:
-            from snaptree.machines import switching
-
-            await within(switching.launch(machine, machine.tree(), paused=state == PAUSED))
-
 
 @asynccontextmanager
-async def or_back(start: Callable[[], Awaitable[None]], unfinished: Callable[[], object]) -> AsyncIterator[None]:
-    """Whatever fails in the block, the machine does afterwards what it did before; what has not come to its end is
+async def or_back(go_on: Callable[[], Awaitable[bool]], unfinished: Callable[[], object]) -> AsyncIterator[None]:
+    """Whatever fails in the block, the machine does afterwards what it is to; what has not come to its end is
     recovery's.
 
-    :param start: has it do that.
+    :param go_on: has it do that.
     """
     try:
         yield
     except BaseException as error:
         if not unfinished():
             try:
-                await start()
+                await go_on()
             except SnaptreeError as failed:
                 if not isinstance(error, SnaptreeError):
                     raise

@@ -15,7 +15,6 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from functools import partial
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -23,7 +22,7 @@ from msgspec.structs import replace
 from snaptree.errors import BusyError, CancelledError, RefusedError, SnaptreeError
 from snaptree.images import durable
 from snaptree.images.locks import MachineLock
-from snaptree.machines import domain_memories
+from snaptree.machines import domain_memories, due
 from snaptree.machines.domain_reading import Reading, doubt, found_tree, live_of, other_domains_on, read
 from snaptree.machines.findings import Finding
 from snaptree.machines.going import Going, or_back
@@ -51,7 +50,6 @@ from snaptree.planning.create import SnapshotRequest
 from snaptree.planning.domain_steps import Undefine, WriteRecords, deferred, forgotten_by_libvirt, with_records
 from snaptree.planning.health import ailments
 from snaptree.planning.plan import Plan
-from snaptree.planning.remembering import Moves
 from snaptree.planning.revert import RevertRequest, SwitchRequest, memory_moves
 from snaptree.planning.steps import DeleteInternal, Step
 from snaptree.planning.sweep import follow
@@ -264,7 +262,7 @@ class LibvirtMachine(Machine):
             heard(self.database.folder, control),
             self.locked(wait, control.cancelled) as lock,
         ):
-            await self.settle(lock, control)
+            await self.begin(request, lock, control)
             looked = self.look()
             self._require_possible(looked, request)
             tree = _begun(looked.tree)
@@ -277,7 +275,12 @@ class LibvirtMachine(Machine):
                 raise CancelledError("nothing was done", "")
             lock.extend(files_of(plan))
             require_same(tree, request, before)
-            async with or_back(partial(self._back, goes), self.unfinished):
+            async with or_back(self.go_on, self.unfinished):
+                self._keep(tree)
+                if goes is not None:
+                    due.note(self.database, self.name, goes.before, goes.after)
+                elif moves is not None and moves.loads is None:
+                    due.note(self.database, self.name, OFF, moves.after)
                 if goes is not None and goes.before != OFF:
                     executor.require_free(plan, closing=self._opened())
                     self.handle.stop()
@@ -291,7 +294,6 @@ class LibvirtMachine(Machine):
                 if read(self.handle) != looked.reading:
                     hint = "see what did it, and try again"
                     raise BusyError(f"domain {self.name} has been changed since it was planned", hint)
-                self._keep(tree)
                 off = looked.reading.domain.state == OFF and moves is None
                 try:
                     outcome = await executor.run(
@@ -311,25 +313,23 @@ class LibvirtMachine(Machine):
                             await self._merge_loose(tree, lock)
                     raise
             if moves is not None:
-                why = await self._arrive(moves, tree, lock)
+                why = await self._arrive(tree, lock)
                 outcome.said += [why] if why else []
             within = domain_memories.within(looked.tree, looked.reading, request)
             if goes is not None and goes.after != OFF and within is not None:
                 outcome.said += domain_memories.load_within(self.handle, within.name, goes.after, self.tree)
-        if goes is not None:
-            self._start(goes.after)
+            if goes is not None or moves is not None:
+                due.arrived(self.database, self.name)
+                await self.go_on()
         return as_it_went(plan, outcome)
 
-    async def _arrive(self, moves: Moves, before: Tree, lock: MachineLock) -> str:
-        """What is left to be done after the domain has gone over: merging what is loose, and starting it where no
-        memory was loaded. Why something is not merged, if so."""
+    async def _arrive(self, before: Tree, lock: MachineLock) -> str:
+        """Merge what is loose after the domain has gone over; why something is not merged, if so."""
         why = ""
         try:
             await self._merge_loose(before, lock)
         except SnaptreeError as error:
             why = f"what is loose is not merged yet: {error.message}; 'snaptree gc {self.name}' does it"
-        if moves.loads is None:
-            self._start(moves.after)
         return why
 
     async def _merge_loose(self, before: Tree, lock: MachineLock) -> None:
@@ -357,19 +357,23 @@ class LibvirtMachine(Machine):
         after = request.power or (within.state if within is not None else before)
         return None if before == after == OFF else Going(before, after)
 
-    async def _back(self, goes: Going | None) -> None:
-        """Have the domain do what it did before."""
-        if goes is not None:
-            self._start(goes.before)
-
-    def _start(self, state: str) -> None:
-        if state != OFF and not self._runs():
-            self.handle.start(paused=state == PAUSED)
+    async def go_on(self) -> bool:
+        """Start the domain where it is off only for an operation that is over; whether that was to be done."""
+        noted, state = due.noted(self.database, self.name), due.state(self.database, self.name)
+        starts = state != OFF and not self._runs()
+        if noted is not None and noted.before != OFF and starts:
+            # One that has ended by itself had been started by somebody else.
+            starts = not self.handle.has_ended_by_itself()
+        if starts:
+            with due.tried(self.database, self.name):
+                self.handle.start(paused=state == PAUSED)
+        due.forget(self.database, self.name)
+        return starts
 
     def _keep(self, tree: Tree) -> None:
         """Put the tree that was read into the state file: steps change what is there."""
         kept = trees.find_config(self.database, self.name)
-        config = self.config if kept is None else replace(self.config, created=kept.created)
+        config = self.config if kept is None else replace(self.config, created=kept.created, due=kept.due)
         with self.database.transaction() as connection:
             trees.register(connection, replace(config, created=config.created or time.time()), new=kept is None)
             trees.put_tree(connection, self.name, tree)

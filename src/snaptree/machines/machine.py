@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from snaptree.errors import BusyError, NotFoundError, RefusedError
 from snaptree.images.locks import MachineLock
+from snaptree.machines import due
 from snaptree.machines.findings import Finding
 from snaptree.model.layer import LayerId
 from snaptree.model.machine import MachineConfig
@@ -25,7 +26,7 @@ from snaptree.planning.health import Ailment
 from snaptree.planning.naming import renamed_roots
 from snaptree.planning.plan import Plan
 from snaptree.planning.settle import loose_layers
-from snaptree.planning.verbs import RenameRequest, Request, SetRequest
+from snaptree.planning.verbs import RemoveRequest, RenameRequest, Request, SetRequest
 from snaptree.running import loops
 from snaptree.running.control import Control, recovering
 from snaptree.running.journal import LogEntry, log
@@ -113,6 +114,14 @@ class Machine(ABC):
     async def settle(self, lock: MachineLock, control: Control | None = None) -> tuple[str, ...]:
         """Finish or undo what was killed, under the machine's lock."""
 
+    @abstractmethod
+    async def go_on(self) -> bool:
+        """Start the machine where it is off only for an operation that has come to its end, or has never begun;
+        whether that was to be done.
+
+        :raise SnaptreeError: it does not start.
+        """
+
     def run(
         self,
         request: Request,
@@ -167,11 +176,21 @@ class Machine(ABC):
         """Finish or undo what was killed; a sentence for each operation."""
         import asyncio
 
-        if not operations.unfinished(self.database, self.name):
+        if not operations.unfinished(self.database, self.name) and due.noted(self.database, self.name) is None:
             return ()
         control = recovering(self.name)
         with heard(self.database.folder, control), self.locked(wait) as lock:
-            return asyncio.run(self.settle(lock, control))
+            return asyncio.run(self._recover(lock, control))
+
+    async def _recover(self, lock: MachineLock, control: Control) -> tuple[str, ...]:
+        said = await self.settle(lock, control)
+        return (*said, *([f"{self.name} had been turned off, and was started again"] if await self.go_on() else ()))
+
+    async def begin(self, request: Request, lock: MachineLock, control: Control) -> None:
+        """What each operation begins with: what was killed is brought to its end."""
+        await self.settle(lock, control)
+        if not isinstance(request, RemoveRequest):
+            await self.go_on()
 
     def unfinished(self) -> tuple[str, ...]:
         """A sentence for each operation that is under way or was killed."""
@@ -191,6 +210,8 @@ class Machine(ABC):
             f"{root.path} gets the name {tree.roots[disk][0]} back when the machine has stopped"
             for disk, root in renamed_roots(tree).items()
         ]
+        if not survey.running:
+            waiting += due.waiting(self.database, self.name)
         return (*self.unfinished(), *waiting)
 
     def log(self) -> tuple[LogEntry, ...]:

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from snaptree.errors import SnaptreeError
 from snaptree.machines.power import Power
 from snaptree.machines.survey import planned
-from snaptree.model.live import OFF, PAUSED
+from snaptree.model.live import OFF
 from snaptree.model.tree import Tree
 from snaptree.planning.create import SnapshotRequest
 from snaptree.planning.plan import Plan
@@ -56,18 +56,13 @@ def moving(machine: Standalone, request: Request, power: Power, tree: Tree) -> M
     return moves
 
 
-async def arrive(machine: Standalone, moves: Moves, before: Tree, qemu: RunningQemu | None, lock: MachineLock) -> str:
-    """What is left to be done after the machine has gone over: merging what is loose, and starting it where no memory
-    was loaded. Why something is not merged, if so."""
+async def arrive(machine: Standalone, before: Tree, qemu: RunningQemu | None, lock: MachineLock) -> str:
+    """Merge what is loose after the machine has gone over; why something is not merged, if so."""
     why = ""
     try:
         await merge_loose(machine, before, qemu, lock)
     except SnaptreeError as error:
         why = f"what is loose is not merged yet: {error.message}; 'snaptree gc {machine.name}' does it"
-    if moves.loads is None and moves.after != OFF:
-        from snaptree.machines import switching
-
-        await switching.launch(machine, machine.tree(), paused=moves.after == PAUSED)
     return why
 
 

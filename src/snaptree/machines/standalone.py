@@ -13,10 +13,11 @@ from msgspec.structs import replace
 from snaptree.errors import NotFoundError, OutrunError, RefusedError, SnaptreeError, ToolError
 from snaptree.images import durable
 from snaptree.images.locks import MachineLock
+from snaptree.machines import due
 from snaptree.machines.finding import find_disk
 from snaptree.machines.findings import Finding
 from snaptree.machines.free import require_free, require_plugged_in, without_others
-from snaptree.machines.going import Going, going, or_back
+from snaptree.machines.going import going, or_back
 from snaptree.machines.machine import (
     Machine,
     View,
@@ -32,7 +33,7 @@ from snaptree.machines.options import DiskOption
 from snaptree.machines.outrun import pull_instead
 from snaptree.machines.power import LOOK_SECONDS, WORK_SECONDS, Power, monitor_of, silent
 from snaptree.machines.survey import planned, read_survey
-from snaptree.model.live import OFF
+from snaptree.model.live import OFF, PAUSED
 from snaptree.model.survey import Survey
 from snaptree.model.tree import Tree
 from snaptree.planning import verbs
@@ -45,7 +46,7 @@ from snaptree.planning.verbs import RenameRequest, RepairRequest, Request, SetRe
 from snaptree.running import loops
 from snaptree.running.control import Control
 from snaptree.running.listening import heard
-from snaptree.running.loops import LoopNeededError
+from snaptree.running.loops import LoopNeededError, within
 from snaptree.running.progress import Report
 from snaptree.running.progress import silent as unheard
 from snaptree.store import operations, trees
@@ -161,7 +162,7 @@ class Standalone(Machine):
             heard(self.database.folder, control),
             self.locked(wait, control.cancelled) as lock,
         ):
-            await self.settle(lock, control)
+            await self.begin(request, lock, control)
             self.config = trees.load_config(self.database, self.name)
             tree = self.tree()
             lock.extend(anchors(tree))
@@ -189,7 +190,11 @@ class Standalone(Machine):
                 run = partial(
                     executor.run, self.database, self.name, lock=lock, report=progress or unheard, control=control
                 )
-                async with or_back(partial(self._back, gone), partial(operations.unfinished, self.database, self.name)):
+                async with or_back(self.go_on, partial(operations.unfinished, self.database, self.name)):
+                    if gone is not None:
+                        gone.note(self)
+                    elif moves is not None and moves.loads is None:
+                        due.note(self.database, self.name, OFF, moves.after)
                     if gone is not None and qemu is not None:
                         executor.require_free(plan, closing=await qemu.open_files())
                         await gone.turn_off(qemu, tree)
@@ -207,19 +212,34 @@ class Standalone(Machine):
                         if qemu is not None:
                             await self._failed(error, request, tree, qemu, lock, control)
                         raise
-                if gone is not None:
-                    await gone.start(self, gone.after)
                 if moves is not None:
-                    why = await arrive(self, moves, tree, outcome.qemu, lock)
+                    why = await arrive(self, tree, outcome.qemu, lock)
                     outcome.said += [why] if why else []
                     if outcome.qemu is not None:
                         await outcome.qemu.close()
+                if gone is not None or moves is not None:
+                    due.arrived(self.database, self.name)
+                    await self.go_on()
                 return as_it_went(plan, outcome)
 
-    async def _back(self, gone: Going | None) -> None:
-        """Have the machine do what it did before, if it is off by now."""
-        if gone is not None and silent(self.database, self.config, self.tree()):
-            await gone.start(self, gone.before)
+    async def go_on(self) -> bool:
+        """Start the machine where it is off only for an operation that is over; whether that was to be done."""
+        state = due.state(self.database, self.name)
+        power = await within(self._put_on(state)) if state != OFF else Power(OFF)
+        if power.state == OFF or power.live is not None:
+            due.forget(self.database, self.name)
+        return power.state == OFF != state
+
+    async def _put_on(self, state: str) -> Power:
+        """Start the machine if it is off; what it did before."""
+        async with self.asked(self.tree()) as (power, _):
+            pass
+        if power.state == OFF:
+            from snaptree.machines import switching
+
+            with due.tried(self.database, self.name):
+                await switching.launch(self, self.tree(), paused=state == PAUSED)
+        return power
 
     async def _failed(
         self, error: BaseException, request: Request, tree: Tree, qemu: RunningQemu, lock: MachineLock, control: Control

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from snaptree.errors import BusyError, RefusedError, SnaptreeError, UsageError
 from snaptree.images import durable
+from snaptree.machines import due
 from snaptree.machines.asking import match
 from snaptree.machines.power import WORK_SECONDS, Power, own_monitor, written_by
 from snaptree.model.live import OFF, PAUSED
@@ -77,7 +78,9 @@ async def _start(machine: Standalone, wait: float) -> str:
                 why = power.why or "it answers on its monitor"
                 raise BusyError(f"machine {config.name} is {power.state} already: {why}", power.hint)
         require_startable(machine, tree)
-        return await launch(machine, tree)
+        state = await launch(machine, tree)
+        due.forget(machine.database, machine.name)
+        return state
 
 
 def require_startable(machine: Standalone, tree: Tree) -> None:
@@ -145,6 +148,7 @@ async def _stop(machine: Standalone, seconds: float, wait: float, *, force: bool
     with durable.explained(f"a file of machine {machine.name}", "use"), machine.locked(wait) as lock:
         await machine.settle(lock)
         config, tree = trees.load_config(machine.database, machine.name), machine.tree()
+        due.forget(machine.database, machine.name)
         async with machine.asked(tree, WORK_SECONDS) as (power, qemu):
             if qemu is None:
                 if power.state == OFF:

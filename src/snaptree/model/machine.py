@@ -8,6 +8,18 @@ STANDALONE, LIBVIRT = "standalone", "libvirt"
 """Who runs a machine: its user, or snaptree for them, with a QEMU of its own; or libvirt."""
 
 
+class Due(Struct, frozen=True):
+    """What a machine is to do that is turned off for an operation: ``after`` once that is done, ``before`` otherwise.
+
+    ``since`` is the number of the last operation before that one, and ``done`` says that it is.
+    """
+
+    before: str
+    after: str
+    since: int
+    done: bool = False
+
+
 class MachineConfig(Struct, frozen=True):
     """One machine as it was added.
 
@@ -15,7 +27,7 @@ class MachineConfig(Struct, frozen=True):
     are the machine's firmware state, ``qmp`` the monitor socket of a machine that somebody else starts, ``start`` the
     command that starts it, and ``folder`` the folder that it is run in. ``agent`` is the socket of its guest's
     agent, where its QEMU does not tell it. Of a libvirt domain ``uri`` is the connection that has it, and ``uuid`` says
-    which it is.
+    which it is. ``due`` is what it is to do, while it is off only for an operation.
     """
 
     name: str
@@ -30,6 +42,7 @@ class MachineConfig(Struct, frozen=True):
     agent: str | None = None
     uri: str | None = None
     uuid: str | None = None
+    due: Due | None = None
 
     @property
     def firmware(self) -> tuple[tuple[str, str], ...]:

@@ -12,7 +12,7 @@ from snaptree.errors import StateError
 from snaptree.model.branch import Branch
 from snaptree.model.delta import Delta
 from snaptree.model.layer import Identity, Layer, Point
-from snaptree.model.machine import MachineConfig
+from snaptree.model.machine import Due, MachineConfig
 from snaptree.model.memory import Memory
 from snaptree.model.snapshot import FirmwareFile, Snapshot
 from snaptree.planning.domain_steps import Over
@@ -26,6 +26,7 @@ _CLASSES: dict[str, type[Struct]] = {
         Branch,
         Cut,
         Delta,
+        Due,
         FirmwareFile,
         Identity,
         Kept,

@@ -144,6 +144,18 @@ def history(database: Database, machine: str) -> tuple[Operation, ...]:
     return tuple(Operation(*row) for row in rows)  # type: ignore[arg-type]
 
 
+def last(connection: sqlite3.Connection) -> int:
+    """The number of the last operation, of whatever machine; 0 before the first."""
+    return int(connection.execute("SELECT COALESCE(MAX(id), 0) FROM operation").fetchone()[0])
+
+
+def first_since(database: Database, machine: str, number: int) -> Operation | None:
+    """The first operation of a machine after one of that number, if there was one."""
+    query = f"SELECT {_COLUMNS} FROM operation WHERE machine=? AND id>? ORDER BY id LIMIT 1"
+    rows = database.rows(query, (machine, number))
+    return Operation(*rows[0]) if rows else None  # type: ignore[arg-type]
+
+
 def steps_of(database: Database, operation: int) -> tuple[Step, ...]:
     """The steps of an operation that has not ended."""
     rows = database.rows("SELECT steps FROM operation WHERE id=?", (operation,))

@@ -28,6 +28,12 @@ def names(database: Database, provider: str | None = None) -> tuple[str, ...]:
     return tuple(str(name) for name, config in rows if provider is None or load(str(config)).provider == provider)
 
 
+def due(database: Database) -> tuple[str, ...]:
+    """The machines that are off only for an operation, or were when snaptree was killed."""
+    rows = database.rows("SELECT name, config FROM machine ORDER BY name")
+    return tuple(str(name) for name, config in rows if load(str(config)).due is not None)
+
+
 def find_config(database: Database, name: str) -> MachineConfig | None:
     """What is remembered of a machine besides its tree; ``None`` when there is none of that name."""
     rows = database.rows("SELECT config FROM machine WHERE name=?", (name,))

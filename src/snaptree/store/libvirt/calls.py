@@ -180,6 +180,14 @@ class DomainHandle:
             return OFF
         return PAUSED if number in (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PMSUSPENDED) else RUNNING
 
+    def has_ended_by_itself(self) -> bool:
+        """Whether a domain that is off was shut down from within, saved or migrated, or has crashed."""
+        libvirt = self._libvirt
+        ends = [libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN, libvirt.VIR_DOMAIN_SHUTOFF_SAVED]
+        ends += [libvirt.VIR_DOMAIN_SHUTOFF_MIGRATED, libvirt.VIR_DOMAIN_SHUTOFF_CRASHED]
+        with explained(f"ask what domain {self.name} does"):
+            return self._domain.state()[1] in ends
+
     def is_persistent(self) -> bool:
         """Whether it outlives its QEMU."""
         with explained(f"read domain {self.name}"):
