@@ -75,6 +75,8 @@ class Connection:
             found, why = None, error.message
         if found is not None:
             return found
+        if kept is not None and (now := domains.find_kept(self.database, kept)) is not None:
+            raise NotFoundError(f"there is no domain {name!r} any more", f"it is called {now.name} now")
         known = ", ".join(self.names()) or "none yet"
         more = f" ({why})" if why else ", or see libvirt's domains with 'virsh list --all'"
         raise NotFoundError(f"there is no machine {name!r}", f"machines: {known}; add one with 'snaptree add'{more}")
@@ -213,12 +215,22 @@ class Connection:
         begun = (each.machine for each in operations.unfinished(self.database))
         waiting = dict.fromkeys((*begun, *trees.due(self.database)))
         known = trees.names(self.database)
-        if name is not None and (name not in waiting or name in known):
+        if name is not None and name not in waiting:
             return self.machine(name).recover(wait=wait)
         said: list[str] = []
         for each in [name] if name is not None else waiting:
-            if each in known:
-                said += self.machine(each).recover(wait=wait)
-            else:
-                said += self._recover_forgotten(each, wait)
+            found = self._kept_as(each) if each in known else None
+            said += found.recover(wait=wait) if found is not None else self._recover_forgotten(each, wait)
         return tuple(said)
+
+    def _kept_as(self, name: str) -> Machine | None:
+        """The machine of which something is kept under this name: a domain whatever it is called now, if it is there.
+
+        :raise SnaptreeError: it is a domain, and libvirt cannot be asked.
+        """
+        kept = trees.load_config(self.database, name)
+        if kept.provider == STANDALONE:
+            return Standalone(self.database, name)
+        from snaptree.machines import domains
+
+        return domains.find_kept(self.database, kept)

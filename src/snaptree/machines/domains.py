@@ -40,7 +40,19 @@ def find(database: Database, word: str, uri: str | None) -> LibvirtMachine | Non
     libvirt = connect(uri, kept)
     if libvirt is None:
         return None
-    handle = libvirt.find((kept.uuid if kept is not None and not uri else None) or word) or libvirt.find(word)
+    return _machine(database, libvirt.find(word))
+
+
+def find_kept(database: Database, kept: MachineConfig) -> LibvirtMachine | None:
+    """The domain of which this is kept, whatever it is called now; ``None`` when it is gone.
+
+    :raise SnaptreeError: libvirt cannot be asked.
+    """
+    libvirt = connect(kept.uri)
+    return _machine(database, libvirt.find(kept.uuid)) if libvirt is not None and kept.uuid is not None else None
+
+
+def _machine(database: Database, handle: DomainHandle | None) -> LibvirtMachine | None:
     return LibvirtMachine(database, handle, _name(database, handle)) if handle is not None else None
 
 

@@ -63,8 +63,11 @@ def tried(database: Database, name: str) -> Iterator[None]:
         raise
 
 
-def waiting(database: Database, name: str) -> tuple[str, ...]:
-    """A sentence for pending work."""
-    due = state(database, name)
+def waiting(database: Database, key: str, name: str) -> tuple[str, ...]:
+    """A sentence for pending work.
+
+    :param key: under which name the machine is kept.
+    """
+    due = state(database, key)
     how = f"the machine was turned off, and is to be {due} again ('snaptree recover {name}' starts it)"
     return (how,) if due != OFF else ()

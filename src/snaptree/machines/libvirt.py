@@ -26,6 +26,7 @@ from snaptree.machines import domain_memories, due
 from snaptree.machines.domain_reading import Reading, doubt, found_tree, live_of, other_domains_on, read
 from snaptree.machines.findings import Finding
 from snaptree.machines.going import Going, or_back
+from snaptree.machines.kept import come_to_name, key_of
 from snaptree.machines.machine import (
     Machine,
     View,
@@ -83,6 +84,12 @@ class LibvirtMachine(Machine):
         self.handle = handle
         self.config = MachineConfig(name, LIBVIRT, uri=handle.connection.uri, uuid=handle.uuid)
 
+    @property
+    def key(self) -> str:
+        """Under which name the domain is kept: until it is worked on, one that it had."""
+        assert self.config.uuid is not None
+        return key_of(self.database, self.name, self.config.uuid)
+
     def look(self) -> Looked:
         """Read the domain and its tree."""
         reading = read(self.handle)
@@ -106,9 +113,9 @@ class LibvirtMachine(Machine):
 
     def _kept(self) -> Tree | None:
         """The tree that is in the state file, if it is this domain's."""
-        kept = trees.find_config(self.database, self.name)
-        same = kept is not None and kept.uuid == self.config.uuid
-        return trees.load_tree(self.database, self.name) if same else None
+        key = self.key
+        known = trees.find_config(self.database, key) is not None
+        return replace(trees.load_tree(self.database, key), machine=self.name) if known else None
 
     def survey(self, looked: Looked, tree: Tree, folders: Iterable[str] = (), *, beside: bool = True) -> Survey:
         """Read the machine's files and what surrounds them."""
@@ -380,15 +387,18 @@ class LibvirtMachine(Machine):
 
     async def settle(self, lock: MachineLock, control: Control | None = None) -> tuple[str, ...]:
         """Finish or undo what was killed, under the machine's lock."""
-        if not self.unfinished():
-            return ()
+        said = await self.recover_as(self.key, lock, control) if self.unfinished() else ()
+        return (*said, *await come_to_name(self, lock, control))
+
+    async def recover_as(self, key: str, lock: MachineLock, control: Control | None) -> tuple[str, ...]:
+        """Finish or undo what was killed, and is kept under a name."""
         from snaptree.running import recovery
         from snaptree.store.libvirt.memory import DomainMemory
 
         # What it was at libvirt goes on with by itself; who asks for something else meanwhile is told to come again.
         DomainMemory(self.handle).settle()
-        lock.extend(recovery.files_of(self.database, self.name))
-        return await recovery.recover(self.database, self.name, lock, None, control, self._opened())
+        lock.extend(recovery.files_of(self.database, key))
+        return await recovery.recover(self.database, key, lock, None, control, self._opened())
 
     def _opened(self) -> frozenset[tuple[int, int]]:
         """The files (device and inode) that its QEMU has open, by what libvirt says."""

@@ -72,6 +72,11 @@ class Machine(ABC):
         """The machine's name."""
         return self.config.name
 
+    @property
+    def key(self) -> str:
+        """Under which name it is kept in the state file."""
+        return self.name
+
     @abstractmethod
     def tree(self) -> Tree:
         """The tree as it is now."""
@@ -176,7 +181,7 @@ class Machine(ABC):
         """Finish or undo what was killed; a sentence for each operation."""
         import asyncio
 
-        if not operations.unfinished(self.database, self.name) and due.noted(self.database, self.name) is None:
+        if not operations.unfinished(self.database, self.key) and due.noted(self.database, self.key) is None:
             return ()
         control = recovering(self.name)
         with heard(self.database.folder, control), self.locked(wait) as lock:
@@ -196,7 +201,7 @@ class Machine(ABC):
         """A sentence for each operation that is under way or was killed."""
         return tuple(
             f"{each.summary}: under way, or interrupted ('snaptree recover {self.name}' finishes or undoes it)"
-            for each in operations.unfinished(self.database, self.name)
+            for each in operations.unfinished(self.database, self.key)
         )
 
     def pending(self, tree: Tree, survey: Survey) -> tuple[str, ...]:
@@ -211,12 +216,12 @@ class Machine(ABC):
             for disk, root in renamed_roots(tree).items()
         ]
         if not survey.running:
-            waiting += due.waiting(self.database, self.name)
+            waiting += due.waiting(self.database, self.key, self.name)
         return (*self.unfinished(), *waiting)
 
     def log(self) -> tuple[LogEntry, ...]:
         """The machine's operations, oldest first."""
-        return log(self.database, self.name)
+        return log(self.database, self.key)
 
 
 def anchors(tree: Tree) -> dict[str, tuple[int, int]]:

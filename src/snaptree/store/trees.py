@@ -6,6 +6,8 @@ import sqlite3
 from collections.abc import Mapping
 from typing import Any
 
+from msgspec.structs import replace
+
 from snaptree.errors import ExistsError, NotFoundError
 from snaptree.model.branch import Branch
 from snaptree.model.delta import Delta, diff
@@ -40,6 +42,12 @@ def find_config(database: Database, name: str) -> MachineConfig | None:
     config = load(str(rows[0][0])) if rows else None
     assert config is None or isinstance(config, MachineConfig)
     return config
+
+
+def known_as(database: Database, uuid: str) -> str | None:
+    """Under which name a domain is remembered, whatever it is called now; ``None`` when it is not."""
+    rows = database.rows("SELECT name, config FROM machine WHERE instr(config, ?) ORDER BY name", (uuid,))
+    return next((str(name) for name, config in rows if load(str(config)).uuid == uuid), None)
 
 
 def load_config(database: Database, name: str) -> MachineConfig:
@@ -170,6 +178,15 @@ def forget(connection: sqlite3.Connection, name: str) -> None:
     connection.execute("DELETE FROM machine WHERE name=?", (name,))
     for table in ("layer", "snapshot", "branch", "memory", "root"):
         connection.execute(f"DELETE FROM {table} WHERE machine=?", (name,))
+
+
+def move(connection: sqlite3.Connection, config: MachineConfig, name: str) -> None:
+    """Remember a machine, its tree and its operations under another name, and no longer what had that."""
+    forget(connection, name)
+    for table in ("layer", "snapshot", "branch", "memory", "root", "operation"):
+        connection.execute(f"UPDATE {table} SET machine=? WHERE machine=?", (name, config.name))
+    moved = (name, dump(replace(config, name=name)), config.name)
+    connection.execute("UPDATE machine SET name=?, config=? WHERE name=?", moved)
 
 
 def apply_delta(connection: sqlite3.Connection, name: str, delta: Delta) -> None:

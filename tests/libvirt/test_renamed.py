@@ -1,0 +1,118 @@
+"""A domain that is called otherwise by now, and another one that has its name: what is kept goes with the domain."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+
+import pytest
+from tests.kit.domain import DomainScene, define_text, line
+from tests.kit.told import run_killed
+from tests.libvirt.test_killed import killed
+
+pytestmark = pytest.mark.root
+NOT_FOUND = 3
+
+
+@pytest.fixture
+def old(web: DomainScene) -> Iterator[str]:
+    """What the domain is going to be called; it is removed in the end by its UUID."""
+    first = web.uuid
+    yield f"{web.name}-old"
+    if first in web.virsh("list", "--all", "--uuid").split():
+        before, web.name = web.name, first
+        web.remove()
+        web.name = before
+
+
+def another(web: DomainScene) -> None:
+    """Define another domain of the name, on a disk that shows ``n.......``."""
+    second = web.image("second.qcow2", word="n")
+    second.chmod(0o600)
+    web.uuid = str(uuid.uuid4())
+    web.define_xml(define_text(web.name, web.uuid, [("vda", second, "qcow2")]))
+
+
+def test_it_goes_on_under_its_new_name(web: DomainScene, old: str) -> None:
+    line(web, "s1", "s2")
+    web("revert @ s1")
+    before, told = web.show(), web("log @").out
+    web.virsh("domrename", "@", old)
+    assert f"it is called {old} now" in web("snapshot @ s3", status=NOT_FOUND).err
+    web.name = old
+    shown = web.show()
+    assert all(shown[key] == before[key] for key in ("snapshots", "branches", "layers", "active_branch"))
+    assert web("log @").out == told
+    web("delete @ s1")
+    assert len(web("log @").out.splitlines()) > len(told.splitlines())
+    assert (web.shows(), web.shows("main.1"), web.shows("s2")) == ("b.......", "b12.....", "b1......")
+    web.sound()
+
+
+def test_another_one_has_its_name(web: DomainScene, old: str) -> None:
+    line(web, "s1", "s2")
+    web("delete @ s1")
+    told = web("log @").out
+    web.virsh("domrename", "@", old)
+    another(web)
+    assert web("log @").out == "" and web.show()["snapshots"] == []
+    web("snapshot @ s9")
+    assert set(web.listed()) == {"s9"} and set(web.names(old)) == {"s2", "main"}
+    assert web(f"log {old}").out == told
+    web.write("..9")
+    web(f"delete {old} s2")
+    web("revert @ s9")
+    assert web.shows() == "n......." and web.shows("main.1") == "n.9....."
+    web.sound(web.name, old)
+
+
+def test_another_one_that_has_its_name_is_removed(web: DomainScene, old: str) -> None:
+    line(web, "s1", "s2")
+    web.virsh("domrename", "@", old)
+    another(web)
+    web("remove @ --delete-files --yes")
+    assert web.virsh("list", "--all", "--name").split().count(old) == 1
+    assert not (web.disks / "second.qcow2").exists()
+    assert (web.shows(machine=old), web.shows("s2", machine=old)) == ("b12.....", "b1......")
+    web.sound(old)
+
+
+@pytest.mark.parametrize("by", ["snapshot @ s9", "recover", "recover @", "recover @-old", "gc @-old"])
+def test_it_was_killed_before(web: DomainScene, old: str, by: str) -> None:
+    line(web, "s1", "s2")
+    assert killed(web, "delete @ s1", 2, before=True)
+    web.virsh("domrename", "@", old)
+    another(web)
+    assert "interrupted" in web.show(old)["pending"][0] and web.show()["pending"] == []
+    said = web(by)
+    assert not by.startswith("recover") or "it had been killed, and was finished" in said.out
+    assert "interrupted" not in str(web.show(old)["pending"]) and web("recover").out == "nothing to recover\n"
+    web("snapshot @ s8")
+    web(f"gc {old}")
+    assert set(web.names(old)) == {"s2", "main"} and "s8" in web.names()
+    assert web.shows(machine=old) == "b12....." and web.shows() == "n......."
+    web.sound(web.name, old)
+
+
+def test_it_was_off_for_what_was_killed(web: DomainScene, old: str) -> None:
+    line(web, "s1")
+    web.be("running")
+    run_killed(web, "revert @ s1 --discard", 1, before=False, calls=("stop",))
+    web.virsh("domrename", "@", old)
+    another(web)
+    web("snapshot @ s9")
+    assert not web.runs() and not web.runs(old)
+    assert "was started again" in web("recover").out and web.runs(old) and not web.runs()
+    web.virsh("destroy", old)
+    web.sound(web.name, old)
+
+
+def test_it_is_gone(web: DomainScene) -> None:
+    line(web, "s1", "s2")
+    assert killed(web, "delete @ s1", 2, before=True)
+    web.virsh("undefine", "@", "--snapshots-metadata")
+    web.left |= set(web.disks.iterdir())
+    another(web)
+    web("snapshot @ s9")
+    assert set(web.names()) == {"s9", "main"} and web("recover").out == "nothing to recover\n"
+    assert web.shows() == "n......."
