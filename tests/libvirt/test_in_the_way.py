@@ -14,27 +14,28 @@ import pytest
 from tests.kit import guest
 from tests.kit.domain import DomainScene
 from tests.kit.libvirtd import LABELLED, libvirtd
+from tests.libvirt.test_killed import killed
 
 pytestmark = pytest.mark.root
 REFUSED, BUSY = 6, 5
+SOON = 30.0
 NETWORK = """<disk type='network' device='disk'><driver name='qemu' type='raw'/><source protocol='nbd' name='x'>
 <host name='127.0.0.1' port='10809'/></source><target dev='vde' bus='virtio'/></disk>"""
 
 
-def is_busy(web: DomainScene) -> None:
+def is_busy(web: DomainScene, why: str) -> None:
     """Whatever would change something is refused with what is in the way; looking works, and nothing is changed."""
     before = web.files(), web.listed()
     for line in ("snapshot @ s2", "delete @ s1", "revert @ s1", "gc @", "rename @ s1 first", "verify @ --repair"):
         said = web(line, status=BUSY)
-        assert "libvirt is at work on domain" in said.err and "virsh domjobinfo" in said.err, line
+        assert f"libvirt is at work on domain {web.name}: {why} is under way" in said.err, line
+        assert "virsh domjobinfo" in said.err, line
     assert web("tree @").status == 0 and web.show()["state"] in ("running", "paused")
     assert (web.files(), web.listed()) == before
 
 
-def test_a_job_of_libvirts(web: DomainScene) -> None:
-    """Such as a backup that somebody reads, which lasts until he ends it."""
-    web("snapshot @ s1")
-    web.be("running")
+def begin_backup(web: DomainScene) -> None:
+    """Somebody reads the disk from libvirt, until he ends it."""
     place = web.folder / "backup"
     place.mkdir()
     place.chmod(0o777)
@@ -45,11 +46,47 @@ def test_a_job_of_libvirts(web: DomainScene) -> None:
     )
     (web.folder / "backup.xml").write_text(text)
     web.virsh("backup-begin", "@", web.folder / "backup.xml")
-    is_busy(web)
+
+
+def test_a_backup(web: DomainScene) -> None:
+    web("snapshot @ s1")
+    web.be("running")
+    begin_backup(web)
+    is_busy(web, "a backup")
     web.virsh("domjobabort", "@")
     web("delete @ s1")
     web.sound()
     assert web.shows() == "b......."
+
+
+def test_a_block_job(web: DomainScene) -> None:
+    web("snapshot @ s1")
+    web.be("running")
+    web.virsh("blockcopy", "@", "vda", "--dest", web.folder / "copy.qcow2", "--transient-job")
+    is_busy(web, "a block copy on vda")
+    web.virsh("blockjob", "@", "vda", "--abort")
+    web("delete @ s1")
+    web.sound()
+
+
+def test_a_backup_that_was_begun_after_a_kill(web: DomainScene) -> None:
+    """It does not end by itself: nobody waits for it."""
+    for number in (1, 2):
+        web(f"snapshot @ s{number}")
+        web.write("." * number + str(number))
+    web.be("running")
+    assert killed(web, "delete @ s1", 2, before=True)
+    begin_backup(web)
+    since = time.monotonic()
+    for each in ("recover @", "snapshot @ s3"):
+        assert f"on domain {web.name}: a backup is under way" in web(each, status=BUSY).err
+    assert time.monotonic() - since < SOON
+    web.virsh("domjobabort", "@")
+    web("recover @")
+    web("gc @")
+    web.be("off")
+    assert web.shows() == "b12....."
+    web.sound()
 
 
 @pytest.mark.slow
@@ -75,7 +112,7 @@ def test_it_is_being_migrated(web: DomainScene) -> None:
                 assert process.poll() is None, process.communicate()[0]
                 assert time.monotonic() < until
                 time.sleep(0.05)
-            is_busy(web)
+            is_busy(web, "a migration")
             assert process.poll() is None
             web.virsh("domjobabort", "@")
         finally:

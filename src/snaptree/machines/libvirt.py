@@ -63,6 +63,7 @@ from snaptree.store import trees
 from snaptree.store.database import Database
 from snaptree.store.libvirt import applying
 from snaptree.store.libvirt.calls import DomainHandle
+from snaptree.store.libvirt.jobs import hint_for, jobs
 
 
 class Looked(Struct, frozen=True):
@@ -232,9 +233,8 @@ class LibvirtMachine(Machine):
         if not domain.disks and not isinstance(request, RemoveRequest | RepairRequest):
             left = "; ".join(f"{disk} is left alone: {why}" for disk, why in sorted(domain.left.items()))
             raise RefusedError(f"domain {domain.name} has no disk that snaptree looks after", left)
-        if jobs := self.handle.jobs():
-            hint = f"see 'virsh domjobinfo {domain.name}' and 'virsh blockjob'; wait for its end, or abort it"
-            raise BusyError(f"libvirt is at work on domain {domain.name}: {jobs[0]}", hint)
+        if found := jobs(self.handle):
+            raise BusyError(f"libvirt is at work on domain {domain.name}: {found[0]}", hint_for(domain.name))
         if domain.saved:
             hint = f"start it, or drop what was saved with 'virsh managedsave-remove {domain.name}'"
             raise RefusedError(f"domain {domain.name} has a managed save, which would start it on its old disks", hint)

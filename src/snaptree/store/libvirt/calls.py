@@ -229,25 +229,6 @@ class DomainHandle:
         with explained(f"read snapshot {name!r} of domain {self.name}"):
             return str(self._domain.snapshotLookupByName(name, 0).getXMLDesc(0))
 
-    def jobs(self) -> tuple[str, ...]:
-        """What libvirt is at with it: a migration, a save, block jobs, each as a sentence."""
-        libvirt = self._libvirt
-        if self.state() == OFF:
-            return ()
-        found: list[str] = []
-        with explained(f"ask what jobs domain {self.name} has"):
-            kind = self._domain.jobInfo()[0]
-            if kind != libvirt.VIR_DOMAIN_JOB_NONE:
-                found.append("a job (a migration, a save or a backup) is under way")
-            for target in targets(self.definition(live=True)):
-                try:
-                    job = self._domain.blockJobInfo(target, 0)
-                except libvirt.libvirtError:
-                    continue
-                if job:
-                    found.append(f"a block job on {target} is under way")
-        return tuple(found)
-
     def chains(self) -> dict[str, tuple[str, ...]]:
         """The files of each disk, top first, canonical: of what runs, or (the tips at least) of what is to be."""
         root = xml.parse(self.definition(live=self.state() != OFF), "the domain's definition")

@@ -17,6 +17,7 @@ from snaptree.model.memory import LIBVIRT, Saveable
 from snaptree.store.libvirt import xml
 from snaptree.store.libvirt.binding import binding, explain, explained
 from snaptree.store.libvirt.calls import DomainHandle, snapshot_request, targets
+from snaptree.store.libvirt.jobs import hint_for, jobs, require_short
 from snaptree.store.libvirt.xml import Element
 
 IDLE_SECONDS = 600.0
@@ -75,9 +76,9 @@ class DomainMemory:
         return why not in (*halted, libvirt.VIR_DOMAIN_SHUTOFF_UNKNOWN)
 
     def settle(self) -> None:
-        """Wait until libvirt is at nothing with the domain.
+        """Wait until libvirt is at nothing with the domain that a client which was killed may have had it begin.
 
-        :raise BusyError: it is all the while.
+        :raise BusyError: it is all the while, or it is at what somebody else has begun, and that may last.
         """
         libvirt = self._libvirt
         until, last = time.monotonic() + IDLE_SECONDS, None
@@ -91,11 +92,13 @@ class DomainMemory:
             else:
                 if info[0] == libvirt.VIR_DOMAIN_JOB_NONE:
                     return
+                require_short(self._handle)
                 if info[4] != last:
                     until, last = time.monotonic() + IDLE_SECONDS, info[4]
             time.sleep(POLL_SECONDS)
-        hint = f"see 'virsh domjobinfo {self._handle.name}'"
-        raise BusyError(f"libvirt is at work on domain {self._handle.name} all the while", hint)
+        name = self._handle.name
+        why = next(iter(jobs(self._handle)), "something is under way")
+        raise BusyError(f"libvirt is at work on domain {name} all the while: {why}", hint_for(name))
 
     def definition(self, path: str, disks: Mapping[str, tuple[str, str]] | None = None) -> str:
         """The domain that is in a memory file, as it is to be when that is loaded.
