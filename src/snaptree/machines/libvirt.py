@@ -241,8 +241,8 @@ class LibvirtMachine(Machine):
         if not domain.persistent:
             hint = "make it persistent with 'virsh define'"
             raise RefusedError(f"domain {domain.name} is transient: libvirt forgets it when it stops", hint)
-        if found := doubt(looked.reading):
-            raise RefusedError(f"domain {domain.name}: {found[0]}", found[1])
+        if unclear := doubt(looked.reading):
+            raise RefusedError(f"domain {domain.name}: {unclear[0]}", unclear[1])
         if isinstance(request, SnapshotRequest) and request.internal and request.exclude:
             hint = "leave out --exclude, or take it external (without --internal)"
             raise RefusedError(f"libvirt has no record for an internal snapshot without {request.exclude[0]}", hint)
