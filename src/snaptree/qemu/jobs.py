@@ -291,14 +291,17 @@ async def dismiss_streams(qmp: QmpSession) -> None:
             await qmp.execute("job-dismiss", id=name)
 
 
-async def abandon(qmp: QmpSession, names: Sequence[str]) -> None:
-    """Cancel what still runs and wait until it has stopped writing; a peer that went away has stopped too."""
+async def abandon(qmp: QmpSession, names: Sequence[str]) -> bool:
+    """Cancel what still runs and wait until it has stopped writing; a peer that went away has stopped too.
+
+    :return: whether it is known to have stopped.
+    """
     deadline = time.monotonic() + ABANDON_SECONDS
     try:
         while (left := deadline - time.monotonic()) > 0:
             found = await query(qmp, names, seconds=left)
             if not found:
-                return
+                return True
             for name, each in found.items():
                 if each.progress.status == "concluded":
                     await qmp.execute("job-dismiss", id=name, seconds=left)
@@ -306,7 +309,8 @@ async def abandon(qmp: QmpSession, names: Sequence[str]) -> None:
                     await _try_cancel(qmp, name, left)
             await asyncio.sleep(0.02)
     except SnaptreeError:
-        return
+        pass
+    return False
 
 
 async def _try_cancel(qmp: QmpSession, name: str, seconds: float) -> None:

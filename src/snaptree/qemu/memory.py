@@ -222,15 +222,22 @@ async def until_done(qmp: QmpSession, followed: Followed) -> None:
         pause = min(pause * 1.5, 0.1)
 
 
-async def abandon(qmp: QmpSession) -> None:
-    """Cancel whatever is being saved, and wait until it has ended; a peer that went away has ended too."""
+async def abandon(qmp: QmpSession) -> bool:
+    """Cancel whatever is being saved, and wait until it has ended; a peer that went away has ended too.
+
+    :return: whether it is known to have ended.
+    """
     deadline = time.monotonic() + CANCEL_SECONDS
     with suppress(SnaptreeError):
         if (await query(qmp)).status not in _OVER:
             await qmp.execute("migrate_cancel")
-        while (await query(qmp)).status not in _OVER and time.monotonic() < deadline:
+        while (await query(qmp)).status not in _OVER:
+            if time.monotonic() > deadline:
+                return False
             await asyncio.sleep(0.005)
         await _until_finished(qmp)
+        return True
+    return False
 
 
 async def load(qmp: QmpSession, uri: str, form: str) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import socket
 from typing import Any
 
-from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError
+from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError, Runstate
 from qemu.qmp.qmp_client import NegotiationError
 
 from snaptree.errors import NoSpaceError, SnaptreeError, ToolError
@@ -61,6 +61,11 @@ class QmpSession:
             raise explain(f"{self.name} refused {command}", str(error)) from error
         except (ExecInterruptedError, QMPError, OSError) as error:
             raise ToolError(f"{self.name} went away during {command}") from error
+
+    @property
+    def connected(self) -> bool:
+        """Whether the session lasts, be it that nothing is answered."""
+        return self._client.runstate is Runstate.RUNNING
 
     def _hear(self, event: Message) -> bool:
         """Look at an event as it comes; whether it is to be kept, which none is."""

@@ -27,7 +27,8 @@ class Context(Struct):
 
     A step adds to ``said`` what the user is to be told of how it went, and sets ``paused`` to the seconds that the
     guest stood still. ``failed`` is set by a step that did not do what it should, where the operation is brought to
-    its end all the same: it is raised then.
+    its end all the same: it is raised then. ``left`` is set when QEMU says nothing any more while something is pending
+    in it: a guard ends that by itself, and the operation stays in the journal, as if we had been killed.
     """
 
     journal: Journal
@@ -41,6 +42,7 @@ class Context(Struct):
     said: list[str] = field(default_factory=list)
     paused: float | None = None
     failed: SnaptreeError | None = None
+    left: bool = False
 
     def stopped(self) -> bool:
         """Whether the step is to stop; while its work is held this waits."""

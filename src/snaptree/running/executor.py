@@ -147,7 +147,9 @@ async def _carry_out(machine: str, plan: Plan, context: Context, report: Report)
             await take(step, context)
         close(context)
     except BaseException as error:
-        if journal.step < plan.point_of_no_return and not await _happened(plan, context):
+        if context.left:
+            _add_hint(error, f"the guest goes on when QEMU does; 'snaptree recover {machine}' does the rest then")
+        elif journal.step < plan.point_of_no_return and not await _happened(plan, context):
             await undo_all(plan.steps[: journal.step + 1], context, str(error))
             for each in context.said:
                 _add_hint(error, each)

@@ -8,6 +8,7 @@ journal first: what has happened cannot be told afterwards.
 
 from __future__ import annotations
 
+import _thread
 import json
 import select
 import socket
@@ -30,7 +31,9 @@ from snaptree.store.database import Database
 
 PIVOT, STAY = "pivot", "stay"
 """What a step notes of what it does: it has happened (the guest goes over, say), or all stays where it was."""
-READY_SECONDS, ANSWER_SECONDS, CANCEL_SECONDS = 20.0, 10.0, 5.0
+READY_SECONDS, CANCEL_SECONDS = 20.0, 5.0
+ANSWER_SECONDS = 1800.0
+"""So long QEMU may say nothing, as while it waits for a disk that stands still, before it is given up."""
 _MIGRATING = ("setup", "active", "device", "pre-switchover", "cancelling")
 
 
@@ -49,6 +52,9 @@ class StandBy:
     :param descriptors: the sockets that it shares.
     :param purpose: what it is there for, for messages.
     """
+
+    left = False
+    """Set in the block, when we can do no more: at its end the process does what is left, as if we had been killed."""
 
     def __init__(self, module: str, descriptors: Collection[int], words: Sequence[str], purpose: str) -> None:
         self._module, self._descriptors, self._words, self._purpose = module, descriptors, words, purpose
@@ -76,6 +82,13 @@ class StandBy:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.left:
+            # It closes its end when it has decided what is to be done; how long that takes is up to QEMU.
+            self._ours.shutdown(socket.SHUT_WR)
+            select.select([self._ours], [], [], READY_SECONDS)
+            self._ours.close()
+            _thread.start_new_thread(self._process.wait, ())
+            return
         # It is told that all is well, and has nothing to do.
         with suppress(OSError):
             self._ours.send(b"!")
@@ -90,6 +103,9 @@ class Guard(StandBy):
     :param go: what is said when the note is that it has happened.
     :param stay: what is said otherwise.
     """
+
+    needed = False
+    """Whether something is pending in QEMU, as whoever makes it so, and sets it right, says."""
 
     def __init__(self, journal: Journal, path: str, *, go: Orders, stay: Orders) -> None:
         orders = json.dumps({note: [each.monitor, each.commands] for note, each in ((PIVOT, go), (STAY, stay))})
@@ -142,12 +158,12 @@ def _serve(watched: int, orders: str, folder: str, operation: int, step: int, pa
         parent.send(b"r")
         if parent.recv(1):
             return
-    database = Database(folder)
-    noted = operations.note_of(database, operation, step, path)
-    value = noted if noted is not None else STAY
-    with database.transaction() as connection:
-        # Once more, so that it is on disk before QEMU acts on it.
-        operations.put_note(connection, operation, step, path, value)
+        database = Database(folder)
+        noted = operations.note_of(database, operation, step, path)
+        value = noted if noted is not None else STAY
+        with database.transaction() as connection:
+            # Once more, so that it is on disk before QEMU acts on it.
+            operations.put_note(connection, operation, step, path, value)
     descriptor, commands = json.loads(orders)[value]
     monitor = _Monitor(descriptor)
     for command, arguments in commands:

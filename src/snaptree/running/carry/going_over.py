@@ -21,7 +21,7 @@ from snaptree.running.carry import memory as saving
 from snaptree.running.carry.making import unmake
 from snaptree.running.carry.nodes import inode_at
 from snaptree.running.context import Context
-from snaptree.running.guard import PIVOT, STAY, Guard, Orders
+from snaptree.running.guard import PIVOT, STAY, Orders
 
 _SOCKETS = "sockets"
 
@@ -187,12 +187,13 @@ async def _take_over(step: GoOver, context: Context, old: RunningQemu, new: Runn
     go = Orders((new or old).descriptor, [standing.CONT] if new is not None and step.after == RUNNING else [])
     stay = Orders(old.descriptor, await standing.words_to_go_on(old, running=running))
     saving.remember(step.monitor, before, old, context)
-    with Guard(context.journal, step.monitor, go=go, stay=stay):
+    async with standing.guarded(old, step.monitor, context, go=go, stay=stay) as guard:
         begun = time.monotonic()
+        guard.needed = True
         try:
             if running:
                 standing.remember_stop(step.monitor, old, context)
-                await old.qmp.execute("stop")
+                await standing.stop(old)
             firmware.renew(step.firmware, context)
             if step.save is not None:
                 await _save(step.save, context, old, before)
@@ -200,8 +201,7 @@ async def _take_over(step: GoOver, context: Context, old: RunningQemu, new: Runn
         except BaseException:
             with suppress(SnaptreeError):
                 async with standing.answering(old) as now:
-                    await memory.abandon(now.qmp)
-                    await standing.go_on(now, running=running)
+                    await standing.set_right(now, guard, running=running, saves=True)
                     await memory.restore(now.qmp, before)
             raise
         if new is not None:

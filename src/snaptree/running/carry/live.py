@@ -12,6 +12,7 @@ from snaptree.images.facts import read_facts
 from snaptree.planning.live_steps import Cut, LiveSnapshot
 from snaptree.planning.memory_steps import SaveMemory
 from snaptree.qemu.graph import BlockGraph, Node
+from snaptree.qemu.jobs import FLUSH_SECONDS
 from snaptree.qemu.running import RunningQemu
 from snaptree.running.carry import internals, live_internals
 from snaptree.running.carry.nodes import inode_at, is_top
@@ -47,7 +48,7 @@ async def snapshot(step: LiveSnapshot, context: Context) -> None:
 
 async def _cut(step: LiveSnapshot, context: Context, qemu: RunningQemu, actions: list[dict[str, Any]]) -> None:
     async with with_firmware(qemu, step.firmware, _instant(step), context):
-        await qemu.qmp.execute("transaction", actions=actions)
+        await qemu.qmp.execute("transaction", actions=actions, seconds=FLUSH_SECONDS)
 
 
 async def prepared(qemu: RunningQemu, step: Frozen, context: Context) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 
 from snaptree.errors import RefusedError, SnaptreeError, ToolError, UnhealthyError
 from snaptree.images import durable, gate, write_back
@@ -18,8 +19,9 @@ from snaptree.running.carry import moving
 from snaptree.running.carry.by_qemu import bytes_moved
 from snaptree.running.carry.finishing import finish, header_says, holds_all, move_job
 from snaptree.running.carry.nodes import inode_at, is_top, let_go, node_of
+from snaptree.running.carry.standing import answering, guarded
 from snaptree.running.context import Context
-from snaptree.running.guard import PIVOT, STAY, Guard, Orders
+from snaptree.running.guard import PIVOT, STAY, Orders
 
 
 async def merge(step: LiveMerge, context: Context) -> None:
@@ -145,18 +147,18 @@ async def _go_over(qemu: RunningQemu, job: LiveJob, merging: Merging, context: C
         # A guard may have let it go on where it was; it is begun anew then.
         journal.note(path, STAY)
     go, stay = (Orders(qemu.descriptor, [(each, {"id": merging.id})]) for each in ("job-finalize", "job-cancel"))
-    with Guard(journal, path, go=go, stay=stay):
+    async with guarded(qemu, path, context, go=go, stay=stay) as guard:
+        guard.needed = True
         try:
             if await live_jobs.stop_the_guest(qemu.qmp, merging):
                 journal.note(path, PIVOT)
-        except BaseException:
-            await abandon(qemu.qmp, [merging.id])
-            raise
-        try:
             await live_jobs.settle(qemu.qmp, merging)
-        except SnaptreeError:
-            if not is_merged(await qemu.graph(), job):
-                journal.note(path, STAY)
+        except BaseException:
+            with suppress(SnaptreeError):
+                async with answering(qemu) as now:
+                    if journal.noted(path) == PIVOT and not is_merged(await now.graph(), job):
+                        journal.note(path, STAY)
+                    guard.needed = not await abandon(now.qmp, [merging.id])
             raise
         # One that somebody has cancelled when it was ready ends without an error, and the guest stays where it was.
         merged = is_merged(await qemu.graph(), job)

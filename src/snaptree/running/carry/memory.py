@@ -15,13 +15,14 @@ from snaptree.model.live import PAUSED, RUNNING
 from snaptree.model.memory import BACKGROUND, PLAIN
 from snaptree.planning.memory_steps import SaveMemory
 from snaptree.qemu import memory
+from snaptree.qemu.jobs import FLUSH_SECONDS
 from snaptree.qemu.memory import Followed, Settings
 from snaptree.qemu.running import RunningQemu
 from snaptree.running.carry import firmware, live, live_internals
 from snaptree.running.carry.making import unmake
-from snaptree.running.carry.standing import go_on, go_on_after_kill, standing_still, words_to_go_on
+from snaptree.running.carry.standing import go_on, go_on_after_kill, guarded, standing_still, words_to_go_on
 from snaptree.running.context import Context
-from snaptree.running.guard import PIVOT, Guard, Orders
+from snaptree.running.guard import PIVOT, Orders
 
 
 def is_whole(path: str, context: Context) -> bool:
@@ -48,7 +49,7 @@ async def save(step: SaveMemory, context: Context) -> None:
         else:
             await _begin(step, context, context.qemu)
     except (SnaptreeError, OSError) as error:
-        if not await live.was_frozen(step, context):
+        if context.left or not await live.was_frozen(step, context):
             raise
         unmake(step.path, context)
         await live_internals.unmark(step.marks, context)
@@ -69,13 +70,13 @@ async def _begin(step: SaveMemory, context: Context, qemu: RunningQemu) -> None:
         lent = await memory.lend(qemu, descriptor, memory.forms_known(before))
         told = followed(step.used, context)
         try:
-            orders = Orders(qemu.descriptor, await words_to_go_on(qemu, running=await qemu.state() == RUNNING))
-            with Guard(context.journal, step.path, go=Orders(qemu.descriptor), stay=orders):
-                async with standing_still(qemu, step.path, context, saves=True):
+            stay = Orders(qemu.descriptor, await words_to_go_on(qemu, running=await qemu.state() == RUNNING))
+            async with guarded(qemu, step.path, context, go=Orders(qemu.descriptor), stay=stay) as guard:
+                async with standing_still(qemu, guard, step.path, context, saves=True):
                     firmware.renew(step.firmware, context)
                     saving = _Saving(qemu, before, lent.uri, descriptor, told, context)
                     form = await saving.in_background(form, step.forms)
-                    await qemu.qmp.execute("transaction", actions=actions)
+                    await qemu.qmp.execute("transaction", actions=actions, seconds=FLUSH_SECONDS)
                     if form != BACKGROUND:
                         await saving.begin(form)
                 context.journal.note(step.path, PIVOT)

@@ -11,6 +11,7 @@ from snaptree.errors import SnaptreeError, ToolError
 from snaptree.model.live import RUNNING
 from snaptree.planning.live_steps import Kept
 from snaptree.qemu import memory
+from snaptree.qemu.jobs import FLUSH_SECONDS
 from snaptree.qemu.running import RunningQemu
 from snaptree.running.carry import firmware
 from snaptree.running.context import Context
@@ -22,7 +23,28 @@ GO_ON: list[tuple[str, dict[str, Any]]] = [("migrate_cancel", {}), CONT]
 
 
 @asynccontextmanager
-async def standing_still(qemu: RunningQemu, about: str, context: Context, *, saves: bool) -> AsyncIterator[None]:
+async def guarded(qemu: RunningQemu, about: str, context: Context, *, go: Orders, stay: Orders) -> AsyncIterator[Guard]:
+    """A guard stands by in the block. It ends what is pending also when the block fails and QEMU, which lives, says
+    nothing any more: nobody knows when it will.
+
+    :param about: what the journal's notes of it are about.
+    """
+    guard = Guard(context.journal, about, go=go, stay=stay)
+    with guard:
+        try:
+            yield guard
+        except BaseException:
+            if guard.needed and qemu.qmp.connected:
+                guard.left = context.left = True
+                # What QEMU says from now on is for the guard to hear.
+                await qemu.close()
+            raise
+
+
+@asynccontextmanager
+async def standing_still(
+    qemu: RunningQemu, guard: Guard, about: str, context: Context, *, saves: bool
+) -> AsyncIterator[None]:
     """Let the guest stand still in the block, and go on afterwards, however that ends; how long it did is told.
 
     :param about: what the journal's notes of it are about.
@@ -32,18 +54,16 @@ async def standing_still(qemu: RunningQemu, about: str, context: Context, *, sav
     if running:
         remember_stop(about, qemu, context)
     begun = time.monotonic()
-    if running:
-        await qemu.qmp.execute("stop")
+    guard.needed = running or saves
     try:
+        if running:
+            await stop(qemu)
         yield
+        await go_on(qemu, running=running)
     except BaseException:
-        with suppress(SnaptreeError):
-            async with answering(qemu) as now:
-                if saves:
-                    await memory.abandon(now.qmp)
-                await go_on(now, running=running)
+        await set_right(qemu, guard, running=running, saves=saves)
         raise
-    await go_on(qemu, running=running)
+    guard.needed = False
     if running:
         context.paused = time.monotonic() - begun
 
@@ -59,8 +79,8 @@ async def with_firmware(qemu: RunningQemu, copies: Iterable[Kept], about: str, c
         yield
         return
     orders = Orders(qemu.descriptor, [CONT] if await qemu.state() == RUNNING else [])
-    with Guard(context.journal, about, go=Orders(qemu.descriptor), stay=orders):
-        async with standing_still(qemu, about, context, saves=False):
+    async with guarded(qemu, about, context, go=Orders(qemu.descriptor), stay=orders) as guard:
+        async with standing_still(qemu, guard, about, context, saves=False):
             firmware.renew(copies, context)
             yield
         context.journal.note(about, PIVOT)
@@ -75,6 +95,8 @@ async def answering(qemu: RunningQemu) -> AsyncIterator[RunningQemu]:
     if await qemu.answers():
         yield qemu
         return
+    if qemu.qmp.connected:
+        raise ToolError(f"{qemu.qmp.name} does not answer")
     again = await RunningQemu.attach(qemu.path)
     if again is None:
         raise ToolError(f"{qemu.qmp.name} went away")
@@ -88,6 +110,26 @@ async def words_to_go_on(qemu: RunningQemu, *, running: bool) -> list[tuple[str,
         return GO_ON
     known = "blockdev-set-active" in await qemu.commands()
     return [*GO_ON[:1], *([("blockdev-set-active", {"active": True})] if known else [])]
+
+
+async def stop(qemu: RunningQemu) -> None:
+    """Let the guest stand still: QEMU brings to disk all that it has written."""
+    await qemu.qmp.execute("stop", seconds=FLUSH_SECONDS)
+
+
+async def set_right(qemu: RunningQemu, guard: Guard, *, running: bool, saves: bool) -> None:
+    """Let the guest go on, something having failed; the guard is needed for it where QEMU does not answer.
+
+    :param saves: its memory may be being saved, which is cancelled.
+    """
+    with suppress(SnaptreeError):
+        async with answering(qemu) as now:
+            ended = not saves or await memory.abandon(now.qmp)
+            try:
+                await go_on(now, running=running)
+            finally:
+                # QEMU does in its turn what it is told: what it was told before it has done, or refused.
+                guard.needed = not (ended and await now.answers())
 
 
 async def go_on(qemu: RunningQemu, *, running: bool) -> None:
