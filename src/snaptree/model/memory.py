@@ -11,6 +11,8 @@ from snaptree.model.layer import Identity
 
 FINISHING = "finish-migrate"
 """QEMU's word for a guest that it has stopped to save the last of it, and that may not go on yet."""
+SLEEPING = "suspended"
+"""QEMU's word for a guest that sleeps (ACPI S3)."""
 BACKGROUND, MAPPED, PLAIN, LIBVIRT = "background", "mapped-ram", "plain", "libvirt"
 """How memory is written: while the guest runs on, or while it waits, in QEMU's newer form or in its older one; or by
 libvirt, while it waits, as libvirt's save images are."""

@@ -84,6 +84,18 @@ def require_open(found: Saveable) -> None:
         raise RefusedError(f"the memory cannot be saved: {found.obstacle}", hint)
 
 
+def forms_waited_for(found: Saveable) -> tuple[str, ...]:
+    """The forms in which memory is saved that is parked: all of it before another guest goes on.
+
+    :raise RefusedError: it cannot be: only a guest that sleeps is saved in the background alone.
+    """
+    forms = tuple(each for each in found.forms if each != BACKGROUND)
+    if not forms:
+        hint = "wake it up first, or leave the memory alone with --no-memory"
+        raise RefusedError("the guest sleeps, and could not be woken up any more if its memory were parked", hint)
+    return forms
+
+
 def save(draft: Draft, cuts: tuple[Cut, ...], marks: tuple[Mark, ...], label: str, chosen: str | None) -> Memory:
     """Save the machine's memory in the same instant in which its disks are frozen.
 
@@ -256,8 +268,7 @@ def go_over(draft: Draft, found: Moves, saved: Memory | None, state: tuple[Firmw
     survey, tree = draft.survey, draft.tree
     save = load = None
     if saved is not None:
-        forms = tuple(each for each in saveable(survey).forms if each != BACKGROUND)
-        save = Save(saved.path, _like(draft), forms, saved.size)
+        save = Save(saved.path, _like(draft), forms_waited_for(saveable(survey)), saved.size)
         draft.pause = saved.size / SPEED
     if found.loads is not None:
         assert survey.start is not None

@@ -22,6 +22,7 @@ from snaptree.planning.health import ailments
 from snaptree.planning.plan import Plan
 from snaptree.planning.remembering import (
     Moves,
+    forms_waited_for,
     go_over,
     moves,
     new_memory,
@@ -206,7 +207,9 @@ def revert(tree: Tree, survey: Survey, request: RevertRequest) -> Plan:
 
 def _park_memory(draft: Draft, name: str) -> Memory:
     """Give the branch that is parked the memory of now, which is still to be saved."""
-    require_open(saveable(draft.survey))
+    found = saveable(draft.survey)
+    require_open(found)
+    forms_waited_for(found)
     memory = new_memory(draft, name)
     draft.tree = draft.tree.with_branches(replace(draft.tree.branches[name], memory=memory.id))
     return memory

@@ -101,10 +101,11 @@ async def saveable(qemu: RunningQemu) -> Saveable:
     needs = await describe(qemu)
     state: Any = await qemu.qmp.execute("query-migrate")
     reasons = list(state.get("blocked-reasons", [])) if isinstance(state, dict) else []
-    if await qemu.run_state() == "postmigrate":
-        reasons.append("it has been saved already, and QEMU saves no more until the machine has run")
+    doing = await qemu.run_state()
+    forms = memory.allowed(doing, memory.forms_known(await memory.settings(qemu.qmp)))
+    if not forms:
+        reasons.append(memory.obstacle(doing))
     ram = int(needs["RAM"].split()[0])
-    forms = memory.forms_known(await memory.settings(qemu.qmp))
     return Saveable(ram, min(ram, _resident(qemu.pid, ram)), needs, forms, "; ".join(map(str, reasons)))
 
 

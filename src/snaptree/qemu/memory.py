@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from msgspec import Struct, field
 
 from snaptree.errors import CancelledError, SnaptreeError, ToolError
-from snaptree.model.memory import BACKGROUND, FINISHING, MAPPED, PLAIN
+from snaptree.model.memory import BACKGROUND, FINISHING, MAPPED, PLAIN, SLEEPING
 from snaptree.qemu.running import RunningQemu, run_state
 from snaptree.qemu.session import QmpSession, explain
 
@@ -29,6 +29,13 @@ QUIET_SECONDS, STALL_SECONDS, CANCEL_SECONDS = 30.0, 60.0, 30.0
 LOAD_SECONDS = 300.0
 """So long a memory may take to load: QEMU says nothing meanwhile."""
 _OVER = ("none", "completed", "failed", "cancelled")
+_LOST = {
+    "postmigrate": "it has been saved already, and QEMU saves no more until the machine has run",
+    "shutdown": "the guest has shut down, which QEMU would forget",
+    "guest-panicked": "the guest has panicked, which QEMU would forget",
+    "internal-error": "the guest could not go on, which QEMU would forget",
+}
+"""Run states that a machine cannot be saved in: it would be in ``postmigrate`` afterwards, whatever the form."""
 
 
 class Settings(Struct, frozen=True):
@@ -100,6 +107,22 @@ def forms_known(found: Settings) -> tuple[str, ...]:
     known = found.capabilities
     unsafe = () if _SINCE_8_1 in known else (BACKGROUND,)
     return (*(form for form, name in CAPABILITIES.items() if name in known and form not in unsafe), PLAIN)
+
+
+def allowed(state: str, forms: Collection[str]) -> tuple[str, ...]:
+    """Those of the forms that a machine in a run state can be saved in.
+
+    A guest that sleeps does so only in the background: saved otherwise it cannot be woken up any more, and QEMU ends
+    itself when it is told to go on (10.0.2: "invalid runstate transition: 'postmigrate' -> 'suspended'").
+    """
+    if state in _LOST:
+        return ()
+    return tuple(form for form in forms if form == BACKGROUND or state != SLEEPING)
+
+
+def obstacle(state: str) -> str:
+    """Why a machine in a run state cannot be saved, in a form that it is not allowed."""
+    return _LOST.get(state, "the guest sleeps, and could not be woken up any more")
 
 
 async def use(qmp: QmpSession, before: Settings, form: str, speed: int) -> None:

@@ -210,6 +210,8 @@ async def _take_over(step: GoOver, context: Context, old: RunningQemu, new: Runn
 
 async def _save(save: Save, context: Context, old: RunningQemu, before: memory.Settings) -> None:
     """Save the memory of the old guest, which stands still: all of it before anything goes on."""
+    if not memory.allowed(state := await old.run_state(), save.forms):
+        raise saving.not_allowed(state)
     descriptor = saving.new_file(save.path, save.like, context)
     try:
         form = await saving.choose(old, before, save.forms, context)

@@ -12,7 +12,7 @@ from snaptree.images import durable
 from snaptree.images.inode import inode_of, is_still
 from snaptree.images.rights import keep_private
 from snaptree.model.live import PAUSED, RUNNING
-from snaptree.model.memory import BACKGROUND, PLAIN
+from snaptree.model.memory import BACKGROUND, PLAIN, SLEEPING
 from snaptree.planning.memory_steps import SaveMemory
 from snaptree.qemu import memory
 from snaptree.qemu.jobs import FLUSH_SECONDS
@@ -129,6 +129,11 @@ async def choose(qemu: RunningQemu, before: Settings, forms: tuple[str, ...], co
     raise why or ToolError(f"{qemu.qmp.name} cannot save its memory", "take the snapshot without --memory")
 
 
+def not_allowed(state: str) -> ToolError:
+    """The error of a machine that has come into a run state in which it cannot be saved."""
+    return ToolError(f"the memory cannot be saved: {memory.obstacle(state)}", "take it when the guest runs")
+
+
 class _Saving(Struct):
     """The part of the saving for which the guest stands still."""
 
@@ -146,10 +151,12 @@ class _Saving(Struct):
 
         :raise ToolError: QEMU refuses: a device is in the way.
         """
-        if form != BACKGROUND:
+        state = await self.qemu.run_state()
+        forms = memory.allowed(state, forms)
+        if form != BACKGROUND and form in forms:
             return form
         # From any other state, as one that has never run, QEMU 10.0.2 ends itself: "invalid runstate transition".
-        if await self.qemu.run_state() == PAUSED:
+        if form == BACKGROUND and state in (PAUSED, SLEEPING):
             await self.qemu.qmp.execute("migrate", uri=self.uri)
             try:
                 await memory.until_instant(self.qemu.qmp, form, self.followed)
@@ -157,11 +164,15 @@ class _Saving(Struct):
             except ToolError as error:
                 await memory.abandon(self.qemu.qmp)
                 await memory.quiet(self.qemu)
+                if state == SLEEPING:
+                    raise
                 self.context.said.append(f"the memory was saved while the guest waited: {error.message}")
             durable.set_length(self.descriptor, 0, "the memory file")
             os.lseek(self.descriptor, 0, os.SEEK_SET)
         left = tuple(each for each in forms if each != BACKGROUND)
-        return await choose(self.qemu, self.before, left or (PLAIN,), self.context)
+        if not left:
+            raise not_allowed(state)
+        return await choose(self.qemu, self.before, left, self.context)
 
     async def begin(self, form: str) -> None:
         """Save in another form, with the disks frozen: when all is saved QEMU has closed them."""
