@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
 import pytest
 from tests.kit.qmp import Qmp
+from tests.kit.scene import command
 from tests.kit.steps import at_command, hanging_up
 from tests.kit.still import COMMAND, Still, placed
 
@@ -100,4 +102,24 @@ def test_the_machine_is_reset_in_a_merge(line: str) -> None:
         assert process.returncode == 0, said
         right(still)
         assert still.show()["pending"] == []
+        still.sound()
+
+
+@pytest.mark.parametrize("number", [66, *(pytest.param(each, marks=pytest.mark.slow) for each in (65, 67, 68))])
+def test_it_powers_off_on_the_way_back(number: int) -> None:
+    """Its session has ended when the guard is to be started, which is said in a sentence."""
+    with placed() as folder, pytest.MonkeyPatch.context() as patched:
+        still = made(folder)
+
+        def quits() -> None:
+            with still.second() as qmp, contextlib.suppress(AssertionError):
+                qmp("quit")
+
+        came = at_command(patched, number, quits)
+        status = command("revert", "web1", "m", state=still.state, folder=still.disks).status
+        patched.undo()
+        assert came() and status in (0, 6, 7, 12), status
+        still.forgiven.add("leaks")
+        still("recover web1")
+        assert {name: still.shows(name) for name in KEPT} == KEPT
         still.sound()

@@ -77,8 +77,14 @@ class RunningQemu:
 
     @property
     def descriptor(self) -> int:
-        """The monitor's socket, for a process that shares it."""
-        return self._connection.fileno()
+        """The monitor's socket, for a process that shares it.
+
+        :raise ToolError: QEMU has hung up.
+        """
+        found = self._connection.fileno()
+        if found < 0:
+            raise ToolError(f"{self.qmp.name} went away")
+        return found
 
     def pass_descriptor(self, descriptor: int) -> None:
         """Send an open file along; the command that comes next says what it is for.
