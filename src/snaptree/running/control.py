@@ -14,7 +14,9 @@ from typing import Any
 from snaptree.errors import RefusedError
 from snaptree.images.mover.limiting import Limiter
 from snaptree.model.sizes import readable
+from snaptree.planning.domain_memory_steps import DomainGoOver
 from snaptree.planning.live_steps import LiveMerge
+from snaptree.planning.memory_steps import GoOver, SaveMemory
 from snaptree.planning.plan import Plan
 from snaptree.planning.steps import BuildFromPoint, BuildMerged, Move
 from snaptree.running.pace import FREELY, Pace
@@ -109,8 +111,9 @@ class Control:
     def pause(self) -> None:
         """Let no data move until :meth:`resume`.
 
-        :raise RefusedError: there is nothing left to do that can be paused.
+        :raise RefusedError: there is nothing left to do that can be paused, or memory is being saved.
         """
+        self._require_steerable("paused")
         if not self.pausable:
             what = "has not begun yet" if not self._plans else "moves no data (any more), and is over in a moment"
             raise RefusedError(f"the operation on machine {self.machine} {what}: it cannot be paused")
@@ -121,8 +124,27 @@ class Control:
         self._change(held=False)
 
     def limit(self, speed: float) -> None:
-        """Let so many bytes a second move from now on; 0 for no limit."""
+        """Let so many bytes a second move from now on; 0 for no limit.
+
+        :raise RefusedError: memory is being saved.
+        """
+        self._require_steerable("slowed down, or made faster")
         self._change(speed=speed)
+
+    def _require_steerable(self, how: str) -> None:
+        """Refuse while memory is being saved: QEMU (10.0.2) has no limit for that in the background, and no pause."""
+        with self._lock:
+            saves = self._saves()
+        if saves:
+            hint = f"it can be stopped: 'snaptree cancel {self.machine}'" if self.stoppable else ""
+            raise RefusedError(f"memory that is being saved cannot be {how}", hint)
+
+    def _saves(self) -> bool:
+        """Whether the step that is being taken saves memory."""
+        if self._progress is None or not self._plans:
+            return False
+        step = self._plans[self._at].steps[self._progress.step - 1]
+        return isinstance(step, SaveMemory) or (isinstance(step, GoOver | DomainGoOver) and step.save is not None)
 
     def _change(self, *, held: bool | None = None, speed: float | None = None) -> None:
         """Change how fast it is: the rate of before says nothing any more."""
@@ -146,8 +168,10 @@ class Control:
 
     @property
     def pausable(self) -> bool:
-        """Whether something is left to do that can be paused."""
+        """Whether something is left to do that can be paused, and can be now."""
         with self._lock:
+            if self._saves():
+                return False
             if not self._plans:
                 return not self.stoppable or self._number is not None
             here, later = self._plans[self._at : self._at + 1], self._plans[self._at + 1 :]
