@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from tests.kit.space import held
 from tests.kit.stage import processes_of
 from tests.kit.still import Still
 
@@ -19,7 +20,7 @@ from snaptree.qemu import ending
 from snaptree.qemu.session import QmpSession
 from snaptree.running.journal import Journal
 
-BUSY = 5
+BUSY, FAILED = 5, 12
 PIDFD_GETFD = 438
 """The system call's number, the same on all architectures but Alpha."""
 
@@ -90,6 +91,38 @@ def test_it_was_off_for_what_was_killed_and_the_user_says_what_it_does_now(still
     still(command)
     assert still("recover").out == "nothing to recover\n"
     assert bool(processes_of(still.folder)) == (command == "start web1")
+    if command == "start web1":
+        # What befalls it later has nothing to do with that.
+        still.kill_qemu()
+        assert still("recover").out == "nothing to recover\n"
+        assert processes_of(still.folder) == []
+
+
+def test_it_is_started_once(still: Still) -> None:
+    """Whoever turns it off afterwards has it off."""
+    still("snapshot web1 s1")
+    still.write("x")
+    still("revert web1 s1 --discard")
+    assert still.show()["state"] == "paused"
+    still.kill_qemu()
+    assert still("recover").out == "nothing to recover\n"
+    still("snapshot web1 s2")
+    assert processes_of(still.folder) == [] and still.show()["pending"] == []
+
+
+def test_a_start_that_fails_is_told_once(still: Still, monkeypatch: pytest.MonkeyPatch) -> None:
+    still("snapshot web1 s1")
+    still.write("x")
+    still.killed("revert web1 s1 --discard", before_it_begins)
+
+    async def failing(*_: Any, **__: Any) -> None:
+        raise ToolError("it has no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(switching, "launch", failing)
+        assert "it has no room" in still("recover web1", status=FAILED).err
+    assert still("recover web1").out == "nothing to recover\n"
+    assert processes_of(still.folder) == [] and still.show()["pending"] == []
 
 
 def test_it_was_off_after_its_memory_was_saved(still: Still) -> None:
@@ -150,6 +183,21 @@ def test_what_is_refused_turns_no_machine_off(still: Still) -> None:
         assert "another snaptree" in still("revert web1 s2 --discard --delete", status=BUSY).err
     finally:
         lock.release()
+    assert processes_of(still.folder) == before
+    still("stop web1 --force")
+    still.forgiven.add("leaks")
+    still.sound()
+
+
+def test_what_somebody_has_open_turns_no_machine_off(still: Still) -> None:
+    for name in ("s1", "s2"):
+        still(f"snapshot web1 {name}")
+        still.write("x")
+    still("revert web1 s1")
+    still("delete web1 --branch main.1")
+    before = processes_of(still.folder)
+    with held(still.path("s2")):
+        assert "is open by qemu-io" in still("revert web1 s1 --discard --children", status=BUSY).err
     assert processes_of(still.folder) == before
     still("stop web1 --force")
     still.forgiven.add("leaks")
