@@ -84,6 +84,7 @@ async def _live(qemu: RunningQemu, graph: BlockGraph, tree: Tree, commands: froz
     known = frozenset(layer for layer, node in nodes.items() if options_of(graph, node, words) is not None)
     tracked = frozenset(layer for layer, node in nodes.items() if node.bitmaps)
     unnamed = frozenset(layer for layer, node in nodes.items() if is_unnamed(node))
+    tops = {disk: nodes[point.layer] for disk, point in tree.active_branch.tips.items()}
     word = await qemu.run_state()
     return Live(
         state=state_of(word),
@@ -97,6 +98,7 @@ async def _live(qemu: RunningQemu, graph: BlockGraph, tree: Tree, commands: froz
         disks=graph.plugged(),
         # From QEMU 10.0 on it can be told to use them again, and is.
         let_go=word == "postmigrate" and "blockdev-set-active" not in commands,
+        backups={disk: job for disk, node in tops.items() if (job := graph.backup(node))},
     )
 
 

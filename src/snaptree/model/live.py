@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from msgspec import Struct
+from collections.abc import Mapping
+
+from msgspec import Struct, field
 
 from snaptree.model.layer import LayerId
 from snaptree.model.memory import Saveable
@@ -17,7 +19,8 @@ class Live(Struct, frozen=True):
     of ``reopenable`` it is known how it has opened them, of ``unnamed`` it has made up the nodes' names, of ``tracked``
     it keeps dirty bitmaps. ``commands`` is what its monitor can be asked for. ``files`` are all files that it has open,
     by device and inode, ``disks`` those of them that its devices have as their disks. ``memory`` is set where that was
-    asked for, as it takes a while. One that has ``let_go`` of its disks, having saved its memory, uses them only when
+    asked for, as it takes a while. ``backups`` are the names of backup jobs, not of ours, by the disks that they copy.
+    One that has ``let_go`` of its disks, having saved its memory, uses them only when
     the guest goes on.
     """
 
@@ -32,3 +35,4 @@ class Live(Struct, frozen=True):
     disks: frozenset[tuple[int, int]] = frozenset()
     memory: Saveable | None = None
     let_go: bool = False
+    backups: Mapping[str, str] = field(default_factory=dict)

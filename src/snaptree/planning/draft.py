@@ -412,6 +412,13 @@ class Draft:
             return
         read = {each.path for each in after.layers.values() if self.is_open(each.id) and not self.is_busy(each.id)}
         opened = dict.fromkeys(step.path for step in cleanup if isinstance(step, DeleteInternal) and step.path in read)
+        live = self.survey.live
+        for each in after.layers.values():
+            if live is not None and each.path in opened and (job := live.backups.get(each.disk)):
+                hint = "wait until that has ended"
+                raise RefusedError(
+                    f"QEMU's backup job {job} copies {each.disk}, and nothing of it is reopened beside it", hint
+                )
         if opened:
             self.prepare.append(LiveOpen(tuple(opened)))
 

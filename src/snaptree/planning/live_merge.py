@@ -127,6 +127,9 @@ def _choose(draft: Draft, row: Row, way: str) -> Choice | str:
     if draft.survey.libvirt and live.state == PAUSED:
         # Only with the guest running can QEMU be made to bring to disk what it has merged.
         waits = "its domain is paused: it is merged when the domain runs, or is off, by gc"
+    elif job := live.backups.get(tree.layers[row[0]].disk):
+        # While such a job is slowed down QEMU would do nothing else until it had copied what it has begun.
+        waits = f"the backup job {job} of its QEMU copies it: it is merged when that has ended, by gc"
     elif live.let_go:
         waits = (
             "its QEMU has let go of the disks with the memory that was saved: it is merged when the guest runs, by gc"

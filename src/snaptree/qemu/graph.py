@@ -17,8 +17,10 @@ from snaptree.errors import ToolError, UnhealthyError
 Inode = tuple[int, int]
 FORMATS = ("qcow2", "raw")
 PROTOCOLS = ("file", "host_device")
-FILTERS = ("commit_top", "mirror_top", "stream", "copy-on-read", "throttle", "preallocate", "snapshot-access")
-"""Drivers of nodes that show what is in their only child."""
+BACKUP = "copy-before-write"
+"""The driver of the node that a backup job puts above what it copies; where that goes is beneath it as well."""
+FILTERS = ("commit_top", "mirror_top", "stream", "copy-on-read", "throttle", "preallocate", "snapshot-access", BACKUP)
+"""Drivers of nodes that show what is in the child that is their file or backing file."""
 
 
 class Node(Struct, frozen=True):
@@ -26,7 +28,7 @@ class Node(Struct, frozen=True):
 
     ``path`` and ``inode`` are of the file that a protocol node has open. ``cache`` has ``direct`` and ``no-flush``,
     ``bitmaps`` the names of the dirty bitmaps that QEMU keeps of it; those of jobs have none. ``internals`` are the
-    names of an image's internal snapshots.
+    names of an image's internal snapshots, ``jobs`` those of the jobs that work on the node.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Node(Struct, frozen=True):
     detect_zeroes: str = "off"
     bitmaps: tuple[str, ...] = ()
     internals: tuple[str, ...] = ()
+    jobs: tuple[str, ...] = ()
 
 
 class BlockGraph(Struct, frozen=True):
@@ -112,7 +115,16 @@ class BlockGraph(Struct, frozen=True):
     def _is_disk(self, node: Node) -> bool:
         """Whether a device has the image, or a filter above it, as its disk. What a job uses is no device's."""
         above = (self.nodes[each] for each in node.above)
-        return node.name in self.disks or any(each.driver in FILTERS and self._is_disk(each) for each in above)
+        filters = (each for each in above if each.driver in FILTERS and node.name in (each.file, each.backing))
+        return node.name in self.disks or any(map(self._is_disk, filters))
+
+    def backup(self, node: Node) -> str:
+        """The name of a backup job that copies the image, or one that it stands on; empty without one."""
+        shown = {each.name for each in self.chain(node)}
+        for each in self.nodes.values():
+            if each.driver == BACKUP and each.file in shown:
+                return each.jobs[0] if each.jobs else each.name
+        return ""
 
 
 def read_graph(
@@ -138,12 +150,16 @@ def _read(
     known = {each["node-name"] for each in told}
     names = {each["id"]: each["name"] for each in edges["nodes"] if each["type"] == "block-driver"}
     names = {number: name for number, name in names.items() if name in known}
+    jobs = {each["id"]: each["name"] for each in edges["nodes"] if each["type"] == "block-job"}
+    at_work: dict[str, list[str]] = {}
     beneath: dict[str, dict[str, str]] = {}
     above: dict[str, list[str]] = {}
     for edge in edges["edges"]:
         child = names.get(edge["child"])
         if child is None:
             continue
+        if edge["parent"] in jobs:
+            at_work.setdefault(child, []).append(jobs[edge["parent"]])
         parent = names.get(edge["parent"])
         if parent is not None:
             beneath.setdefault(parent, {})[edge["name"]] = child
@@ -165,6 +181,7 @@ def _read(
             detect_zeroes=str(each["detect_zeroes"]),
             bitmaps=tuple(str(one["name"]) for one in each.get("dirty-bitmaps", ()) if one.get("name")),
             internals=tuple(str(one["name"]) for one in each.get("image", {}).get("snapshots", ())),
+            jobs=tuple(at_work.get(name, ())),
         )
     return BlockGraph(nodes, frozenset(each["inserted"]["node-name"] for each in devices if "inserted" in each))
 
