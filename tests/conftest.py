@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.kit.disks import loop_device
 from tests.kit.scene import Scene
 from tests.kit.still import Still, standing
 
@@ -59,6 +60,15 @@ def by_qemu(monkeypatch: pytest.MonkeyPatch) -> None:
 def scene(tmp_path: Path) -> Scene:
     """An empty folder for images; no machine yet."""
     return Scene(tmp_path)
+
+
+@pytest.fixture
+def device(scene: Scene) -> Iterator[Path]:
+    """A block device in the scene that shows ``b.......``; only root can make one."""
+    content = scene.image("disk.raw", "raw", word="b")
+    scene.left.add(content)
+    with loop_device(content) as path:
+        yield path
 
 
 @pytest.fixture

@@ -45,6 +45,22 @@ def boot(folder: Path) -> Boot:
     return Boot(made, folder / "no-memory")
 
 
+def formatted(path: Path) -> None:
+    """Make a qcow2 image with an empty ext4 file system."""
+    plain = path.with_suffix(".plain")
+    with plain.open("wb") as file:
+        file.truncate(DISK_BYTES)
+    images.run("mkfs.ext4", "-q", "-F", plain)
+    images.run("qemu-img", "convert", "-O", "qcow2", plain, path)
+    plain.unlink()
+
+
+def written_lines(found: Guest) -> int:
+    """The last line that the guest says it has written; it need not be on its disk."""
+    said = [line.split() for line in found.lines() if re.fullmatch(r"W \d+", line)]
+    return int(said[-1][1])
+
+
 class AgentStage(Stage):
     """The machine ``web1`` with an ext4 file system on ``vda``; its guest has an agent that answers at ``channel``."""
 
@@ -54,12 +70,7 @@ class AgentStage(Stage):
 
     def make(self, *, raw: bool = True) -> None:
         super().make(raw=raw)
-        plain = self.folder / "plain"
-        with plain.open("wb") as file:
-            file.truncate(DISK_BYTES)
-        images.run("mkfs.ext4", "-q", "-F", plain)
-        images.run("qemu-img", "convert", "-O", "qcow2", plain, self.disks / "vda.qcow2")
-        plain.unlink()
+        formatted(self.disks / "vda.qcow2")
 
     def start(self, *, raw: bool = True) -> Guest:
         words = self.boot.words(self.folder, saved=False)
@@ -69,9 +80,8 @@ class AgentStage(Stage):
         return self.guest
 
     def written_lines(self) -> int:
-        """The last line that the guest says it has written; it need not be on its disk."""
-        said = [line.split() for line in self.guest.lines() if re.fullmatch(r"W \d+", line)]
-        return int(said[-1][1])
+        """As :func:`written_lines`."""
+        return written_lines(self.guest)
 
     def goes_on(self, more: int = 5) -> None:
         """The guest writes: its file system is not frozen."""

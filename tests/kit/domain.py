@@ -349,6 +349,13 @@ def line(web: DomainScene, *names: str) -> None:
         web.write("." * int(name[-1]) + name[-1])
 
 
+def grown(web: DomainScene, *names: str) -> None:
+    """As :func:`line`, but external snapshots of virsh's own."""
+    for name in names:
+        web.virsh("snapshot-create-as", "@", name, "--disk-only")
+        web.write("." * int(name[-1]) + name[-1])
+
+
 def goes_on(web: DomainScene, to: str) -> None:
     """virsh takes a snapshot, goes back, and deletes; what it does not touch stays."""
     held = {name: web.shows(name) for name in (*web.names(), to) if name != web.show()["active_branch"]}

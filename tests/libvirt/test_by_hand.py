@@ -9,7 +9,7 @@ import sys
 import pytest
 from lxml import etree
 from tests.kit import images
-from tests.kit.domain import URI, DomainScene, VirshRefusal, goes_on, left_behind, line, record_schema, refused
+from tests.kit.domain import URI, DomainScene, VirshRefusal, goes_on, grown, left_behind, line, record_schema, refused
 from tests.kit.scene import word_of
 
 from snaptree.store.libvirt.calls import DomainHandle
@@ -17,20 +17,6 @@ from snaptree.store.libvirt.calls import DomainHandle
 pytestmark = pytest.mark.root
 LONG = pytest.mark.slow
 STATES = pytest.mark.parametrize("state", [pytest.param("off", marks=LONG), "running"])
-
-
-@pytest.fixture
-def web(domain: DomainScene) -> DomainScene:
-    domain.image("web.qcow2", word="b")
-    domain.define("vda=web.qcow2")
-    return domain
-
-
-def grown(web: DomainScene, *names: str) -> None:
-    """virsh takes snapshots, with writing after each."""
-    for name in names:
-        web.virsh("snapshot-create-as", "@", name, "--disk-only")
-        web.write("." * int(name[-1]) + name[-1])
 
 
 @STATES

@@ -97,9 +97,6 @@ def scene(request: pytest.FixtureRequest, own: Libvirtd, monkeypatch: pytest.Mon
             found.remove()
 
 
-device = test_block_devices.device
-
-
 @pytest.fixture
 def web1(scene: Scene) -> Scene:
     """The domain ``web1`` with one qcow2 disk that shows ``b.......``."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +13,8 @@ from pathlib import Path
 import pytest
 from tests.kit import guest, images
 from tests.kit.domain import URI, DomainScene
-from tests.kit.guest import DISKS, Guest
+from tests.kit.domain_guest import booting
+from tests.kit.guest import DISKS
 from tests.kit.records import DISK_BYTES, read_records
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
@@ -32,22 +32,9 @@ class Written:
 
     def __init__(self, domain: DomainScene, initramfs: Path) -> None:
         self.web = domain
-        # libvirt gives what a domain uses to its own user.
-        place = domain.folder / "guest"
-        place.mkdir()
-        place.chmod(0o777)
-        shutil.copy(guest.kernel(), place / "kernel")
-        shutil.copy(initramfs, place / "initramfs")
         images.create(domain.disks / "vda.qcow2", DISK_BYTES)
         images.create(domain.disks / "vdb.raw", DISK_BYTES, "raw")
-        log = f"<log file='{place}/console.log' append='on'/>"
-        console = f"<serial type='unix'><source mode='bind' path='{place}/console'/>{log}</serial>"
-        domain.define("vda=vda.qcow2", "vdb=vdb.raw", devices=f"{console}<memballoon model='none'/>")
-        text = (domain.folder / "domain.xml").read_text().replace("<memory unit='MiB'>64<", "<memory unit='MiB'>96<")
-        boot = f"<kernel>{place}/kernel</kernel><initrd>{place}/initramfs</initrd>"
-        boot += "<cmdline>console=ttyS0 quiet panic=1 no_timer_check</cmdline></os>"
-        domain.define_xml(text.replace("</os>", boot))
-        self.guest = Guest(place)
+        self.guest = booting(domain, initramfs, "vda=vda.qcow2", "vdb=vdb.raw")
 
     def start(self) -> None:
         """Start it, and let the guest write."""

@@ -9,25 +9,18 @@ from pathlib import Path
 
 import pytest
 from tests.kit import images
-from tests.kit.domain import URI, DomainScene, of_libvirt
+from tests.kit.domain import URI, DomainScene, grown, of_libvirt
 from tests.kit.scene import SLOT, SLOTS, command
 
 pytestmark = pytest.mark.root
 NOT_FOUND, REFUSED, TOOL = 3, 6, 12
 
 
-def by_virsh(web: DomainScene, *names: str) -> None:
-    """virsh's own external snapshots in a row, with a slot of its own after each."""
-    for name in names:
-        web.virsh("snapshot-create-as", "@", name, "--disk-only")
-        web.write("." * int(name[-1]) + name[-1])
-
-
 def test_what_virsh_made_is_shown_without_being_added(web: DomainScene) -> None:
-    by_virsh(web, "s1", "s2", "s3")
+    grown(web, "s1", "s2", "s3")
     web.virsh("snapshot-revert", "@", "s1")
     web.write(".......x")
-    by_virsh(web, "s4")
+    grown(web, "s4")
     before = {path: path.read_bytes() for path in web.disks.iterdir()}, web.listed()
     shown = web.show()
     assert shown["provider"] == "libvirt" and shown["state"] == "off" and shown["active_branch"] == "main"
@@ -57,7 +50,7 @@ def test_what_virsh_made_is_shown_without_being_added(web: DomainScene) -> None:
 
 
 def test_the_headers_say_what_stands_on_what(web: DomainScene) -> None:
-    by_virsh(web, "s1", "s2", "s3")
+    grown(web, "s1", "s2", "s3")
     # A metadata-only deletion: what it had is beneath what stays.
     web.virsh("snapshot-delete", "@", "s2", "--metadata")
     assert {each["name"]: each["parent"] for each in web.show()["snapshots"]} == {"s1": None, "s3": "s1"}
@@ -73,7 +66,7 @@ def test_the_headers_say_what_stands_on_what(web: DomainScene) -> None:
 
 
 def test_nothing_is_current(web: DomainScene) -> None:
-    by_virsh(web, "s1", "s2")
+    grown(web, "s1", "s2")
     # Dropping the record that is current, and the root, leaves none.
     web.virsh("snapshot-revert", "@", "s1")
     web.virsh("snapshot-delete", "@", "s1", "--metadata")
@@ -87,7 +80,7 @@ def test_nothing_is_current(web: DomainScene) -> None:
 
 @pytest.mark.slow
 def test_what_a_running_domain_has_merged(web: DomainScene) -> None:
-    by_virsh(web, "s1", "s2", "s3")
+    grown(web, "s1", "s2", "s3")
     web.virsh("start", "@", "--paused")
     shown = web.show()
     assert shown["state"] == "paused" and [each["parent"] for each in shown["branches"]] == ["s3"]

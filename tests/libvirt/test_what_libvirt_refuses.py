@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.kit.domain import DomainScene, goes_on, left_behind, refused
+from tests.kit.domain import DomainScene, goes_on, grown, left_behind, refused
 
 pytestmark = pytest.mark.root
 REFUSED = 6
@@ -18,13 +18,6 @@ def web(web: DomainScene, state: str) -> DomainScene:
     """The domain, off and running."""
     web.be(state)
     return web
-
-
-def grown(web: DomainScene, *names: str) -> None:
-    """virsh's own snapshots in a row, and after each a letter in its slot."""
-    for name in names:
-        web.virsh("snapshot-create-as", "@", name, "--disk-only")
-        web.write("." * int(name[-1]) + name[-1])
 
 
 def forked(web: DomainScene, name: str) -> None:

@@ -3,7 +3,6 @@ the next boot."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,15 +12,6 @@ from tests.kit.scene import SLOT, SLOTS, Scene
 
 pytestmark = pytest.mark.root
 REFUSED = 6
-
-
-@pytest.fixture
-def device(scene: Scene) -> Iterator[Path]:
-    """A device that shows ``b.......``."""
-    content = scene.image("disk.raw", "raw", word="b")
-    scene.left.add(content)
-    with loop_device(content) as path:
-        yield path
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from tests.kit.order import Order
 from tests.kit.still import Still, standing
+from tests.running.test_firmware import arranged
 
 from snaptree.errors import CancelledError, StateError, ToolError
 from snaptree.machines.connection import Connection
@@ -239,23 +240,10 @@ def test_a_commit_that_somebody_cancels_when_it_is_ready(
     still.sound()
 
 
-def finalized(kill: Callable[[], None]) -> None:
-    """Be killed when a job has been told to make an end."""
-    execute = QmpSession.execute
-
-    async def executed(self: QmpSession, command: str, **arguments: Any) -> Any:
-        answer = await execute(self, command, **arguments)
-        if command == "job-finalize":
-            kill()
-        return answer
-
-    setattr(QmpSession, "execute", executed)  # noqa: B010
-
-
 @pytest.mark.parametrize("way", ["commit", "pull"])
 def test_killed_when_a_job_has_been_finalized(snapshots: Still, way: str) -> None:
     """QEMU 10.0.2 dies when it is asked for its nodes while a finished stream is there."""
-    snapshots.killed(f"delete web1 s2 --merge {way}", finalized)
+    snapshots.killed(f"delete web1 s2 --merge {way}", arranged("job-finalize"))
     snapshots("recover web1")
     answers(snapshots)
     whole(snapshots, "s2")

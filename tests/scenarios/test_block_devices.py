@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.kit.disks import loop_device
 from tests.kit.scene import Scene
 
 pytestmark = pytest.mark.root
 REFUSED = 6
-
-
-@pytest.fixture
-def device(scene: Scene) -> Iterator[Path]:
-    """A device that shows ``b.......``."""
-    content = scene.image("disk.raw", "raw", word="b")
-    scene.left.add(content)
-    with loop_device(content) as path:
-        yield path
 
 
 def test_a_disk_that_is_a_block_device(scene: Scene, device: Path) -> None:

@@ -16,9 +16,7 @@ from snaptree.store.database import Database
 
 def note(database: Database, name: str, before: str, after: str) -> None:
     """Keep, before the machine is turned off, what it does now and what it is to do afterwards."""
-    with database.transaction() as connection:
-        due = Due(before, after, operations.last(connection))
-        trees.register(connection, replace(trees.load_config(database, name), due=due), new=False)
+    _put(database, name, Due(before, after, operations.last(database)))
 
 
 def arrived(database: Database, name: str) -> None:

@@ -37,7 +37,7 @@ from snaptree.machines.machine import (
     seen,
     still,
 )
-from snaptree.machines.memories import as_it_went
+from snaptree.machines.memories import arrive, as_it_went
 from snaptree.machines.power import Power
 from snaptree.machines.survey import planned, read_survey
 from snaptree.model.live import OFF, PAUSED
@@ -320,8 +320,7 @@ class LibvirtMachine(Machine):
                             await self._merge_loose(tree, lock)
                     raise
             if moves is not None:
-                why = await self._arrive(tree, lock)
-                outcome.said += [why] if why else []
+                outcome.said += await arrive(self.name, self._merge_loose(tree, lock))
             within = domain_memories.within(looked.tree, looked.reading, request)
             if goes is not None and goes.after != OFF and within is not None:
                 outcome.said += domain_memories.load_within(self.handle, within.name, goes.after, self.tree)
@@ -329,15 +328,6 @@ class LibvirtMachine(Machine):
                 due.arrived(self.database, self.name)
                 await self.go_on()
         return as_it_went(plan, outcome)
-
-    async def _arrive(self, before: Tree, lock: MachineLock) -> str:
-        """Merge what is loose after the domain has gone over; why something is not merged, if so."""
-        why = ""
-        try:
-            await self._merge_loose(before, lock)
-        except SnaptreeError as error:
-            why = f"what is loose is not merged yet: {error.message}; 'snaptree gc {self.name}' does it"
-        return why
 
     async def _merge_loose(self, before: Tree, lock: MachineLock) -> None:
         """Merge what an operation has made loose that could not be planned with it.
@@ -366,9 +356,12 @@ class LibvirtMachine(Machine):
 
     async def go_on(self) -> bool:
         """Start the domain where it is off only for an operation that is over; whether that was to be done."""
-        noted, state = due.noted(self.database, self.name), due.state(self.database, self.name)
+        noted = due.noted(self.database, self.name)
+        if noted is None:
+            return False
+        state = due.state(self.database, self.name)
         starts = state != OFF and not self._runs()
-        if noted is not None and noted.before != OFF and starts:
+        if noted.before != OFF and starts:
             # One that has ended by itself had been started by somebody else.
             starts = not self.handle.has_ended_by_itself()
         if starts:

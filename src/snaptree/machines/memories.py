@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
@@ -56,14 +57,13 @@ def moving(machine: Standalone, request: Request, power: Power, tree: Tree) -> M
     return moves
 
 
-async def arrive(machine: Standalone, before: Tree, qemu: RunningQemu | None, lock: MachineLock) -> str:
-    """Merge what is loose after the machine has gone over; why something is not merged, if so."""
-    why = ""
+async def arrive(name: str, merging: Awaitable[object]) -> list[str]:
+    """Merge what is loose after the machine of that name has gone over; why something is not merged, if so."""
     try:
-        await merge_loose(machine, before, qemu, lock)
+        await merging
     except SnaptreeError as error:
-        why = f"what is loose is not merged yet: {error.message}; 'snaptree gc {machine.name}' does it"
-    return why
+        return [f"what is loose is not merged yet: {error.message}; 'snaptree gc {name}' does it"]
+    return []
 
 
 async def merge_loose(

@@ -213,8 +213,7 @@ class Standalone(Machine):
                             await self._failed(error, request, tree, qemu, lock, control)
                         raise
                 if moves is not None:
-                    why = await arrive(self, tree, outcome.qemu, lock)
-                    outcome.said += [why] if why else []
+                    outcome.said += await arrive(self.name, merge_loose(self, tree, outcome.qemu, lock))
                     if outcome.qemu is not None:
                         await outcome.qemu.close()
                 if gone is not None or moves is not None:

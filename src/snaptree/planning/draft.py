@@ -415,10 +415,8 @@ class Draft:
         live = self.survey.live
         for each in after.layers.values():
             if live is not None and each.path in opened and (job := live.backups.get(each.disk)):
-                hint = "wait until that has ended"
-                raise RefusedError(
-                    f"QEMU's backup job {job} copies {each.disk}, and nothing of it is reopened beside it", hint
-                )
+                why = f"QEMU's backup job {job} copies {each.disk}, and nothing of it is reopened beside it"
+                raise RefusedError(why, "wait until that has ended")
         if opened:
             self.prepare.append(LiveOpen(tuple(opened)))
 

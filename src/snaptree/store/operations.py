@@ -144,9 +144,9 @@ def history(database: Database, machine: str) -> tuple[Operation, ...]:
     return tuple(Operation(*row) for row in rows)  # type: ignore[arg-type]
 
 
-def last(connection: sqlite3.Connection) -> int:
+def last(database: Database) -> int:
     """The number of the last operation, of whatever machine; 0 before the first."""
-    return int(connection.execute("SELECT COALESCE(MAX(id), 0) FROM operation").fetchone()[0])
+    return int(str(database.rows("SELECT COALESCE(MAX(id), 0) FROM operation")[0][0]))
 
 
 def first_since(database: Database, machine: str, number: int) -> Operation | None:

@@ -30,9 +30,10 @@ async def merge(step: LiveMerge, context: Context) -> None:
         await _without_qemu(step, context)
         return
     qemu = context.qemu
-    # One that is about to go over may have been told to, or have been cancelled: nobody knows.
-    unclear = await live_jobs.pending(qemu.qmp, [_id(step, job, context) for job in step.jobs if job.active])
-    await abandon(qemu.qmp, unclear)
+    if context.recovering:
+        # One that is about to go over may have been told to, or have been cancelled: nobody knows.
+        unclear = await live_jobs.pending(qemu.qmp, [_id(step, job, context) for job in step.jobs if job.active])
+        await abandon(qemu.qmp, unclear)
     known = await live_jobs.living(qemu.qmp, [_id(step, job, context) for job in step.jobs])
     graph = await qemu.graph()
     waiting = [job for job in step.jobs if not is_merged(graph, job)]
