@@ -88,12 +88,14 @@ def run_program(
     commands: str = "",
     *,
     told: Callable[[bytes], None] = lambda data: None,
+    complained: Callable[[bytes], None] = lambda data: None,
     cancelled: Callable[[], bool] = lambda: False,
     limiter: Limiter | None = None,
 ) -> Ended:
     """Run one of QEMU's programs to its end; it reads the commands and then the end of its input.
 
     :param told: is given what it prints, as it comes.
+    :param complained: is given what it complains, as it comes.
     :param limiter: while it is held the program is kept from running (SIGSTOP).
     :raise CancelledError: ``cancelled`` said so.
     :raise ToolError: it is not installed, stands still, or prints without end.
@@ -113,7 +115,7 @@ def run_program(
     assert process.stdout is not None and process.stderr is not None
     with process.stdout, process.stderr:
         try:
-            out, err = _Watch(process, words[0], limiter or Limiter()).follow(told, cancelled)
+            out, err = _Watch(process, words[0], limiter or Limiter()).follow(told, complained, cancelled)
         except BaseException:
             kill(process, words[0])
             raise
@@ -129,7 +131,12 @@ class _Watch:
         self._work = -1
         self._since = time.monotonic()
 
-    def follow(self, told: Callable[[bytes], None], cancelled: Callable[[], bool]) -> tuple[bytes, bytes]:
+    def follow(
+        self,
+        told: Callable[[bytes], None],
+        complained: Callable[[bytes], None],
+        cancelled: Callable[[], bool],
+    ) -> tuple[bytes, bytes]:
         assert self._process.stdout is not None and self._process.stderr is not None
         said: dict[IO[bytes], bytearray] = {self._process.stdout: bytearray(), self._process.stderr: bytearray()}
         with selectors.DefaultSelector() as selector:
@@ -137,12 +144,12 @@ class _Watch:
                 selector.register(pipe, selectors.EVENT_READ)
             # What it has started itself may keep the pipes open after its end.
             while selector.get_map() and self._process.poll() is None:
-                self._read(selector, said, told, _POLL)
+                self._read(selector, said, told, complained, _POLL)
                 if cancelled():
                     raise CancelledError(f"stopped while {self._name} was at work")
                 self._keep_still()
                 self._require_work()
-            while selector.get_map() and self._read(selector, said, told, 0.0):
+            while selector.get_map() and self._read(selector, said, told, complained, 0.0):
                 pass
         while self._process.poll() is None:
             if cancelled():
@@ -158,6 +165,7 @@ class _Watch:
         selector: selectors.BaseSelector,
         said: dict[IO[bytes], bytearray],
         told: Callable[[bytes], None],
+        complained: Callable[[bytes], None],
         seconds: float,
     ) -> bool:
         """Take what has been printed; whether there was anything."""
@@ -173,6 +181,7 @@ class _Watch:
             into += data
             if pipe is not self._process.stdout:
                 del into[KEPT_COMPLAINTS:-KEPT_COMPLAINTS]
+                complained(data)
                 continue
             if len(into) > MOST_OUTPUT:
                 raise ToolError(f"{self._name} prints without end", "is it QEMU's program of that name?")

@@ -9,7 +9,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from snaptree.errors import NoSpaceError, ToolError
+from snaptree.errors import CancelledError, NoSpaceError, ToolError
 from snaptree.images.child import run_program
 from snaptree.images.mover.limiting import Limiter
 
@@ -40,17 +40,19 @@ def run(
     *,
     good: Sequence[int] = (0,),
     told: Callable[[bytes], None] = lambda data: None,
+    complained: Callable[[bytes], None] = lambda data: None,
     cancelled: Callable[[], bool] = lambda: False,
     limiter: Limiter | None = None,
 ) -> str:
     """Run qemu-img to its end; what it printed.
 
     :param told: is given what it prints, as it comes.
+    :param complained: is given what it complains, as it comes.
     :param limiter: while it is held the program is kept from running.
     :raise CancelledError: ``cancelled`` said so.
     :raise ToolError: it failed.
     """
-    done = run_program(["qemu-img", *arguments], told=told, cancelled=cancelled, limiter=limiter)
+    done = run_program(["qemu-img", *arguments], told=told, complained=complained, cancelled=cancelled, limiter=limiter)
     if done.status not in good or any(each in done.err for each in _LOST_AT_CLOSE):
         raise _fail(arguments, done.err)
     return done.out
@@ -62,8 +64,13 @@ class CheckResult(Struct, frozen=True):
     errors: int
     leaks: int
     repaired: int = 0
+    whole: bool = True
+    """Not when it was ended because it had found so many errors; there are more then."""
 
 
+MOST_ERRORS = 10_000
+"""An image with so many errors is damaged beyond doubt. Many internal snapshots on one broken table have each of its
+errors again, some millions of lines."""
 _COUNTED = ("corruptions", "leaks", "corruptions-fixed", "leaks-fixed")
 
 
@@ -73,7 +80,20 @@ def check(graph: Graph, *, repair: str | None = None) -> CheckResult:
     :raise ToolError: it could not be checked.
     """
     repairing = ["-r", repair] if repair is not None else []
-    said = run(["check", "--output=json", *repairing, image_name(graph)], good=(0, 2, 3))
+    seen = 0
+
+    def complained(data: bytes) -> None:
+        nonlocal seen
+        seen += data.count(b"ERROR")
+
+    def hopeless() -> bool:
+        return repair is None and seen > MOST_ERRORS
+
+    arguments = ["check", "--output=json", *repairing, image_name(graph)]
+    try:
+        said = run(arguments, good=(0, 2, 3), complained=complained, cancelled=hopeless)
+    except CancelledError:
+        return CheckResult(seen, 0, whole=False)
     try:
         found = json.loads(said)
         counts = {key: int(found.get(key, 0)) for key in _COUNTED}

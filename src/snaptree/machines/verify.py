@@ -98,7 +98,8 @@ def _check(tree: Tree, number: LayerId, *, dirty: bool) -> list[Finding]:
         hint = f"run 'qemu-img check -r all {layer.path}'"
         return [Finding("dirty", layer.path, f"{layer.path} was not closed cleanly", who, hint, "warning")]
     if result.errors:
-        detail = f"{layer.path} has {result.errors} wrong reference counts or tables"
+        count = str(result.errors) if result.whole else f"more than {qemu_img.MOST_ERRORS}"
+        detail = f"{layer.path} has {count} wrong reference counts or tables"
         return [Finding("damaged", layer.path, detail, who, _HINTS["damaged"])]
     if result.leaks:
         detail = f"{layer.path} has {result.leaks} leaked clusters; nothing is lost but room"
