@@ -22,7 +22,7 @@ CHOSEN, REACHED = "SNAPTREE_MUTANT", "SNAPTREE_REACHED"
 SYNCS = {"fsync", "sync", "sync_file", "sync_folder", "_sync_tree", "_sync_folder", "_sync_gone", "settle", "_sync"}
 SYNCS |= {"flush", "_flush"}
 JOURNAL = {"take", "note", "claim", "unclaim", "end", "remember", "record", "register", "forget", "refresh"}
-JOURNAL |= {"take_step", "put_note", "put_identity", "apply_delta", "note_sources", "_claimer"}
+JOURNAL |= {"take_step", "turn_back", "put_note", "put_identity", "apply_delta", "note_sources", "_claimer"}
 LOCKS = {"take_steps", "extend", "acquire", "_lock", "flock", "let_inherit", "require_free", "prctl", "_exit"}
 LOCKS |= {"take_new", "require_closed", "_require_dead", "_require_replaceable", "_wait_until_free", "require_known"}
 # What would go on in QEMU when snaptree has failed.

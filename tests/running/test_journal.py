@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ import pytest
 from tests.crash.matrix import Matrix
 from tests.kit.programs import killed
 
+from snaptree.errors import IoError, SnaptreeError
+from snaptree.images import durable
 from snaptree.running.journal import Journal
+from snaptree.store import operations
 
 WORDS = ("take", "record", "end")
 
@@ -48,3 +52,44 @@ def test_killed_after_each_word(case: str, tmp_path: Path, monkeypatch: pytest.M
 
         killed(lambda request=request: world.machine.run(request), arrange)  # type: ignore[misc]
         matrix.judge(number, request, before, interrupted=True)
+
+
+@pytest.mark.parametrize("later", ["nothing", "undoing", "all"])
+@pytest.mark.parametrize("case", ["internal snapshot", "snapshot with firmware", "branch from an internal one"])
+def test_a_word_that_counts_although_it_failed(
+    case: str, later: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite's log has it and could not be synced: what is undone then is not taken for done by recovery.
+
+    :param later: what fails besides, as on a bad disk.
+    """
+    matrix = Matrix(tmp_path, case, "kill")
+    world = matrix.world
+    matrix.restore()
+    request, before = matrix.case.request(world), world.tree
+    number = world.machine.plan(request).point_of_no_return
+    take, turn_back = operations.take_step, operations.turn_back
+
+    def take_step(connection: sqlite3.Connection, operation: int, step: int) -> None:
+        take(connection, operation, step)
+        if step == number:
+            connection.execute("COMMIT")
+            connection.execute("BEGIN")
+            if later != "nothing":
+                patched.setattr(durable, "sync_file", bad)
+            raise sqlite3.OperationalError("disk I/O error")
+
+    def turned(connection: sqlite3.Connection, operation: int) -> None:
+        if later == "all":
+            raise sqlite3.OperationalError("disk I/O error")
+        turn_back(connection, operation)
+
+    def bad(path: str) -> None:
+        raise IoError(f"cannot sync {path}", "look at the kernel's log for the device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(operations, "take_step", take_step)
+        patched.setattr(operations, "turn_back", turned)
+        with pytest.raises(SnaptreeError):
+            world.machine.run(request)
+    matrix.judge(0, request, before, interrupted=True)

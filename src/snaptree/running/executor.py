@@ -149,7 +149,7 @@ async def _carry_out(machine: str, plan: Plan, context: Context, report: Report)
     except BaseException as error:
         if context.left:
             _add_hint(error, f"the guest goes on when QEMU does; 'snaptree recover {machine}' does the rest then")
-        elif journal.step < plan.point_of_no_return and not await _happened(plan, context):
+        elif journal.step < plan.point_of_no_return and not await _happened(plan, context) and _turned_back(journal):
             await undo_all(plan.steps[: journal.step + 1], context, str(error))
             for each in context.said:
                 _add_hint(error, each)
@@ -174,6 +174,15 @@ async def _happened(plan: Plan, context: Context) -> bool:
         return await carry.happened(plan.steps, context)
     except SnaptreeError:
         return True
+
+
+def _turned_back(journal: Journal) -> bool:
+    """Whether the journal says that the operation is undone; otherwise recovery finds out what it says."""
+    try:
+        journal.turn_back()
+    except SnaptreeError:
+        return False
+    return True
 
 
 def _add_hint(error: BaseException, hint: str) -> None:

@@ -60,6 +60,7 @@ class Journal:
         self._notes: list[tuple[int, str, str]] = []
         self._last: int | None = None
         self._ended = False
+        self._doubtful = False
 
     @classmethod
     def begin(cls, database: Database, machine: str, plan: Plan) -> Journal:
@@ -97,10 +98,23 @@ class Journal:
         """A step is about to be taken."""
         if step == self.step and not (self._identities or self._notes):
             return
+        self._doubtful = True
         with self.database.transaction() as connection:
             self._flush(connection)
             operations.take_step(connection, self.operation, step)
+        self._doubtful = False
         self.step = step
+
+    def turn_back(self) -> None:
+        """What was done is undone from now on, although the word that was said last may count.
+
+        Where SQLite could not sync its log, what it had written to it counts all the same when somebody reads the log
+        anew: the step that was never taken would be finished by recovery, and what has been undone taken for done.
+        """
+        if self._doubtful:
+            with self.database.transaction() as connection:
+                operations.turn_back(connection, self.operation)
+            self._doubtful = False
 
     def end(self, state: str, detail: str = "") -> None:
         """The operation has come to an end."""

@@ -12,6 +12,8 @@ from snaptree.store.codec import dump, load, load_steps
 from snaptree.store.database import Database
 
 RUNNING, DONE, UNDONE, PAUSED = "running", "done", "undone", "paused"
+NEVER = 1 << 30
+"""No operation has so many steps: the point of no return of one that turns back."""
 
 
 class Operation(Struct, frozen=True):
@@ -56,6 +58,12 @@ def begin(connection: sqlite3.Connection, machine: str, plan: Plan, now: float) 
 def take_step(connection: sqlite3.Connection, operation: int, step: int) -> None:
     """Say durably that a step is about to be taken."""
     connection.execute("UPDATE operation SET step=? WHERE id=?", (step, operation))
+
+
+def turn_back(connection: sqlite3.Connection, operation: int) -> None:
+    """Say durably that an operation is undone, whichever step is about to be taken."""
+    # SQLite writes nothing where nothing changes: the step that is there already would not do.
+    connection.execute("UPDATE operation SET no_return=? WHERE id=?", (NEVER, operation))
 
 
 def end(connection: sqlite3.Connection, operation: int, state: str, now: float, moved: int, detail: str = "") -> None:
