@@ -66,11 +66,17 @@ WAYS = {
     "EIO once": Way(error=errno.EIO),
     "EIO for good": Way(error=errno.EIO, once=False),
     "EIO of every sync": Way(error=errno.EIO, kinds=shim.SYNC),
+    "EIO of every sync, for good": Way(error=errno.EIO, once=False, kinds=shim.SYNC),
     "EIO while reading": Way(error=errno.EIO, kinds=shim.READS),
+    "EIO while reading, for good": Way(error=errno.EIO, once=False, kinds=shim.READS),
     "ENOSPC once": Way(error=errno.ENOSPC, kinds=shim.DATA | shim.NAMES),
     "ENOSPC for good": Way(error=errno.ENOSPC, once=False, kinds=shim.DATA | shim.NAMES),
+    "EDQUOT once": Way(error=errno.EDQUOT, kinds=shim.DATA | shim.NAMES),
     "EDQUOT for good": Way(error=errno.EDQUOT, once=False, kinds=shim.DATA | shim.NAMES),
     "EIO of the tools": Way("tools", error=errno.EIO),
+    "EIO of the tools, for good": Way("tools", error=errno.EIO, once=False),
+    "EIO of the tools while reading": Way("tools", error=errno.EIO, kinds=shim.READS),
+    "ENOSPC of the tools, once": Way("tools", error=errno.ENOSPC, kinds=shim.DATA),
     "ENOSPC of the tools": Way("tools", error=errno.ENOSPC, once=False, kinds=shim.DATA),
 }
 
