@@ -115,6 +115,42 @@ def with_firmware(world: World, *, kept: bool = True) -> None:
     (tpm / "state").write_text("second")
 
 
+def branched_with_firmware(world: World) -> None:
+    """Two branches, each with firmware state of its own."""
+    with_firmware(world)
+    world.run(BranchRequest("other", "s1"))
+
+
+def on_golden(world: World) -> None:
+    """A line that stands on an image which others may stand on too, and may not change by a byte."""
+    golden = images.create(world.images / "golden.qcow2", SIZE)
+    images.io(golden, "qcow2", "write -P 3 0 256k")
+    root = images.create(world.images / "vda.qcow2", SIZE, backing=(golden, "qcow2"))
+    images.io(root, "qcow2", "write -P 4 64k 64k")
+    world.add({"vda": (root, "qcow2")})
+    world.foreign[golden] = golden.read_bytes()
+    for number in (1, 2):
+        world.run(SnapshotRequest(f"s{number}"))
+        write(world, number + 10)
+
+
+def old_and_squeezed(world: World) -> None:
+    """A file of version 2, which has no zero clusters, under one with compressed clusters."""
+    root = images.create(world.images / "vda.qcow2", SIZE, compat="0.10")
+    images.io(root, "qcow2", "write -P 1 0 256k")
+    world.add({"vda": (root, "qcow2")})
+    world.run(SnapshotRequest("s1"))
+    world.write("vda", "write -c -P 2 0 64k", "write -c -P 3 192k 64k", "write -z 64k 64k")
+    world.run(SnapshotRequest("s2"))
+    world.write("vda", "write -P 4 128k 64k")
+
+
+def let_go(world: World) -> None:
+    """A machine whose files stay when it is forgotten."""
+    forked(world)
+    world.extra |= {layer.path for layer in world.tree.layers.values()}
+
+
 def small_clusters(world: World) -> None:
     """Names so long, in clusters so small, that a header has no room for the old one and the new one at once."""
     root = images.create(world.images / f"{'a' * 180}.qcow2", 64 * KiB, cluster_size=512)
@@ -201,11 +237,24 @@ CASES: Mapping[str, Case] = {
     "snapshot with firmware": _of(with_firmware, SnapshotRequest("new")),
     **_deletions(),
     "delete where names are long": _of(small_clusters, DeleteRequest(("s2",), "pull")),
+    **{
+        f"delete {name} over a golden image by {way}": _of(
+            on_golden, DeleteRequest((name,), way), shares=way == "reflink"
+        )
+        for name in ("s1", "s2")
+        for way in ("commit", "pull", "reflink")
+    },
+    **{
+        f"delete {name} of old and squeezed images by {way}": _of(old_and_squeezed, DeleteRequest((name,), way))
+        for name in ("s1", "s2")
+        for way in ("commit", "pull")
+    },
     "delete under a shorter layer by commit": _of(resized, DeleteRequest(("s1",), "commit")),
     "delete under a shorter layer by reflink": _of(resized, DeleteRequest(("s1",), "reflink"), shares=True),
     "delete with children": _of(forked, DeleteRequest(("s1",), children=True, with_branches=True)),
     "delete the children only": _of(line, DeleteRequest(("s1",), children_only=True)),
     "delete a branch": _of(forked, DeleteBranchRequest("other")),
+    "delete a branch with firmware": _of(branched_with_firmware, DeleteBranchRequest("other")),
     "delete an internal one": _of(inner, DeleteRequest(("s1",))),
     "delete internal ones of frozen layers": _of(layered, DeleteRequest(("s2", "s4"))),
     "delete internal and external ones": _of(mixed, DeleteRequest(("s1", "s2", "s3"))),
@@ -230,12 +279,16 @@ CASES: Mapping[str, Case] = {
     "branch from an internal one, by QEMU": _of(mixed, BranchRequest("new", "s2"), by_qemu=True),
     "branch from a shorter internal one": _of(grown, BranchRequest("new", "s2")),
     "branch from a shorter internal one, by QEMU": _of(grown, BranchRequest("new", "s2"), by_qemu=True),
+    "branch with firmware": _of(with_firmware, BranchRequest("new", "s1")),
+    "switch with firmware": _of(branched_with_firmware, SwitchRequest("other")),
     "switch": _of(forked, SwitchRequest("other")),
     "switch to an internal one": _of(lambda world: parked_inside(world), SwitchRequest("main.1")),
     "rename": _of(line, RenameRequest("s1", "new")),
     "rename the branch of now": _of(line, RenameRequest("main", "new")),
     "squash": _of(loose, SquashRequest("vda")),
     "squash by commit": _of(loose, SquashRequest("vdb", merge="commit")),
+    "squash by pull": _of(loose, SquashRequest("vda", merge="pull")),
+    "squash by reflink": _of(loose, SquashRequest("vda", merge="reflink"), shares=True),
     "gc": _of(loose, GcRequest()),
     "gc of shared blocks": _of(loose, GcRequest(), shares=True),
     "attach": Case(
@@ -254,6 +307,9 @@ CASES: Mapping[str, Case] = {
         done=lambda world: world.machine.config.start == "qemu-system-x86_64",
     ),
     "detach": _of(line, DetachRequest("vdb", True)),
+    "detach, keep the files": _of(line, DetachRequest("vdb")),
+    "remove, keep the files": _of(let_go, RemoveRequest()),
+    "remove with firmware": _of(branched_with_firmware, RemoveRequest(True)),
     "remove": _of(forked, RemoveRequest(True)),
 }
 

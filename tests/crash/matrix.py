@@ -104,8 +104,8 @@ class Matrix:
         self.world = World((place or folder) / "world", elsewhere=folder / "state" if self.way.apart else None)
         self.cut: Path | None = None
         self.case.build(self.world)
-        self.truth = copy.deepcopy(self.world.truth)
-        self.extra = set(self.world.extra)
+        self.world.reread_firmware()
+        self.truth = copy.deepcopy((self.world.truth, self.world.firmware, self.world.live, self.world.extra))
         self.places = [self.world.folder, *([self.world.state] if self.way.apart else [])]
         for number, each in enumerate(self.places):
             shutil.copytree(each, folder / f"kept{number}")
@@ -124,7 +124,7 @@ class Matrix:
             shutil.rmtree(each)
             shutil.copytree(self.folder / f"kept{number}", each)
         world = self.world
-        world.truth, world.extra = copy.deepcopy(self.truth), set(self.extra)
+        self.restore_truth()
         database = Database(str(world.state))
         tree = trees.load_tree(database, world.name)
         with database.transaction() as connection:
@@ -133,6 +133,11 @@ class Matrix:
                 if layer.identity is not None and identity is not None:
                     trees.put_identity(connection, world.name, layer.id, identity)
         database.close()
+
+    def restore_truth(self) -> None:
+        """What must hold, as it was when the tree was built."""
+        world = self.world
+        world.truth, world.firmware, world.live, world.extra = copy.deepcopy(self.truth)
 
     def points(self, stride: int, start: int) -> None:
         """Interrupt at the calls ``start``, ``start + stride`` …, until the operation comes to its end."""
@@ -246,6 +251,7 @@ class Matrix:
         if isinstance(request, RemoveRequest) and world.name not in world.connection.names():
             left = {str(path) for path in world.images.rglob("*") if path.is_file()}
             assert left <= world.extra | {str(path) for path in world.foreign}, left
+            assert not list((world.state / "firmware").glob("*"))
             return
         assert world.machine.unfinished() == ()
         done = self.case.done(world) if self.case.done is not None else world.settle(request, before)

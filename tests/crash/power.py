@@ -11,7 +11,6 @@ Like ``tests/crash/matrix.py`` this runs in a process of its own and tells what 
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import hashlib
 import random
@@ -102,7 +101,7 @@ class Recorded(Matrix):
                 found = (interrupted, picture(self.world.folder))
                 if found not in pictures:
                     pictures.add(found)
-                    self.world.truth, self.world.extra = copy.deepcopy(self.truth), set(self.extra)
+                    self.restore_truth()
                     self.judge(number, self.request, self.before, interrupted=interrupted)
             except BaseException as error:
                 error.add_note(f"{self.tally.case}, seed {seed}, samples {samples}, state {number}: {state}")

@@ -32,6 +32,8 @@ from snaptree.planning.verbs import DeleteBranchRequest, RenameRequest, Request
 from snaptree.running.progress import Report
 
 Disks = dict[str, bytes]
+Pieces = dict[str, dict[str, bytes]]
+"""Firmware state: the files of each piece."""
 FEW = 4 << 20
 
 
@@ -51,6 +53,9 @@ class World:
     sound: dict[str, tuple[int | bytes, ...]] = field(default_factory=dict)
     elsewhere: Path | None = None
     """Where the state folder lies, if not beside the images."""
+    firmware: dict[str, Pieces] = field(default_factory=dict)
+    """The firmware state that goes with each snapshot and each branch but the active one, which has the live state."""
+    live: Pieces = field(default_factory=dict)
     extra: set[str] = field(default_factory=set)
     """Files beside the layers that are there by right: what a detached disk left, say."""
 
@@ -103,11 +108,16 @@ class World:
         path, form = self.tip(disk)
         self.truth[self.active][disk] = images.read(path, form)
 
+    def reread_firmware(self) -> None:
+        """Take the live firmware state for the truth."""
+        self.live = {role: files_of(Path(path)) for role, path in self.machine.config.firmware}
+
     # ---- verbs, and what they make of the truth -------------------------------------------------------------------
 
     def run(self, request: Request, *, report: Report | None = None, cancelled: threading.Event | None = None) -> Plan:
         """Carry out a request; the truth changes as the request says, by rules of the test's own."""
         before = self.tree
+        self.reread_firmware()
         try:
             plan = self.machine.run(request, progress=report, cancelled=cancelled)
         except CancelledError:
@@ -132,6 +142,7 @@ class World:
             return
         now, truth = self.tree, self.truth
         here = dict(truth[before.active])
+        self._expect_firmware(request, before, now)
         match request:
             case SnapshotRequest():
                 truth[request.name] = {disk: data for disk, data in here.items() if disk not in request.exclude}
@@ -156,6 +167,26 @@ class World:
                 pass
         for name in [name for name in truth if not now.has_name(name)]:
             del truth[name]
+
+    def _expect_firmware(self, request: Request, before: Tree, now: Tree) -> None:
+        kept, live = self.firmware, self.live
+        match request:
+            case SnapshotRequest():
+                kept[request.name] = live
+            case BranchRequest():
+                kept[request.name] = kept.get(request.source, {}) if request.source else live
+            case RenameRequest() if request.old in kept:
+                kept[request.new] = kept.pop(request.old)
+            case RevertRequest():
+                kept |= dict.fromkeys(set(now.branches) - set(before.branches), live)
+                self.live = {**live, **kept.get(request.name, {})}
+            case SwitchRequest():
+                kept[before.active] = live
+                self.live = {**live, **kept.pop(request.name, {})}
+            case _:
+                pass
+        for name in [name for name in kept if not now.has_name(name)]:
+            del kept[name]
 
     # ---- what must hold -------------------------------------------------------------------------------------------
 
@@ -191,6 +222,7 @@ class World:
             for disk in set(named) & set(self.truth[name]):
                 what = f"{disk} of {name!r}, before recovery"
                 assert_same(self.shown(tree, disk, name), self.truth[name][disk], what)
+        self.check_copies(tree, set(self.firmware) & {*tree.snapshots, *tree.branches} - going)
 
     def check(self, *, leaks: bool = False) -> None:
         """Everything that must hold after every operation.
@@ -213,9 +245,26 @@ class World:
                     f"{layer.path}: {found}"
                 )
                 self.sound[layer.path] = looks
+        self.check_copies(tree, {*tree.snapshots, *tree.branches} - {tree.active})
+        self.check_firmware(tree)
         for path, content in self.foreign.items():
             assert path.read_bytes() == content, f"{path} is not the machine's, and has changed"
         self.check_files(tree)
+
+    def check_copies(self, tree: Tree, names: set[str]) -> None:
+        """The firmware state that goes with these names is what it was."""
+        for name in names:
+            pieces = (tree.snapshots.get(name) or tree.branches[name]).firmware
+            found = {each.role: files_of(Path(each.path)) for each in pieces}
+            assert found == self.firmware.get(name, {}), f"the firmware state of {name!r} is {found}"
+
+    def check_firmware(self, tree: Tree) -> None:
+        """The live firmware state is as it should be, and there is no copy that nothing refers to."""
+        live = {role: files_of(Path(path)) for role, path in self.machine.config.firmware}
+        assert live == self.live, f"the live firmware state is {live}"
+        needed = {each.path for named in tree.named for each in named.firmware}
+        there = {str(path) for path in (self.state / "firmware").glob("*")}
+        assert there == needed, f"copies of firmware state: {sorted(there ^ needed)}"
 
     def check_files(self, tree: Tree) -> None:
         """No file is there that the tree does not need, and none is missing."""
@@ -223,6 +272,12 @@ class World:
         needed = {layer.path for layer in tree.layers.values()} | {str(path) for path in self.foreign} | self.extra
         assert there <= needed, f"not needed: {sorted(there - needed)}"
         assert needed - self.extra <= there, f"missing: {sorted(needed - there)}"
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    """A file, or all files of a folder, with their contents."""
+    paths = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
+    return {str(each.relative_to(path)): each.read_bytes() for each in paths}
 
 
 def request_done(before: Tree, now: Tree, request: Request) -> bool:
