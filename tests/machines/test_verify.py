@@ -8,10 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.crash.matrix import Matrix
 from tests.kit import images
+from tests.kit.programs import killed
 from tests.kit.scene import Scene
+from tests.kit.space import held
 
 from snaptree.images import gate, qemu_img
+from snaptree.images.inode import inode_of
+from snaptree.machines.connection import Connection
+from snaptree.planning.steps import Step
+from snaptree.running import carry
+from snaptree.running.context import Context
+from snaptree.store import operations
+from snaptree.store.operations import Claim
 
 
 def three(web1: Scene) -> None:
@@ -118,6 +128,59 @@ def test_what_stands_on_a_layer_from_outside_is_told(web1: Scene) -> None:
     details = " ".join(each["detail"] for each in findings)
     assert "theirs.qcow2 stands on" in details and "machine 'web2' stands on" in details
     assert {each["severity"] for each in findings} == {"warning"}
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_what_somebody_has_open_is_not_damaged(web1: Scene, read_only: bool) -> None:
+    """Nobody is told to restore from a backup what just cannot be looked at, be it a machine that runs."""
+    three(web1)
+    with held(web1.path("main"), read_only=read_only):
+        findings = web1("verify web1 --json").json["findings"]
+    assert [(each["kind"], each["severity"]) for each in findings] == ([] if read_only else [("unchecked", "warning")])
+
+
+@pytest.mark.parametrize("case", ["delete s1 of a line by pull", "delete s2 of a line by commit", "internal snapshot"])
+def test_what_was_killed_has_changed_nothing_from_outside(case: str, tmp_path: Path) -> None:
+    """Until it is recovered its layers are not what the tree knows, and nobody is told to restore them or to accept."""
+    matrix = Matrix(tmp_path, case, "kill")
+    world = matrix.world
+    steps = sum(len(each.steps) for each in world.machine.plan(matrix.case.request(world)).every())
+    for number in range(1, steps + 1):
+        matrix.restore()
+        request, before = matrix.case.request(world), world.tree
+
+        def arrange(kill: Callable[[], None], number: int = number) -> None:
+            words, do = iter(range(1, 100)), carry.do
+
+            async def doing(step: Step, context: Context) -> None:
+                await do(step, context)
+                if next(words) == number:
+                    kill()
+
+            carry.do = doing
+
+        killed(lambda request=request: world.machine.run(request), arrange)  # type: ignore[misc]
+        assert not [each for each in world.machine.verify() if each.severity == "error"], number
+        assert not [each for each in world.machine.view().ailments.values() if each.blocks]
+        matrix.judge(number, request, before, interrupted=True)
+
+
+def test_a_file_that_nothing_needs_is_told(web1: Scene) -> None:
+    """One that snaptree made, and that no tree knows: what an operation has left that could not undo all."""
+    three(web1)
+    left = web1.image("left.qcow2")
+    database = Connection(str(web1.state)).database
+    operation = operations.history(database, "web1")[-1].id
+    with database.transaction() as connection:
+        operations.end(connection, operation, operations.UNDONE, 0.0, 0)
+        operations.claim(connection, operation, Claim(str(left), *inode_of(str(left))))
+
+    (found,) = web1("verify web1 --json").json["findings"]
+
+    assert (found["kind"], found["path"], found["severity"]) == ("over", str(left), "warning")
+    assert "gc web1 --delete" in found["hint"]
+    web1("gc web1 --delete")
+    assert not left.exists() and web1("verify web1 --json").json["findings"] == []
 
 
 def test_a_sound_machine_has_no_findings(web1: Scene, tmp_path: Path) -> None:

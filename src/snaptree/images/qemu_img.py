@@ -9,11 +9,14 @@ from typing import Any
 
 from msgspec import Struct
 
-from snaptree.errors import CancelledError, NoSpaceError, ToolError
+from snaptree.errors import BusyError, CancelledError, NoSpaceError, ToolError
 from snaptree.images.child import run_program
 from snaptree.images.mover.limiting import Limiter
 
 Graph = dict[str, Any]
+
+
+_LOCKED = re.compile(r'Failed to get (shared )?".*" lock')
 
 
 def image_name(graph: Graph) -> str:
@@ -28,6 +31,8 @@ def _fail(arguments: Sequence[str], said: str) -> Exception:
     line = re.sub(r"json:\{.*?\}(?=[:'\s]|$)", "the image", line)
     if "No space left" in said or "Disk quota exceeded" in said:
         return NoSpaceError(f"qemu-img {arguments[0]} ran out of room: {line}", "free some room on that file system")
+    if _LOCKED.search(said):
+        return BusyError(f"qemu-img {arguments[0]} failed: {line}", "stop what has the image open, then try again")
     return ToolError(f"qemu-img {arguments[0]} failed: {line}")
 
 
@@ -77,6 +82,7 @@ _COUNTED = ("corruptions", "leaks", "corruptions-fixed", "leaks-fixed")
 def check(graph: Graph, *, repair: str | None = None) -> CheckResult:
     """Check an image's reference counts and tables, and repair ``leaks`` or ``all`` if told so.
 
+    :raise BusyError: somebody has it open.
     :raise ToolError: it could not be checked.
     """
     repairing = ["-r", repair] if repair is not None else []

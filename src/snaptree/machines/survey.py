@@ -22,6 +22,7 @@ from snaptree.model.tree import Tree
 from snaptree.paths import device_at
 from snaptree.planning.plan import Plan
 from snaptree.planning.unmeasured import Unmeasured
+from snaptree.running.holding import written_by
 from snaptree.store import operations, trees
 from snaptree.store.database import Database
 
@@ -64,8 +65,18 @@ def read_survey(
         free=_free(places),
         start=_start(database, config),
         monitor=own_monitor(database, config.name),
+        busy=_busy(database, tree),
         memories={each.id: wrong for each in tree.memories.values() if (wrong := memory_file.ailment(each))},
     )
+
+
+def _busy(database: Database, tree: Tree) -> frozenset[LayerId]:
+    paths: set[str] = set()
+    # Under whichever name the machine is kept.
+    for operation in operations.unfinished(database):
+        begun = operations.steps_of(database, operation.id)[: operation.step + 1]
+        paths.update(path for step in begun for path in written_by(step))
+    return frozenset(layer.id for layer in tree.layers.values() if layer.path in paths)
 
 
 def _firmware_changed(config: MachineConfig, tree: Tree) -> bool:

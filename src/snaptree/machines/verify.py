@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from snaptree.errors import SnaptreeError
+from snaptree.errors import BusyError, SnaptreeError
 from snaptree.images import gate, qemu_img
 from snaptree.machines.findings import Finding
 from snaptree.model.invariants import violations
@@ -53,6 +53,9 @@ def verify(tree: Tree, survey: Survey, unfinished: Iterable[str] = ()) -> tuple[
             found.append(
                 Finding("unchecked", layer.path, detail, (), "verify again when the machine is off", "warning")
             )
+        elif layer.id in survey.busy:
+            detail = f"{layer.path} is being written to, or was when that was killed, and was not checked"
+            found.append(Finding("unchecked", layer.path, detail, (), "verify again when that has ended", "warning"))
         elif layer.format == "qcow2" and facts.exists and not blocked and _needs_too_much(facts):
             detail = f"{layer.path} has so many holes for its size that checking it takes too much, and was not checked"
             found.append(Finding("unchecked", layer.path, detail, (), "run 'qemu-img check' on it yourself", "warning"))
@@ -92,6 +95,10 @@ def _check(tree: Tree, number: LayerId, *, dirty: bool) -> list[Finding]:
     who = affected(tree, number)
     try:
         result = qemu_img.check(gate.blockdev(layer.path, "qcow2", None, None))
+    except BusyError:
+        detail = f"{layer.path} is open in another process, and was not checked"
+        hint = "verify again when nobody has it open"
+        return [Finding("unchecked", layer.path, detail, (), hint, "warning")]
     except SnaptreeError as error:
         return [Finding("damaged", layer.path, error.message, who, _HINTS["damaged"])]
     if dirty:

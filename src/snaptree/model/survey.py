@@ -187,6 +187,8 @@ class Survey(Struct, frozen=True):
     """How many bytes there are for us in each folder that new files may go to."""
     memories: Mapping[int, str] = field(default_factory=dict)
     """What is wrong with the file of each memory that is not as it was written, as a sentence."""
+    busy: frozenset[LayerId] = frozenset()
+    """Layers that an operation writes to, or did when it was killed: what they look like is known when it has ended."""
     start: Start | None = None
     libvirt: bool = False
     """Whether libvirt has the machine: each snapshot needs layers of its own then, for virsh would merge into one that

@@ -45,6 +45,8 @@ def _ailment(tree: Tree, layer_id: LayerId, survey: Survey) -> Ailment | None:
         return Ailment(facts.problem, facts.detail or f"{layer.path}: {facts.problem}")
     if facts.format != layer.format:
         return Ailment("changed", f"{layer.path} is {facts.format}, the tree knows it as {layer.format}")
+    if layer_id in survey.busy:
+        return None
     was, now = layer.identity, facts.identity
     if was is not None and now is not None and not layer.half_merged:
         known = was.generation and now.generation
