@@ -166,6 +166,9 @@ class Matrix:
         """All is well before recovery and after it."""
         if self.world.name in self.world.connection.names():
             self.world.check_meanwhile(request)
+            # Nobody is to take what has been begun for a layer that is missing, or was changed from outside.
+            ailments = self.world.machine.view().ailments.values()
+            assert not [each for each in ailments if each.blocks], ailments
         self.recover(number)
         self.look(request, before, interrupted=interrupted)
 
@@ -224,7 +227,8 @@ class Matrix:
         for _ in range(2 if self.way.again else 0):
             child = os.fork()
             if child == 0:
-                shim.arm(chance.randint(1, 40))
+                # Early, or where data moves; what is not reached ends by itself.
+                shim.arm(chance.randint(1, chance.choice((20, 80, 320))))
                 self.put_right()
                 os._exit(0)
             os.waitpid(child, 0)
