@@ -82,11 +82,8 @@ class Still(Scene):
 
     def write(self, word: str, disk: str = "vda", machine: str = "web1") -> None:
         """Write as the guest would, and flush: by the device, wherever it has its disk now."""
-        places = [(at, letter) for at, letter in enumerate(word) if letter != "."]
-        commands = [f"write -P {ord(letter)} {at * SLOT} {SLOT}" for at, letter in places]
         with self.qmp() as qmp:
-            for each in (*commands, "flush"):
-                line = f'qemu-io -d /machine/peripheral/{disk}/virtio-backend "{each}"'
+            for line in writing(word, disk):
                 said = qmp("human-monitor-command", command_line=line)
                 assert said == "", said
 
@@ -152,6 +149,13 @@ class Still(Scene):
     def killed(self, line: str, arrange: Callable[[Callable[[], None]], None]) -> None:
         """Run the command in a process of its own that is killed where ``arrange`` has put the call that does it."""
         killed(lambda: self(line), arrange)
+
+
+def writing(word: str, disk: str = "vda") -> list[str]:
+    """What QEMU's human monitor is told so that it writes, and flushes."""
+    places = [(at, letter) for at, letter in enumerate(word) if letter != "."]
+    commands = [f"write -P {ord(letter)} {at * SLOT} {SLOT}" for at, letter in places]
+    return [f'qemu-io -d /machine/peripheral/{disk}/virtio-backend "{each}"' for each in (*commands, "flush")]
 
 
 def name_in(text: str) -> str:

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 from tests.kit.space import held
 from tests.kit.stage import processes_of
-from tests.kit.still import Still
+from tests.kit.still import Still, writing
 
 from snaptree.errors import BusyError, ToolError
 from snaptree.images.locks import MachineLock, probe
 from snaptree.machines import switching
+from snaptree.model.tree import Tree
 from snaptree.qemu import ending
+from snaptree.qemu.running import RunningQemu
 from snaptree.qemu.session import QmpSession
 from snaptree.running.journal import Journal
 
@@ -184,6 +186,35 @@ def test_what_is_refused_turns_no_machine_off(still: Still) -> None:
         lock.release()
     assert processes_of(still.folder) == before
     still("stop web1 --force")
+    still.forgiven.add("leaks")
+    still.sound()
+
+
+def test_what_is_parked_only_because_of_its_last_write_is_locked_then(
+    still: Still, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tip is empty when it is planned, and stands right already; then the guest writes to it."""
+    still("snapshot web1 s1")
+    still.write("x")
+    still("snapshot web1 s2")
+    turn_off = switching.turn_off
+
+    async def turned_off(qemu: RunningQemu, tree: Tree) -> None:
+        for each in writing("y"):
+            await qemu.qmp.execute("human-monitor-command", command_line=each)
+        await turn_off(qemu, tree)
+
+    monkeypatch.setattr(switching, "turn_off", turned_off)
+    before, lock = processes_of(still.folder), MachineLock()
+    lock.acquire([str(still.path("s2"))])
+    try:
+        assert "another snaptree" in still("revert web1 s2", status=BUSY).err
+    finally:
+        lock.release()
+    assert processes_of(still.folder) != before and still.show()["state"] == "paused"
+    assert still.shows() == "y......." and set(still.names()) == {"s1", "s2", "main"}
+    still("revert web1 s2 --stopped")
+    assert still.shows("main.1") == "y......." and still.shows() == "x......."
     still.forgiven.add("leaks")
     still.sound()
 
