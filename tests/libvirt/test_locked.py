@@ -9,6 +9,7 @@ import pytest
 from tests.kit.domain import DomainScene, line, of_libvirt
 from tests.kit.locked import require_locked, watched
 from tests.kit.space import held
+from tests.kit.still import writing
 from tests.kit.told import run_killed
 from tests.libvirt.test_memory import remembered
 
@@ -53,6 +54,34 @@ def test_what_another_snaptree_works_on_turns_no_domain_off(web: DomainScene) ->
         lock.release()
     assert web.virsh("domid", "@") == before
     web.be("off")
+    web.sound()
+
+
+def test_what_is_parked_only_because_of_its_last_write_is_locked_then(
+    web: DomainScene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tip is empty when it is planned, and stands right already; then the guest writes to it."""
+    line(web, "s1")
+    web("snapshot @ s2")
+    web.be("running")
+    stop = DomainHandle.stop
+
+    def stopped(handle: DomainHandle) -> None:
+        for each in writing("y", "virtio-disk0"):
+            assert web.virsh("qemu-monitor-command", "@", "--hmp", each).strip() == ""
+        stop(handle)
+
+    monkeypatch.setattr(DomainHandle, "stop", stopped)
+    before, lock = web.virsh("domid", "@"), MachineLock()
+    lock.acquire([str(web.path("s2"))])
+    try:
+        assert "another snaptree" in web("revert @ s2", status=BUSY).err
+    finally:
+        lock.release()
+    assert web.virsh("domid", "@") != before and web.show()["state"] == "running"
+    assert web.shows() == "y1......" and set(web.names()) == {"s1", "s2", "main"}
+    web("revert @ s2 --stopped")
+    assert web.shows("main.1") == "y1......" and web.shows() == "b1......"
     web.sound()
 
 
