@@ -56,7 +56,7 @@ TESTS = (
         f"tests/libvirt/test_{name}.py"
         for name in (
             *("running", "killed", "killed_within", "shared", "memory", "memory_killed", "internal_running"),
-            *("locked", "rows", "on_disk"),
+            *("locked", "rows", "on_disk", "renamed"),
         )
     ),
 )

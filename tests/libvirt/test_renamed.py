@@ -10,8 +10,10 @@ from tests.kit.domain import DomainScene, define_text, line
 from tests.kit.told import run_killed
 from tests.libvirt.test_killed import killed
 
+from snaptree.images.locks import MachineLock
+
 pytestmark = pytest.mark.root
-NOT_FOUND = 3
+NOT_FOUND, BUSY = 3, 5
 
 
 @pytest.fixture
@@ -31,6 +33,12 @@ def another(web: DomainScene) -> None:
     second.chmod(0o600)
     web.uuid = str(uuid.uuid4())
     web.define_xml(define_text(web.name, web.uuid, [("vda", second, "qcow2")]))
+
+
+def gone(web: DomainScene) -> None:
+    """Take the domain away, and leave its images."""
+    web.virsh("undefine", "@", "--snapshots-metadata")
+    web.left |= set(web.disks.iterdir())
 
 
 def test_it_goes_on_under_its_new_name(web: DomainScene, old: str) -> None:
@@ -110,9 +118,53 @@ def test_it_was_off_for_what_was_killed(web: DomainScene, old: str) -> None:
 def test_it_is_gone(web: DomainScene) -> None:
     line(web, "s1", "s2")
     assert killed(web, "delete @ s1", 2, before=True)
-    web.virsh("undefine", "@", "--snapshots-metadata")
-    web.left |= set(web.disks.iterdir())
+    gone(web)
     another(web)
     web("snapshot @ s9")
     assert set(web.names()) == {"s9", "main"} and web("recover").out == "nothing to recover\n"
     assert web.shows() == "n......."
+
+
+def test_what_was_to_be_started_again_is_gone(web: DomainScene) -> None:
+    """Another one of its name is off, and stays so."""
+    line(web, "s1")
+    web.be("running")
+    run_killed(web, "revert @ s1 --discard", 1, before=False, calls=("stop",))
+    gone(web)
+    another(web)
+    web("snapshot @ s9")
+    assert not web.runs() and web("recover").out == "nothing to recover\n"
+    assert not web.runs() and set(web.names()) == {"s9", "main"}
+
+
+def test_it_gets_the_name_of_one_that_is_gone(web: DomainScene) -> None:
+    """Both were worked on; of that one nothing is left but its name."""
+    line(web, "s1", "s2")
+    gone(web)
+    name = web.name
+    another(web)
+    web.name = f"{name}-new"
+    web.virsh("domrename", name, "@")
+    web("snapshot @ s9")
+    told = web("log @").out
+    web.virsh("domrename", "@", name)
+    web.name = name
+    web("snapshot @ s8")
+    assert set(web.names()) == {"s8", "s9", "main"} and told in web("log @").out
+    assert web.shows() == "n......." and web("recover").out == "nothing to recover\n"
+    web.sound()
+
+
+def test_what_another_snaptree_works_on_keeps_its_name(web: DomainScene, old: str) -> None:
+    line(web, "s1")
+    web.virsh("domrename", "@", old)
+    another(web)
+    before, lock = web.show(old), MachineLock()
+    lock.acquire([str(web.path("main", machine=old))])
+    try:
+        assert "another snaptree" in web("snapshot @ s9", status=BUSY).err
+    finally:
+        lock.release()
+    assert web.show(old) == before and web.show()["snapshots"] == []
+    web("snapshot @ s9")
+    web.sound(web.name, old)
