@@ -265,3 +265,25 @@ def test_it_goes_elsewhere_when_its_disks_are_free(still: Still, lingering: Call
     assert still.shows() == "b......." and still.shows("main.1") == "x......."
     still.forgiven.add("leaks")
     still.sound()
+
+
+def test_what_another_snaptree_works_on_is_not_merged_after_memory_is_loaded(still: Still) -> None:
+    """Going back drops the tip beside it, which makes what both stand on loose."""
+    still("snapshot web1 m1 --memory")
+    still.write("x")
+    still("snapshot web1 s2")
+    still("branch web1 other --from s2")
+    still("delete web1 s2")
+    other, lock = still.path("other"), MachineLock()
+    lock.acquire([str(other)])
+    try:
+        said = still("revert web1 m1 --discard").out
+        assert "not merged yet: another snaptree" in said and str(other) in said
+    finally:
+        lock.release()
+    assert still.shows() == "b......." and still.shows("other") == "x......."
+    still("gc web1")
+    assert still.shows("other") == "x......." and still.show()["pending"] == []
+    still("stop web1 --force")
+    still.forgiven.add("leaks")
+    still.sound()
