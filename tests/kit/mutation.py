@@ -37,8 +37,10 @@ LATE = {"take"}
 """What the journal is told before something of the same name is done; a mutant tells it afterwards."""
 ASKED = {"_held", "_take", "_is_still", "is_still"}
 """Questions whose answer keeps somebody out; a mutant does not ask."""
-WITHIN = (".lent(", "._locked(", "Guard(")
+WITHIN = (".lent(", "._locked(", "with StandBy(", "with guard:")
 """What holds for the length of a ``with`` block."""
+GUARDED = "guarded("
+"""What an ``async with`` block has somebody stand by for; in a mutant the block has a guard that is none."""
 WORDS = {"PRAGMA synchronous=FULL": "PRAGMA synchronous=OFF", "BEGIN IMMEDIATE": "BEGIN"}
 ROOMS = ("images", "running", "store", "machines", "qemu")
 NONE = (
@@ -49,8 +51,10 @@ NONE = (
 
 SWITCH = '''"""Which mutant is in force."""
 
+import contextlib
 import mmap
 import os
+import types
 
 _MAPS = {{}}
 
@@ -65,6 +69,10 @@ def on(number):
             os.close(descriptor)
         _MAPS[told][number] = 1
     return os.environ.get("{chosen}") == str(number)
+
+
+def nobody():
+    return contextlib.nullcontext(types.SimpleNamespace())
 '''
 _MOST = 4096
 
@@ -117,7 +125,9 @@ class Source:
                 self._within(module)
                 if len(self.found) > before:
                     place = next(at for at, each in enumerate(module.body) if not _first(each))
-                    module.body.insert(place, ast.parse("from snaptree_mutants import on as _on").body[0])
+                    module.body.insert(
+                        place, ast.parse("from snaptree_mutants import nobody as _nobody, on as _on").body[0]
+                    )
                     (folder / self._path).write_text(ast.unparse(ast.fix_missing_locations(module)), encoding="utf-8")
         (folder / "snaptree_mutants.py").write_text(
             SWITCH.format(reached=REACHED, chosen=CHOSEN, most=_MOST), encoding="utf-8"
@@ -125,7 +135,7 @@ class Source:
 
     def _mutant(self, kind: str, *statements: ast.AST) -> int:
         was = " ".join(ast.get_source_segment(self._text, each) or "" for each in statements)
-        if isinstance(statements[0], ast.With):
+        if isinstance(statements[0], ast.With | ast.AsyncWith):
             was = was.splitlines()[0]
         line: int = getattr(statements[0], "lineno")  # noqa: B009
         mutant = Mutant(len(self.found) + 1, kind, self._path, line, was)
@@ -170,6 +180,8 @@ class Source:
             first = was.splitlines()[0]
             if any(each in first for each in WITHIN):
                 found = _either(self._mutant("lock", statement), statement.body, [found])
+        if isinstance(statement, ast.AsyncWith) and GUARDED in was.splitlines()[0]:
+            found = _either(self._mutant("lock", statement), [_unguarded(statement)], [found])
         for old, new in WORDS.items():
             if isinstance(statement, ast.Expr) and f'execute("{old}")' in was:
                 other = ast.parse(was.replace(old, new)).body
@@ -180,6 +192,13 @@ class Source:
 def _either(number: int, mutated: Sequence[ast.stmt], as_it_is: Sequence[ast.stmt]) -> ast.If:
     question = ast.parse(f"_on({number})", mode="eval").body
     return ast.If(question, copy.deepcopy(list(mutated)), list(as_it_is))
+
+
+def _unguarded(statement: ast.AsyncWith) -> ast.AsyncWith:
+    """The block without whoever stands by, by the same name."""
+    (item,) = statement.items
+    nobody = ast.parse("_nobody()", mode="eval").body
+    return ast.AsyncWith([ast.withitem(nobody, item.optional_vars)], statement.body)
 
 
 def _first(statement: ast.stmt) -> bool:
