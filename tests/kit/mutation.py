@@ -1,4 +1,4 @@
-"""Mutants: the code without one of its syncs, locks or journal writes, or with two writes in the other order.
+"""Mutants: the code without one of its syncs, locks, guards or journal writes, or with two writes in the other order.
 
 All of them are in one copy of the source, each behind a question; an environment variable says which of them is in
 force, so that a process that has everything loaded tries one after the other.
