@@ -165,6 +165,22 @@ def test_what_was_killed_has_changed_nothing_from_outside(case: str, tmp_path: P
         matrix.judge(number, request, before, interrupted=True)
 
 
+def test_an_operation_that_goes_on_meanwhile_is_no_fault(web1: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is locked for looking: a layer may go that was there, and is looked for no more then."""
+    three(web1)
+    check, lines = qemu_img.check, iter(["delete web1 --branch other", "delete web1 s1"])
+
+    def checking(graph: qemu_img.Graph) -> qemu_img.CheckResult:
+        for line in lines:
+            web1(line)
+            break
+        return check(graph)
+
+    monkeypatch.setattr(qemu_img, "check", checking)
+    assert web1("verify web1 --json").json["findings"] == []
+    assert next(lines, None) is None
+
+
 def test_a_file_that_nothing_needs_is_told(web1: Scene) -> None:
     """One that snaptree made, and that no tree knows: what an operation has left that could not undo all."""
     three(web1)

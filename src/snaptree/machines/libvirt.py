@@ -409,6 +409,11 @@ class LibvirtMachine(Machine):
 
     def verify(self) -> tuple[Finding, ...]:
         """Check the files against the tree, and libvirt's records against both."""
+        from snaptree.machines.verify import settled
+
+        return settled(self.database, self._found)
+
+    def _found(self) -> tuple[Finding, ...]:
         from snaptree.machines.verify import verify
 
         looked = self.look()

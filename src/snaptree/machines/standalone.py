@@ -292,10 +292,13 @@ class Standalone(Machine):
 
     def verify(self) -> tuple[Finding, ...]:
         """Check the files against the tree."""
-        from snaptree.machines.verify import verify
+        from snaptree.machines.verify import settled, verify
 
-        tree = self.tree()
-        return verify(tree, self.survey(tree, self.power(tree)), self.unfinished())
+        def look() -> tuple[Finding, ...]:
+            tree = self.tree()
+            return verify(tree, self.survey(tree, self.power(tree)), self.unfinished())
+
+        return settled(self.database, look)
 
     def snapshot_xml(self, name: str) -> str:
         """One snapshot as libvirt's domainsnapshot XML.

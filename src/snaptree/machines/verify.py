@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from snaptree.errors import BusyError, SnaptreeError
 from snaptree.images import gate, qemu_img
@@ -14,6 +14,8 @@ from snaptree.model.survey import LayerFacts, Survey
 from snaptree.model.tree import Tree
 from snaptree.planning.draft import is_tip
 from snaptree.planning.health import ailments
+from snaptree.store import operations
+from snaptree.store.database import Database
 
 _HINTS = {
     "missing": "put the file back; what needs it cannot be used until then",
@@ -24,6 +26,7 @@ _HINTS = {
     "half-merged": "",
 }
 
+_LOOKS = 10
 _CHECKED = 64 << 20
 """Bytes of reference counts; those of an image of 2 TiB as QEMU makes it."""
 
@@ -79,6 +82,24 @@ def verify(tree: Tree, survey: Survey, unfinished: Iterable[str] = ()) -> tuple[
     for sentence in unfinished:
         found.append(Finding("unfinished", "", sentence, (), f"run 'snaptree recover {tree.machine}'", "warning"))
     return tuple(sorted(found, key=lambda each: (each.severity, each.path)))
+
+
+def settled(database: Database, look: Callable[[], Iterable[Finding]]) -> tuple[Finding, ...]:
+    """What is found, looked at anew where an operation has gone on meanwhile: no lock is taken for it.
+
+    :raise BusyError: operations go on all the while.
+    """
+    for _ in range(_LOOKS):
+        before = operations.moment(database)
+        try:
+            found = tuple(look())
+        except OSError:
+            if operations.moment(database) == before:
+                raise
+            continue
+        if operations.moment(database) == before or all(each.severity != "error" for each in found):
+            return found
+    raise BusyError("files change all the while: other operations go on", "verify again when they have ended")
 
 
 def _needs_too_much(facts: LayerFacts) -> bool:

@@ -164,6 +164,12 @@ def first_since(database: Database, machine: str, number: int) -> Operation | No
     return Operation(*rows[0]) if rows else None  # type: ignore[arg-type]
 
 
+def moment(database: Database) -> tuple[object, ...]:
+    """What is another one whenever an operation has begun, gone on or ended."""
+    rows = database.rows("SELECT max(id), sum(step), count(ended) FROM operation")
+    return rows[0] if rows else ()
+
+
 def steps_of(database: Database, operation: int) -> tuple[Step, ...]:
     """The steps of an operation that has not ended."""
     rows = database.rows("SELECT steps FROM operation WHERE id=?", (operation,))
