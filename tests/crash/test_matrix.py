@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from tests.crash.cases import CASES
 from tests.kit import shim
@@ -38,3 +40,10 @@ def test_faults(way: str, stride: int, cases: tuple[str, ...]) -> None:
     chosen = [word for case in cases for word in ("--case", case)]
     tallies = shim.rows("matrix", "--way", way, "--stride", str(stride), *chosen)
     assert sum(tally["points"] for tally in tallies) > 0
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_killed_by_strace() -> None:
+    """The library sees calls of the C library's only; the kernel's own are counted here."""
+    (tally,) = shim.rows("traced", "--exactly", "delete s1 of a line by commit", "--stride", "9")
+    assert tally["points"] > 0
