@@ -328,7 +328,7 @@ def traced(words: list[str], folder: Folder, report: Path) -> tuple[subprocess.C
     line = [
         "strace",
         "-f",
-        "-qq",
+        "-qqy",
         "-s",
         "4096",
         "-e",
@@ -340,8 +340,11 @@ def traced(words: list[str], folder: Folder, report: Path) -> tuple[subprocess.C
     ]
     place = {**os.environ, "SNAPTREE_STATE": str(folder.state), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([*line, *TOOL, *words], cwd=folder.disks, env=place, capture_output=True, check=False)
-    opened = re.findall(r'open(?:at2?)?\((?:AT_FDCWD, )?"((?:[^"\\]|\\.)*)".*\) = \d+', report.read_text())
-    return done, [os.path.normpath(folder.disks / each) for each in opened]
+    # By "-y" each descriptor is followed by what it has open, that of the folder too from which a name is looked up.
+    call = r'open(?:at2?)?\((?:(?:AT_FDCWD|\d+)<([^>]*)>, )?"((?:[^"\\]|\\.)*)".*\) = \d+'
+    opened = re.findall(call, report.read_text())
+    assert any(name.endswith("hostile.qcow2") or "other" in name for _, name in opened), "it was not traced"
+    return done, [os.path.normpath(folder.disks / place / name) for place, name in opened]
 
 
 def named(sound: bytes, name: bytes, form: bytes) -> bytes:

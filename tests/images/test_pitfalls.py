@@ -112,9 +112,10 @@ ROWS: dict[str, tuple[str, ...]] = {
         "scenarios/test_c_what_libvirt_gets_wrong.py::test_c9_progress_is_shown_and_cancelling_works",
         f"{MERGING}::test_progress_counts_the_bytes_that_move",
     ),
+    "block nodes with generated names": ("running/test_live_drive.py::test_blocks_are_shared_and_options_kept",),
     "QEMU may be gone at any message": (f"{MERGING}::test_a_merge_ends_when_qemu_is_gone",),
 }
-"""The pitfalls, and what holds each. One more, block nodes with generated names, is about running machines only."""
+"""The pitfalls, and what holds each."""
 
 
 def names_in(path: Path) -> set[str]:
