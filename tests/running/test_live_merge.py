@@ -199,16 +199,21 @@ def test_snaptree_and_its_guard_are_killed_while_the_guest_goes_over(snapshots: 
     whole(snapshots, "s3")
 
 
+async def finalize(qmp: QmpSession, job: str) -> None:
+    """What somebody does who wants a commit that is ready to come to its end."""
+    for command, until in (("job-complete", "pending"), ("job-finalize", "concluded")):
+        await qmp.execute(command, id=job)
+        while (await qmp.execute("query-jobs"))[0]["status"] != until:
+            await asyncio.sleep(0.01)
+
+
 def by_somebody(still: Still, kill: Callable[[], None]) -> None:
-    """Somebody completes the job and finalizes it; then the guest writes, QEMU is killed, and so are we."""
+    """Somebody finalizes the job; then the guest writes, QEMU is killed, and so are we."""
     follow = live_jobs.follow
 
     async def followed(qmp: QmpSession, jobs: Any, *words: Any) -> None:
         await follow(qmp, jobs, *words)
-        for command, until in (("job-complete", "pending"), ("job-finalize", "concluded")):
-            await qmp.execute(command, id=jobs[0].id)
-            while (await qmp.execute("query-jobs"))[0]["status"] != until:
-                await asyncio.sleep(0.01)
+        await finalize(qmp, jobs[0].id)
 
     async def close(qemu: RunningQemu, *_: Any) -> None:
         for each in writing("..z"):
@@ -224,6 +229,30 @@ def test_the_guest_goes_over_because_somebody_has_it_do_so(snapshots: Still) -> 
     """The tip is stale then, which the files do not tell: it is not merged once more."""
     snapshots.killed("delete web1 s3 --merge commit", lambda kill: by_somebody(snapshots, kill))
     snapshots.forgiven.add("leaks")
+    snapshots("recover web1")
+    whole(snapshots, "s3", main="cdz.....")
+
+
+@pytest.mark.parametrize("when", ["it is followed", "it has been followed"])
+def test_somebody_finalizes_a_commit_and_dismisses_it(
+    snapshots: Still, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that is known then is that it is gone; where the guest is has to be known when QEMU is."""
+    follow = live_jobs.follow
+
+    async def followed(qmp: QmpSession, jobs: Any, *words: Any) -> None:
+        await follow(qmp, jobs, *words)
+        await finalize(qmp, jobs[0].id)
+        await qmp.execute("job-dismiss", id=jobs[0].id)
+        if when == "it is followed":
+            await follow(qmp, jobs, *words)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(live_jobs, "follow", followed)
+        assert "does not know the" in snapshots("delete web1 s3 --merge commit", status=FAILED).err
+    assert snapshots.disk() == "vda.s2.qcow2"
+    snapshots.write("..z")
+    snapshots.kill_qemu()
     snapshots("recover web1")
     whole(snapshots, "s3", main="cdz.....")
 

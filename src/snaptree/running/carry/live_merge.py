@@ -52,6 +52,10 @@ async def merge(step: LiveMerge, context: Context) -> None:
     except BaseException:
         # Nothing is finalized yet: each job leaves a chain that is right.
         await abandon(qemu.qmp, [each.id for each in jobs.values()])
+        with suppress(SnaptreeError):
+            for job in (each for each in jobs if each.active):
+                async with answering(qemu) as now:
+                    await _tell(now, job, context)
         raise
     finally:
         steering.end()
@@ -157,16 +161,23 @@ async def _go_over(qemu: RunningQemu, job: LiveJob, merging: Merging, context: C
         except BaseException:
             with suppress(SnaptreeError):
                 async with answering(qemu) as now:
-                    if journal.noted(path) == PIVOT and not is_merged(await now.graph(), job):
-                        journal.note(path, STAY)
+                    await _tell(now, job, context)
                     guard.needed = not await abandon(now.qmp, [merging.id])
             raise
         # One that somebody has cancelled when it was ready ends without an error, and the guest stays where it was.
-        merged = is_merged(await qemu.graph(), job)
-        if merged != (journal.noted(path) == PIVOT):
-            journal.note(path, PIVOT if merged else STAY)
+        merged = await _tell(qemu, job, context)
     if not merged:
         raise ToolError(f"somebody has cancelled the {merging.id} job", "try it again")
+
+
+async def _tell(qemu: RunningQemu, job: LiveJob, context: Context) -> bool:
+    """Have the journal say what QEMU does: whether the guest has gone over. Somebody may have finalized the job, or
+    cancelled it."""
+    journal, path = context.journal, job.row[0][0]
+    merged = is_merged(await qemu.graph(), job)
+    if merged != (journal.noted(path) == PIVOT):
+        journal.note(path, PIVOT if merged else STAY)
+    return merged
 
 
 async def _close(qemu: RunningQemu, step: LiveMerge) -> None:
