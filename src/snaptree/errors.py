@@ -119,6 +119,13 @@ class ToolError(SnaptreeError):
     status = 12
 
 
+class AttentionError(SnaptreeError):
+    """`verify` found all that is kept whole, but something to see to, such as a file that nothing needs."""
+
+    code = "attention"
+    status = 13
+
+
 class OutrunError(ToolError):
     """A guest writes faster than its disk is merged, so that the merge does not come to its end."""
 

@@ -79,7 +79,7 @@ class DomainScene(Scene):
         folder.chmod(0o755)
         self.disks.chmod(0o755)
 
-    def __call__(self, line: str, *, status: int = 0) -> Said:
+    def __call__(self, line: str, *, status: int | None = 0) -> Said:
         """Run ``snaptree LINE`` with this libvirt; ``@`` is the domain's name. It must end with the status."""
         with of_libvirt(self.own.uri):
             return super().__call__(line.replace("@", self.name), status=status)
@@ -248,7 +248,7 @@ class DomainScene(Scene):
             target, path = line.split(None, 1)
             known = [os.path.realpath(each["path"]) for each in shown["disks"] if each["target"] == target]
             assert os.path.realpath(path.strip()) in known or not known
-        found = self(f"verify {self.name} --json").json["findings"]
+        found = self.findings(self.name)
         found = [each for each in found if " is left alone: " not in each["detail"]]
         wrong = [each for each in found if each["severity"] == "error" or each["kind"] in ("records", "note")]
         assert wrong == [], wrong

@@ -28,7 +28,7 @@ class Domains(DomainScene):
         self.wanted = wanted
         self.defined: list[str] = []
 
-    def __call__(self, line: str, *, status: int = 0) -> Said:
+    def __call__(self, line: str, *, status: int | None = 0) -> Said:
         words = shlex.split(line)
         if status == 0 and words[0] == "add":
             return self._add(words[1], words[2:])

@@ -61,7 +61,7 @@ def test_the_headers_say_what_stands_on_what(web: DomainScene) -> None:
     assert "libvirt takes 's1' for the current snapshot" in web("show @").out
     # A hand-made overlay that nobody knows.
     images.create(web.disks / "mine.qcow2", SLOTS * SLOT, backing=(web.path("s3"), "qcow2"))
-    found = web("verify @ --json").json["findings"]
+    found = web.findings("@")
     assert any(each["kind"] == "outsider" and "mine.qcow2" in each["detail"] for each in found)
 
 
@@ -155,7 +155,7 @@ def test_a_golden_image_and_another_domain_on_it(domain: DomainScene) -> None:
         domain.write(".1")
         held = domain.path("s1").read_bytes()
         domain("delete @ s1")
-        found = domain("verify @ --json").json["findings"]
+        found = domain.findings("@")
         assert [each["detail"] for each in found if each["kind"] == "outsider" and "-clone'" in each["detail"]]
         assert (domain.disks / "web.qcow2").read_bytes() == held and domain.shows() == "g1......"
     finally:

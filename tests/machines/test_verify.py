@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tests.crash.matrix import Matrix
@@ -79,9 +78,8 @@ def test_it_is_found(web1: Scene, what: str) -> None:
     path = str(web1.path("s2"))
     spoil(web1)
 
-    said = web1("verify web1 --json", status=10)
+    found = [each for each in web1.findings() if each["path"] == path]
 
-    found: list[dict[str, Any]] = [each for each in _first(said.out)["findings"] if each["path"] == path]
     assert found and found[0]["severity"] == "error"
     assert not word or found[0]["kind"] == word
     assert found[0]["affects"] == affected and found[0]["hint"]
@@ -111,19 +109,13 @@ def test_a_hopeless_image_is_not_counted_to_its_end(tmp_path: Path) -> None:
     assert not found.whole and qemu_img.MOST_ERRORS < found.errors < 2 * qemu_img.MOST_ERRORS
 
 
-def _first(text: str) -> Any:
-    import json
-
-    return json.JSONDecoder().raw_decode(text)[0]
-
-
 def test_what_stands_on_a_layer_from_outside_is_told(web1: Scene) -> None:
     three(web1)
     web1.image("theirs.qcow2", backing="web1.qcow2")
     web1.image("machine.qcow2", backing="web1.qcow2")
     web1("add web2 --disk vda=machine.qcow2")
 
-    findings = web1("verify web1 --json").json["findings"]
+    findings = web1.findings()
 
     details = " ".join(each["detail"] for each in findings)
     assert "theirs.qcow2 stands on" in details and "machine 'web2' stands on" in details
@@ -135,8 +127,8 @@ def test_what_somebody_has_open_is_not_damaged(web1: Scene, read_only: bool) -> 
     """Nobody is told to restore from a backup what just cannot be looked at, be it a machine that runs."""
     three(web1)
     with held(web1.path("main"), read_only=read_only):
-        findings = web1("verify web1 --json").json["findings"]
-    assert [(each["kind"], each["severity"]) for each in findings] == ([] if read_only else [("unchecked", "warning")])
+        findings = web1.findings()
+    assert [(each["kind"], each["severity"]) for each in findings] == ([] if read_only else [("unchecked", "note")])
 
 
 @pytest.mark.parametrize("case", ["delete s1 of a line by pull", "delete s2 of a line by commit", "internal snapshot"])
@@ -177,7 +169,7 @@ def test_an_operation_that_goes_on_meanwhile_is_no_fault(web1: Scene, monkeypatc
         return check(graph)
 
     monkeypatch.setattr(qemu_img, "check", checking)
-    assert web1("verify web1 --json").json["findings"] == []
+    assert web1.findings() == []
     assert next(lines, None) is None
 
 
@@ -191,17 +183,17 @@ def test_a_file_that_nothing_needs_is_told(web1: Scene) -> None:
         operations.end(connection, operation, operations.UNDONE, 0.0, 0)
         operations.claim(connection, operation, Claim(str(left), *inode_of(str(left))))
 
-    (found,) = web1("verify web1 --json").json["findings"]
+    (found,) = web1.findings()
 
     assert (found["kind"], found["path"], found["severity"]) == ("over", str(left), "warning")
     assert "gc web1 --delete" in found["hint"]
     web1("gc web1 --delete")
-    assert not left.exists() and web1("verify web1 --json").json["findings"] == []
+    assert not left.exists() and web1.findings() == []
 
 
 def test_a_sound_machine_has_no_findings(web1: Scene, tmp_path: Path) -> None:
     three(web1)
-    assert web1("verify web1 --json").json["findings"] == []
+    assert web1.findings() == []
     assert "all files are as the tree says" in web1("verify web1").out
 
 

@@ -7,7 +7,7 @@ import click
 from snaptree.cli.connecting import connection
 from snaptree.cli.output import carry_out, print_json, say
 from snaptree.cli.parsing import changing, json_option, machine_argument, merge_option, paced
-from snaptree.errors import FindingsError, UsageError
+from snaptree.errors import AttentionError, FindingsError, UsageError
 from snaptree.paths import canonical
 from snaptree.planning.accept import AcceptRequest
 from snaptree.planning.sweep import SquashRequest
@@ -64,7 +64,6 @@ def verify_command(machine: str, accept: str | None, repair: bool, only_plan: bo
     if only_plan:
         raise UsageError("--plan goes with --accept and --repair: without them verify changes nothing", "leave it out")
     findings = connection().machine(machine).verify()
-    errors = [each for each in findings if each.severity == "error"]
     if as_json:
         keys = ("kind", "path", "detail", "affects", "hint", "severity")
         print_json({"machine": machine, "findings": [{key: getattr(each, key) for key in keys} for each in findings]})
@@ -77,9 +76,13 @@ def verify_command(machine: str, accept: str | None, repair: bool, only_plan: bo
                 say(f"  hint: {each.hint}")
         if not findings:
             say(f"{machine}: all files are as the tree says")
-    if errors:
-        count = len(errors)
-        raise FindingsError(f"{machine}: {count} thing{'s are' if count > 1 else ' is'} not as the tree says")
+    wrong, seen = (sum(each.severity == severity for each in findings) for severity in ("error", "warning"))
+    if wrong:
+        raise FindingsError(f"{machine}: {wrong} thing{'s are' if wrong > 1 else ' is'} not as the tree says")
+    if seen:
+        raise AttentionError(
+            f"{machine}: all that is kept is whole; {seen} thing{'s want' if seen > 1 else ' wants'} seeing to"
+        )
 
 
 @click.command("recover")

@@ -422,7 +422,7 @@ class LibvirtMachine(Machine):
         if not self.unfinished():
             said = applying.difference(self.handle, looked.tree).sentences()
             found += [Finding("records", "", each, (), hint, "warning") for each in said]
-        found += [Finding("note", "", each, (), "", "warning") for each in looked.notes]
+        found += [Finding("note", "", each, (), "", "note") for each in looked.notes]
         return tuple(found)
 
     def snapshot_xml(self, name: str) -> str:

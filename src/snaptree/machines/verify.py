@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from snaptree.errors import BusyError, SnaptreeError
 from snaptree.images import gate, qemu_img
-from snaptree.machines.findings import Finding
+from snaptree.machines.findings import SEVERITIES, Finding
 from snaptree.model.invariants import violations
 from snaptree.model.layer import LayerId
 from snaptree.model.sizes import readable
@@ -27,6 +27,7 @@ _HINTS = {
 }
 
 _LOOKS = 10
+_STRANGER = "have it stand on a copy, or remove it; whoever merges into the layer by other means destroys it"
 _CHECKED = 64 << 20
 """Bytes of reference counts; those of an image of 2 TiB as QEMU makes it."""
 
@@ -50,18 +51,16 @@ def verify(tree: Tree, survey: Survey, unfinished: Iterable[str] = ()) -> tuple[
         blocked = layer.id in sick and sick[layer.id].blocks
         if facts.encrypted:
             detail = f"{layer.path} is encrypted, and was not checked"
-            found.append(Finding("encrypted", layer.path, detail, (), "", "warning"))
+            found.append(Finding("encrypted", layer.path, detail, (), "", "note"))
         elif survey.live is not None and layer.id in survey.live.open and is_tip(tree, layer.id):
             detail = f"the guest writes to {layer.path}, which was not checked"
-            found.append(
-                Finding("unchecked", layer.path, detail, (), "verify again when the machine is off", "warning")
-            )
+            found.append(Finding("unchecked", layer.path, detail, (), "verify again when the machine is off", "note"))
         elif layer.id in survey.busy:
             detail = f"{layer.path} is being written to, or was when that was killed, and was not checked"
-            found.append(Finding("unchecked", layer.path, detail, (), "verify again when that has ended", "warning"))
+            found.append(Finding("unchecked", layer.path, detail, (), "verify again when that has ended", "note"))
         elif layer.format == "qcow2" and facts.exists and not blocked and _needs_too_much(facts):
             detail = f"{layer.path} has so many holes for its size that checking it takes too much, and was not checked"
-            found.append(Finding("unchecked", layer.path, detail, (), "run 'qemu-img check' on it yourself", "warning"))
+            found.append(Finding("unchecked", layer.path, detail, (), "run 'qemu-img check' on it yourself", "note"))
         elif layer.format == "qcow2" and facts.exists and not blocked:
             found += _check(tree, layer.id, dirty=facts.dirty)
     for memory, detail in survey.memories.items():
@@ -73,7 +72,7 @@ def verify(tree: Tree, survey: Survey, unfinished: Iterable[str] = ()) -> tuple[
     for outsider in survey.outsiders:
         path = tree.layers[outsider.layer].path
         detail = f"{outsider.what} stands on {path}, which is left as it is therefore"
-        found.append(Finding("outsider", path, detail, affected(tree, outsider.layer), "", "warning"))
+        found.append(Finding("outsider", path, detail, affected(tree, outsider.layer), _STRANGER, "warning"))
     for stray in survey.strays:
         detail = f"nothing needs {stray.path} ({readable(stray.allocated)})"
         found.append(
@@ -81,7 +80,7 @@ def verify(tree: Tree, survey: Survey, unfinished: Iterable[str] = ()) -> tuple[
         )
     for sentence in unfinished:
         found.append(Finding("unfinished", "", sentence, (), f"run 'snaptree recover {tree.machine}'", "warning"))
-    return tuple(sorted(found, key=lambda each: (each.severity, each.path)))
+    return tuple(sorted(found, key=lambda each: (SEVERITIES.index(each.severity), each.path)))
 
 
 def settled(database: Database, look: Callable[[], Iterable[Finding]]) -> tuple[Finding, ...]:
@@ -119,7 +118,7 @@ def _check(tree: Tree, number: LayerId, *, dirty: bool) -> list[Finding]:
     except BusyError:
         detail = f"{layer.path} is open in another process, and was not checked"
         hint = "verify again when nobody has it open"
-        return [Finding("unchecked", layer.path, detail, (), hint, "warning")]
+        return [Finding("unchecked", layer.path, detail, (), hint, "note")]
     except SnaptreeError as error:
         return [Finding("damaged", layer.path, error.message, who, _HINTS["damaged"])]
     if dirty:
