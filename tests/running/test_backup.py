@@ -1,10 +1,15 @@
-"""A backup job of somebody's (``blockdev-backup``, as backup programs run) on a disk of a machine that runs."""
+"""A job of somebody's on a disk of a machine that runs: ``blockdev-backup``, which backup programs use, or a mirror."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import pytest
 from tests.kit import images
+from tests.kit.qmp import Qmp
 from tests.kit.scene import SLOT, SLOTS, word_of
+from tests.kit.steps import at_command
 from tests.kit.still import Still, name_in
 
 
@@ -48,4 +53,86 @@ def test_nothing_is_reopened_beside_it(still: Still) -> None:
     back_up(still, "vda.s1.qcow2")
     assert "backup job mine" in still("delete web1 i", status=6).err
     assert "i" in still.names() and still.opened()["vda.qcow2"] == "reading"
+    still.sound()
+
+
+# ---- a mirror ------------------------------------------------------------------------------------------------------
+
+
+def mirror(still: Still, status: str) -> None:
+    """Have QEMU copy the disk for somebody, who has come to so far with it."""
+    with still.qmp() as qmp:
+        (top,) = [each["inserted"]["node-name"] for each in qmp("query-block") if "inserted" in each]
+        target = {"driver": "null-co", "node-name": "nothing", "size": SLOTS * SLOT, "read-zeroes": True}
+        qmp("blockdev-add", **target)
+        speed = {"speed": 4096} if status == "running" else {}
+        words = {"device": top, "target": "nothing", "sync": "full", **speed}
+        qmp("blockdev-mirror", job_id="mine", auto_finalize=False, **words)
+        if status == "pending":
+            comes_to(qmp, "ready")
+            qmp("job-complete", id="mine")
+        comes_to(qmp, status)
+
+
+def comes_to(qmp: Qmp, *status: str) -> None:
+    """Wait until the job is at that, or has gone."""
+    until = time.monotonic() + 20
+    while (found := [each["status"] for each in qmp("query-jobs")]) != [*status]:
+        assert time.monotonic() < until, found
+        time.sleep(0.01)
+
+
+def end(still: Still) -> None:
+    """Cancel somebody's mirror."""
+    with still.qmp() as qmp:
+        qmp("job-cancel", id="mine")
+        comes_to(qmp)
+
+
+@pytest.mark.parametrize("status", ["running", "ready", "pending"])
+def test_an_internal_snapshot_of_the_tip_keeps_its_name_beside_it(still: Still, status: str) -> None:
+    """QEMU would refuse, and only when the name has gone; that of a layer beneath goes."""
+    still("snapshot web1 below --internal")
+    still("snapshot web1 s1")
+    still.write(".x")
+    still("snapshot web1 i --internal")
+    still.write("..y")
+    mirror(still, status)
+    before = still.tags()
+    for words in ("i --plan", "i", "s1 --children"):
+        said = still(f"delete web1 {words}", status=6).err
+        assert "job mine" in said and "'i'" in said and "vda.s1.qcow2" in said
+    assert still.tags() == before and still.show()["pending"] == [] and {"i", "s1"} <= set(still.names())
+    still("delete web1 below")
+    assert set(still.jobs()) == {"mine"}
+    end(still)
+    assert (still.shows("s1"), still.shows("i"), still.shows()) == ("b.......", "bx......", "bxy.....")
+    still("delete web1 i")
+    assert still.tags() == {} and still.shows() == "bxy....." and still.show()["pending"] == []
+    still.sound()
+
+
+DELETE = "blockdev-snapshot-delete-internal-sync"
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("status", ["running", "ready", "pending"])
+def test_one_that_was_begun_since_a_kill_is_waited_for(still: Still, status: str, *, after: bool) -> None:
+    """Told to flush a disk whose requests wait until a mirror is finalized, QEMU would never answer again."""
+    still("snapshot web1 i --internal")
+    still.write(".x")
+
+    def deleting(kill: Callable[[], None]) -> None:
+        at_command(pytest.MonkeyPatch(), DELETE, kill, after=after)
+
+    still.killed("delete web1 i", deleting)
+    mirror(still, status)
+    harmless = after and status != "pending"
+    said = still("recover web1", status=0 if harmless else 5)
+    assert harmless or "job mine" in said.err
+    assert set(still.jobs()) == {"mine"}, "it answers"
+    end(still)
+    still("recover web1")
+    assert "i" not in still.names() and still.tags() == {} and still.show()["pending"] == []
+    assert still.shows() == "bx......"
     still.sound()

@@ -99,6 +99,7 @@ async def _live(qemu: RunningQemu, graph: BlockGraph, tree: Tree, commands: froz
         # From QEMU 10.0 on it can be told to use them again, and is.
         let_go=word == "postmigrate" and "blockdev-set-active" not in commands,
         backups={disk: job for disk, node in tops.items() if (job := graph.backup(node))},
+        jobs={disk: job for disk, node in tops.items() if (job := graph.job_on(node))},
     )
 
 

@@ -19,7 +19,8 @@ class Live(Struct, frozen=True):
     of ``reopenable`` it is known how it has opened them, of ``unnamed`` it has made up the nodes' names, of ``tracked``
     it keeps dirty bitmaps. ``commands`` is what its monitor can be asked for. ``files`` are all files that it has open,
     by device and inode, ``disks`` those of them that its devices have as their disks. ``memory`` is set where that was
-    asked for, as it takes a while. ``backups`` are the names of backup jobs, not of ours, by the disks that they copy.
+    asked for, as it takes a while. ``backups`` are the names of backup jobs, not of ours, by the disks that they copy,
+    ``jobs`` those of any such jobs that work on what a device has as its disk.
     One that has ``let_go`` of its disks, having saved its memory, uses them only when
     the guest goes on.
     """
@@ -36,3 +37,4 @@ class Live(Struct, frozen=True):
     memory: Saveable | None = None
     let_go: bool = False
     backups: Mapping[str, str] = field(default_factory=dict)
+    jobs: Mapping[str, str] = field(default_factory=dict)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from snaptree.errors import RefusedError
+from snaptree.model.live import Live
 from snaptree.model.memory import Memory
 from snaptree.model.snapshot import FirmwareFile
 from snaptree.model.tree import Tree
+from snaptree.planning.memory_steps import GoOver
 from snaptree.planning.steps import DeleteInternal, RemoveFirmware, Step, Unlink
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ def cleared(draft: Draft, after: Tree) -> tuple[list[Step], int]:
             steps.append(Unlink(layer.path, identity.generation, identity.inode))
         elif layer.id in draft.fresh:
             steps.append(Unlink(layer.path, 0, 0))
+    over = any(isinstance(step, GoOver) for step in draft.prepare)
     for layer_id, tags in draft.before.internals.items():
         if layer_id not in after.layers or not after.layers[layer_id].owned:
             continue
@@ -62,6 +65,8 @@ def cleared(draft: Draft, after: Tree) -> tuple[list[Step], int]:
                 "its QEMU has let go of the disks with the memory that was saved",
                 "let the guest go on, or turn it off, and try again",
             )
+        if going and live is not None and draft.is_busy(layer_id) and not over:
+            _require_no_job(live, after.layers[layer_id].disk, f"the internal snapshot {going[0]!r} in {path}")
         steps.extend(DeleteInternal(path, tag) for tag in going)
     for piece in sorted(firmware_of(draft.before) - firmware_of(after), key=lambda each: each.path):
         steps.append(RemoveFirmware(piece.role, piece.path))
@@ -70,6 +75,18 @@ def cleared(draft: Draft, after: Tree) -> tuple[list[Step], int]:
             steps.append(removal(memory))
             freed += memory.size
     return steps, freed
+
+
+def _require_no_job(live: Live, disk: str, what: str) -> None:
+    """Refuse what QEMU does to a tip only when nothing else works on it: it would refuse after the name has gone.
+
+    :raise RefusedError: a job of somebody's does.
+    """
+    if job := live.jobs.get(disk):
+        raise RefusedError(
+            f"cannot delete {what}: QEMU's job {job}, which is none of snaptree's, works on {disk}",
+            "wait until that has ended, or cancel it",
+        )
 
 
 def removal(memory: Memory) -> Unlink:

@@ -13,6 +13,7 @@ from typing import Any
 from msgspec import Struct, field
 
 from snaptree.errors import ToolError, UnhealthyError
+from snaptree.qemu.jobs import PREFIX
 
 Inode = tuple[int, int]
 FORMATS = ("qcow2", "raw")
@@ -125,6 +126,17 @@ class BlockGraph(Struct, frozen=True):
             if each.driver == BACKUP and each.file in shown:
                 return each.jobs[0] if each.jobs else each.name
         return ""
+
+    def job_on(self, node: Node) -> str:
+        """The name of a job, not of ours, that works on a tip or on what is between that and the device; empty without
+        one."""
+        while True:
+            for job in node.jobs:
+                if not job.startswith(PREFIX):
+                    return job
+            if not node.above:
+                return ""
+            node = self.nodes[node.above[0]]
 
 
 def read_graph(

@@ -46,6 +46,8 @@ _STEERED = ("running", "ready", "paused", "standby")
 """In these a job takes orders; in others it has copied all, or has not begun."""
 _STILL = ("paused", "standby", "waiting", "pending", "aborting", "concluded", "null")
 """In these it copies nothing."""
+_DRAINING = ("mirror", "commit")
+"""Jobs whose disk nobody writes to while they wait to be finalized."""
 
 
 class Commit(Struct, frozen=True):
@@ -274,6 +276,21 @@ class Steering:
     def end(self) -> None:
         """The jobs are over."""
         self._rest(resting=False)
+
+
+async def standing(qmp: QmpSession) -> list[str]:
+    """The jobs of somebody's that keep their disk's requests waiting: they have copied all, and let nobody write until
+    they are finalized.
+
+    :raise ToolError: the answer is not one.
+    """
+    answer = await qmp.execute("query-jobs")
+    try:
+        known = [(str(each["id"]), each["type"], each["status"]) for each in answer]
+    except (TypeError, KeyError) as error:
+        raise ToolError(f"{qmp.name} gave no answer to query-jobs that makes sense: {str(answer)[:200]}") from error
+    theirs = (each for each in known if not each[0].startswith(PREFIX))
+    return [name for name, kind, status in theirs if kind in _DRAINING and status in ("waiting", "pending")]
 
 
 async def dismiss_streams(qmp: QmpSession) -> None:

@@ -7,7 +7,7 @@ import socket
 from types import TracebackType
 from typing import Any
 
-from snaptree.errors import ToolError
+from snaptree.errors import BusyError, ToolError
 from snaptree.images import durable
 from snaptree.images.locks import open_in
 from snaptree.model.live import PAUSED, RUNNING
@@ -179,8 +179,15 @@ class RunningQemu:
         is synced here, so that a disk that fails is told of; whether the tables are there the caller sees on the file.
 
         :raise IoError: the file cannot be synced.
+        :raise BusyError: a job of somebody's keeps the image's requests waiting: QEMU would wait for this one for good,
+            and do nothing else.
         :raise ToolError: QEMU does not know the node.
         """
+        if waiting := await jobs.standing(self.qmp):
+            found = (await self.graph()).nodes.get(node)
+            for job in set(waiting).intersection(found.jobs if found is not None else ()):
+                hint = f"tell its monitor: job-finalize, or job-cancel, with id {job!r}"
+                raise BusyError(f"QEMU's job {job} waits to be finalized, and until then {path} is not flushed", hint)
         # Its words are quoted with double quotes alone: QEMU's own names begin with a sign that a shell would mind.
         said = await self.qmp.execute("human-monitor-command", command_line=f'qemu-io "{node}" flush')
         if said:

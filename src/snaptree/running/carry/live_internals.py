@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
-from snaptree.errors import SnaptreeError, ToolError
+from snaptree.errors import BusyError, SnaptreeError, ToolError
 from snaptree.images.holes import punch_free
 from snaptree.planning.live_steps import LiveOpen, Mark
 from snaptree.planning.steps import DeleteInternal, MakeInternal
@@ -143,6 +143,8 @@ async def _delete(qemu: RunningQemu, path: str, tag: str, context: Context) -> N
     graph = await qemu.graph()
     node = node_of(graph, path)
     if graph.top(inode_at(path)) is not None:
+        if job := graph.job_on(node):
+            raise BusyError(f"QEMU's job {job} works on {path}", "wait until that has ended, or cancel it")
         root = graph.root_of(node).name
         # In an image that QEMU (10.0.2) has let go of, with the memory that was saved, it dies of this.
         await go_on(qemu, running=False)
