@@ -56,6 +56,54 @@ def test_nothing_is_reopened_beside_it(still: Still) -> None:
     still.sound()
 
 
+SLOWED = "driver=throttle,node-name=slowed,throttle-group=slow,file"
+ROOT = (
+    "-object throttle-group,id=slow,x-bps-read=1024 -blockdev driver=qcow2,node-name=n,file.driver=file,"
+    f"file.filename={{vda}} -blockdev {SLOWED}=n -device virtio-blk-pci,drive=slowed,id=vda"
+)
+"""The disk is read through a filter that slows it down."""
+
+
+def slow_back_up(still: Still, through: str) -> None:
+    """Have QEMU copy the disk more slowly than the test lasts: what it reads, or writes, goes through such a filter."""
+    target = images.create(still.folder / "target.qcow2", SLOTS * SLOT)
+    with still.qmp() as qmp:
+        (root,) = [each["inserted"]["node-name"] for each in qmp("query-block") if "inserted" in each]
+        file = {"driver": "file", "filename": str(target)}
+        qmp("blockdev-add", driver="qcow2", node_name="target", file=file)
+        if through == "target":
+            qmp("object-add", qom_type="throttle-group", id="slow", limits={"bps-write": 1024})
+            qmp("blockdev-add", driver="throttle", node_name="slowed", throttle_group="slow", file="target")
+        words = {"device": root, "target": "slowed" if through == "target" else "target", "sync": "full"}
+        qmp("blockdev-backup", job_id="mine", **words)
+
+
+@pytest.mark.parametrize("through", ["root", "target"])
+def test_one_that_goes_through_a_throttle(still: Still, through: str) -> None:
+    """Nothing is merged or reopened beside it, whatever filters lie between, nor does anything wait for it."""
+    still("snapshot web1 i --internal")
+    for name, word in (("s1", ".x"), ("s2", "..y")):
+        still(f"snapshot web1 {name}")
+        still.write(word)
+    still("snapshot web1 tip --internal")
+    if through == "root":
+        still.kill_qemu()
+        still.by_hand(ROOT)
+    slow_back_up(still, through)
+    for name in ("i", "tip"):
+        assert "job mine" in still(f"delete web1 {name}", status=6).err
+    for line in ("delete web1 s1", "gc web1"):
+        began, said = time.monotonic(), still.command(line).communicate(timeout=60)[0]
+        assert "mine" in said and time.monotonic() - began < 20, said
+    assert still.jobs() == {"mine": "running"} and len(still.show()["layers"]) == 3
+    still.kill_qemu()
+    for name in ("i", "tip", "s2"):
+        still(f"delete web1 {name}")
+    still("gc web1")
+    assert still.shows() == "bxy....." and len(still.show()["layers"]) == 1
+    still.sound()
+
+
 # ---- a mirror ------------------------------------------------------------------------------------------------------
 
 

@@ -82,7 +82,11 @@ class BlockGraph(Struct, frozen=True):
 
     def below(self, node: Node) -> Node | None:
         """The image that an image stands on; nodes that jobs have put between are passed over."""
-        at = self.nodes[node.backing] if node.backing is not None else None
+        return self._image(node.backing)
+
+    def _image(self, name: str | None) -> Node | None:
+        """The image that a node shows: itself, or what is beneath it when it is a filter."""
+        at = self.nodes[name] if name is not None else None
         while at is not None and at.driver in FILTERS:
             beneath = at.backing or at.file
             at = self.nodes[beneath] if beneath is not None else None
@@ -123,7 +127,10 @@ class BlockGraph(Struct, frozen=True):
         """The name of a backup job that copies the image, or one that it stands on; empty without one."""
         shown = {each.name for each in self.chain(node)}
         for each in self.nodes.values():
-            if each.driver == BACKUP and each.file in shown:
+            if each.driver != BACKUP:
+                continue
+            image = self._image(each.file)
+            if image is not None and image.name in shown:
                 return each.jobs[0] if each.jobs else each.name
         return ""
 
