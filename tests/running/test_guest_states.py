@@ -81,6 +81,60 @@ def test_a_guest_that_sleeps_can_be_woken_up_afterwards(line: str) -> None:
         still.sound()
 
 
+def test_gone_back_to_it_sleeps_as_it_did() -> None:
+    """It is not paused, which it was not: nobody would know that it is to be told to go on."""
+    with placed() as folder:
+        still = Doing(folder, "suspended")
+        still.comes_into("suspended")
+        still("snapshot web1 m --memory")
+        still.write(".x")
+        plan = still("revert web1 m --discard --paused --plan --json").json
+        assert any("and is paused then" in each for each in plan["notes"])
+        still("revert web1 m --discard")
+        still.wakes_up()
+        assert still.shows() == "b......."
+        still("revert web1 m --discard --paused")
+        assert still.doing() == "paused"
+        still.sound()
+
+
+@pytest.mark.parametrize("forms", [(BACKGROUND, PLAIN), (MAPPED, PLAIN), (PLAIN,)], ids=lambda forms: forms[0])
+def test_one_that_slept_when_it_was_paused(forms: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """QEMU says that it is paused, and no more. It goes on as one that sleeps; where it can only be saved while it
+    waits QEMU forgets that, and ends when it is told to go on: what was saved has it all the same.
+    """
+    with placed() as folder:
+        still = Doing(folder, "suspended")
+        still.comes_into("suspended")
+        with still.second() as qmp:
+            qmp("stop")
+        assert still.doing() == "paused" == still.show()["state"]
+        with monkeypatch.context() as patched:
+            patched.setattr(memory, "forms_known", lambda found: forms)
+            still("snapshot web1 m --memory")
+        still.write(".x")
+        with still.second() as qmp:
+            if forms[0] == BACKGROUND:
+                qmp("cont")
+            else:
+                with pytest.raises((AssertionError, OSError)):
+                    qmp("cont")
+        if forms[0] != BACKGROUND:
+            still.forgiven.add("leaks")
+            until = time.monotonic() + 20
+            while processes_of(folder):
+                assert time.monotonic() < until, "QEMU knows by now what it does: say so in README.md"
+                time.sleep(0.05)
+            assert still.show()["state"] == "off"
+        else:
+            still.wakes_up()
+        assert still.shows() == "bx......"
+        still("revert web1 m --discard --running")
+        still.wakes_up()
+        assert still.shows() == "b......."
+        still.sound()
+
+
 def test_a_guest_that_sleeps_is_not_saved_while_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where QEMU does not save in the background, and where the memory is parked."""
     with placed() as folder:

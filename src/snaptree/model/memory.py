@@ -24,7 +24,7 @@ class Memory(Struct, frozen=True):
     ``form`` says how it was written: ``background``, ``mapped-ram``, ``plain`` or ``libvirt``. ``size`` is in bytes.
     ``identity`` tells the file from another one and from itself changed; its ``header`` is the SHA-256 of the file's
     two ends. ``needs`` is what a machine must be like to load it, by a word for each aspect; ``state`` what the machine
-    did at that instant, ``running`` or ``paused``.
+    did at that instant, ``running`` (also when the guest slept: it goes on so) or ``paused``.
     """
 
     id: int
@@ -44,6 +44,7 @@ class Saveable(Struct, frozen=True):
     :param needs: what a machine must be like to load it.
     :param forms: the forms in which it may be saved, the best first.
     :param obstacle: why it cannot be saved; empty where it can.
+    :param asleep: the guest sleeps: it is not paused, and goes on as one that sleeps.
     """
 
     ram: int
@@ -51,3 +52,4 @@ class Saveable(Struct, frozen=True):
     needs: Mapping[str, str]
     forms: tuple[str, ...]
     obstacle: str = ""
+    asleep: bool = False

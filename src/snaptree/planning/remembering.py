@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from snaptree.errors import NoSpaceError, RefusedError, UnhealthyError, UsageError
 from snaptree.model.branch import Branch
 from snaptree.model.delta import diff
-from snaptree.model.live import OFF
+from snaptree.model.live import OFF, RUNNING
 from snaptree.model.memory import BACKGROUND, Memory, Saveable
 from snaptree.model.sizes import readable
 from snaptree.model.snapshot import FirmwareFile, Snapshot
@@ -179,7 +179,7 @@ def new_memory(draft: Draft, label: str, chosen: str | None = None) -> Memory:
         form=found.forms[0],
         size=found.used,
         needs=found.needs,
-        state=survey.live.state,
+        state=RUNNING if found.asleep else survey.live.state,
     )
     draft.tree = replace(draft.tree, memories={**draft.tree.memories, memory.id: memory})
     draft.bytes += found.used

@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from snaptree.errors import SnaptreeError, ToolError
-from snaptree.model.memory import Saveable
+from snaptree.model.memory import SLEEPING, Saveable
 from snaptree.qemu import memory
 from snaptree.qemu.running import RunningQemu
 from snaptree.qemu.session import QmpSession
@@ -106,7 +106,8 @@ async def saveable(qemu: RunningQemu) -> Saveable:
     if not forms:
         reasons.append(memory.obstacle(doing))
     ram = int(needs["RAM"].split()[0])
-    return Saveable(ram, min(ram, _resident(qemu.pid, ram)), needs, forms, "; ".join(map(str, reasons)))
+    used = min(ram, _resident(qemu.pid, ram))
+    return Saveable(ram, used, needs, forms, "; ".join(map(str, reasons)), asleep=doing == SLEEPING)
 
 
 def _resident(pid: int, otherwise: int) -> int:
