@@ -146,6 +146,7 @@ def examples() -> Iterator[tuple[str, Plan]]:
     yield "revert to an internal snapshot of the tip", _line(1, 2, 3).plan(RevertRequest("s2"))
     yield "revert to an internal snapshot below", _line(2).plan(RevertRequest("s2"))
     yield "branch", _line().plan(BranchRequest("new", "s1"))
+    yield "branch from here while it runs", _live(_line()).plan(BranchRequest("new"))
     yield "switch", _fork().plan(SwitchRequest("other"))
     yield "rename", _line().plan(RenameRequest("s1", "new"))
     loose = _line().run(DeleteRequest(("s1", "s2", "s3"), "none"))

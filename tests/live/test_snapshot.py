@@ -49,6 +49,25 @@ def test_two_snapshots_on_one_point_each_get_a_layer(stage: Stage) -> None:
     stage.finish()
 
 
+def test_a_branch_grows_from_here_while_the_guest_writes(stage: Stage) -> None:
+    """It holds just a prefix, of one instant on both disks; the guest runs on, and nothing has a name there."""
+    guest = stage.start()
+    flushed = guest.writes_on()
+    stage("branch web1 other")
+    guest.writes_on()
+    first = stage.holds("other")
+    assert flushed <= min(first) and set(stage.names()) == {"main", "other"}
+    guest.writes_on()
+    assert stage.holds("other") == first
+    shared = [each for each in stage.show()["layers"] if each["role"] == "shared"]
+    assert len(shared) == 2
+    stage("delete web1 --branch other")
+    guest.writes_on()
+    stage("gc web1")
+    assert len(stage.show()["layers"]) == 2
+    stage.finish()
+
+
 def test_an_excluded_disk_goes_on_in_its_file(stage: Stage) -> None:
     guest = stage.start()
     stage("snapshot web1 s1 --exclude vdb --file vda=mine.qcow2 --description 'before it'")

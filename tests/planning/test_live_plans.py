@@ -179,8 +179,6 @@ def test_a_row_of_different_sizes_waits() -> None:
 def test_what_is_refused_names_the_machine() -> None:
     with pytest.raises(RefusedError, match="web1"):
         require_possible("web1", RemoveRequest())
-    with pytest.raises(RefusedError, match="fork"):
-        line().plan(BranchRequest("b"))
 
 
 def test_what_a_merge_would_have_qemu_forget_is_not_merged_so() -> None:

@@ -14,7 +14,7 @@ from tests.planning.test_random_plans import Journey, travel
 from snaptree.model.live import Live
 from snaptree.model.survey import Survey
 from snaptree.planning.adopt import DetachRequest
-from snaptree.planning.create import BranchRequest, SnapshotRequest
+from snaptree.planning.create import SnapshotRequest
 from snaptree.planning.naming import put_back
 from snaptree.planning.plan import Plan
 from snaptree.planning.revert import RevertRequest, SwitchRequest
@@ -44,10 +44,6 @@ class LiveJourney(Journey):
         known = opened if self.reopens else frozenset()
         live = Live("running", 1, opened, frozenset({"blockdev-reopen"}), known)
         return replace(found, running=True, live=live)
-
-    def may_be_refused(self, request: Request) -> bool:
-        # While it runs a disk does not fork where it stands.
-        return super().may_be_refused(request) or isinstance(request, BranchRequest)
 
     def _expect(self, request: Request, planned: Plan, first: Plan | None) -> None:
         super()._expect(request, planned, first)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.kit.still import Still
+from tests.kit.still import Still, standing
 
 from snaptree.qemu.session import QmpSession
 from snaptree.running import recovery
@@ -44,6 +44,53 @@ def test_killed_as_the_guest_goes_on_in_the_overlay(still: Still, *, before: boo
     assert still.shows() == "bx......"
     if not before:
         assert still.shows("s1") == "b......."
+    still.sound()
+
+
+def test_a_branch_grows_from_here() -> None:
+    """Both lines go on from what was on all disks at one instant; where both were, nothing has a name."""
+    with standing(2, raw=True) as still:
+        still("snapshot web1 s1 --exclude vdb")
+        still.write(".x")
+        plan = still("branch web1 here --plan --json").json
+        assert [each["kind"] for each in plan["steps"]] == [*["make-overlay"] * 4, "live-snapshot", "record"]
+        assert plan["estimate"] and 0 < plan["guest_pause"] < 0.1
+        still("branch web1 here")
+        # A disk that the snapshot has not forks where it stands, the other begins at the snapshot.
+        still("branch web1 there --from s1")
+        for disk in still.targets:
+            still.write("..y", disk)
+        assert {name: (still.shows(name), still.shows(name, "vdb")) for name in ("main", "here", "there")} == {
+            "main": ("bxy.....", "b.y....."),
+            "here": ("bx......", "b......."),
+            "there": ("b.......", "b......."),
+        }
+        still.sound()
+        still("switch web1 here")
+        still.write("...z")
+        still("delete web1 --branch main")
+        still("delete web1 --branch there")
+        still("delete web1 s1")
+        still("gc web1")
+        assert (still.shows("here"), still.shows("here", "vdb")) == ("bx.z....", "b.......")
+        assert len(still.show()["layers"]) == 2
+        still.sound()
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("also", ["", "qemu"])
+def test_killed_as_a_branch_grows_from_here(still: Still, *, before: bool, also: str) -> None:
+    still.killed("branch web1 here", lambda kill: cutting(kill, before=before))
+    still.write(".x")
+    if also:
+        still.kill_qemu()
+    still("recover web1")
+    assert still.show()["pending"] == [] and still.shows() == "bx......"
+    there = "here" in still.names()
+    # Where QEMU has died nobody can say that it has not gone on in the overlay.
+    assert there == (not before or bool(also))
+    if not before:
+        assert still.shows("here") == "b......."
     still.sound()
 
 

@@ -230,7 +230,8 @@ def _marking(draft: Draft, marks: Sequence[Mark]) -> float:
 def branch(tree: Tree, survey: Survey, request: BranchRequest) -> Plan:
     """Plan a new parked branch with tips of its own, grown from a snapshot or from what the machine shows now.
 
-    Disks that the snapshot does not have fork where they stand.
+    Disks that the snapshot does not have fork where they stand: what a guest writes to is frozen under two new
+    overlays, without a name, on all of them at one instant.
     """
     require_free_name(tree, request.name, "branch")
     if request.source is not None and request.source not in tree.snapshots:
@@ -248,10 +249,11 @@ def branch(tree: Tree, survey: Survey, request: BranchRequest) -> Plan:
     tips: dict[str, Point] = {}
     mine = dict(active.tips)
     points = tree.snapshots[request.source].points if request.source is not None else {}
+    cuts = survey.live is not None and not survey.libvirt
     for disk in sorted({*tree.disks, *points}):
         point = points.get(disk)
         if point is None:
-            mine[disk], tips[disk] = draft.fork(disk, active.name, request.name)
+            mine[disk], tips[disk] = draft.fork(disk, active.name, request.name, cuts=cuts)
         elif point.internal is None:
             tips[disk] = Point(draft.stack(point.layer, request.name, f"grow branch {request.name!r}").id)
         else:
@@ -259,6 +261,11 @@ def branch(tree: Tree, survey: Survey, request: BranchRequest) -> Plan:
     source = tree.snapshots[request.source] if request.source is not None else None
     # Copies are never written to, so that a branch can share those of the snapshot that it grows from.
     copies = source.firmware if source is not None else firmware.keep(draft)
+    forked = {disk: tip for disk, tip in active.tips.items() if disk in tree.disks and disk not in points}
+    if cuts and forked:
+        draft.prepare.append(LiveSnapshot(_cuts(draft, forked, mine), firmware=firmware.kept(draft)))
+        draft.pause = CUT_SECONDS
+        draft.notes.append(f"branch {request.name!r} has what is on the disks at that instant, as after a power cut")
     grown = Branch(
         name=request.name,
         parent=source.name if source is not None else active.parent,

@@ -353,15 +353,17 @@ class Draft:
             number += 1
         return tag
 
-    def fork(self, disk: str, label: str, other: str) -> tuple[Point, Point]:
+    def fork(self, disk: str, label: str, other: str, *, cuts: bool = False) -> tuple[Point, Point]:
         """Two tips that show what the active tip of the disk shows now: one to go on with, one to park.
 
         :param label: names the new file to go on with, ``other`` the one to park.
+        :param cuts: a guest that writes to the tip is told to go on in the one.
         """
-        if self.survey.live is not None:
+        if self.survey.live is not None and not cuts:
+            name = self.before.machine
             raise RefusedError(
-                f"machine {self.before.machine} is running, and {disk} does not fork where it stands while it does",
-                "take a snapshot first, and grow the branch from that",
+                f"machine {name} is running, and {disk} does not fork where it stands while it does",
+                f"'snaptree snapshot {name} POINT', then 'snaptree branch {name} BRANCH --from POINT'",
             )
         tip = self.before.active_branch.tips[disk].layer
         parent = self.tree.layers[tip].parent
