@@ -6,8 +6,9 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 
-from snaptree.errors import RefusedError, SnaptreeError, ToolError, UnhealthyError
+from snaptree.errors import NoSpaceError, RefusedError, SnaptreeError, ToolError, UnhealthyError
 from snaptree.images import durable, gate, write_back
+from snaptree.model.live import RUNNING
 from snaptree.planning.live_steps import File, LiveJob, LiveMerge
 from snaptree.planning.steps import Move
 from snaptree.qemu import live_jobs
@@ -40,6 +41,7 @@ async def merge(step: LiveMerge, context: Context) -> None:
     jobs = {job: _merging(graph, job, _id(step, job, context)) for job in waiting}
     steering = Steering(qemu.qmp, context.limiter, len(jobs))
     steering.found_running(known)
+    running = await qemu.state() == RUNNING
     try:
         for merging in jobs.values():
             if merging.id not in known:
@@ -49,13 +51,15 @@ async def merge(step: LiveMerge, context: Context) -> None:
         for job in jobs:
             if not job.active:
                 await _flush(qemu, graph, job)
-    except BaseException:
+    except BaseException as error:
         # Nothing is finalized yet: each job leaves a chain that is right.
         await abandon(qemu.qmp, [each.id for each in jobs.values()])
         with suppress(SnaptreeError):
             for job in (each for each in jobs if each.active):
                 async with answering(qemu) as now:
                     await _tell(now, job, context)
+        if running and isinstance(error, NoSpaceError):
+            await _go_on_without(qemu)
         raise
     finally:
         steering.end()
@@ -65,6 +69,15 @@ async def merge(step: LiveMerge, context: Context) -> None:
     await _close(qemu, step)
     _sync(step)
     _require_merged(await qemu.graph(), step)
+
+
+async def _go_on_without(qemu: RunningQemu) -> None:
+    """Let a guest go on that QEMU has stopped, there being no room: while data is pulled up, what the guest reads of it
+    is written to the upper file, too. Its request is tried once more, and needs no room there any more.
+    """
+    with suppress(SnaptreeError):
+        if await qemu.run_state() == "io-error":
+            await qemu.qmp.execute("cont")
 
 
 def _id(step: LiveMerge, job: LiveJob, context: Context) -> str:
