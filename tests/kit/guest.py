@@ -286,11 +286,14 @@ def with_disks(words: Sequence[str], folder: Path, image_format: str = "qcow2") 
     return found
 
 
-def launch(words: Sequence[str], folder: Path) -> Guest:
-    """Start QEMU, and give the guest that runs in it."""
+def launch(words: Sequence[str], folder: Path, within: Path | None = None) -> Guest:
+    """Start QEMU, and give the guest that runs in it.
+
+    :param within: QEMU's working folder.
+    """
     folder.mkdir(exist_ok=True)
     with (folder / "qemu.log").open("wb") as log:
-        process = subprocess.Popen(list(words), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        process = subprocess.Popen(list(words), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=within)
     return Guest(folder, process)
 
 

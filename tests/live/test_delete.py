@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.kit.by_hand import WAYS, by_hand
+from tests.kit.by_hand import SNAPTREE, WAYS, WHO, add, begin, by_hand, start
 from tests.kit.locked import watched
 from tests.kit.qmp import Qmp
 from tests.kit.stage import Stage
@@ -124,18 +124,18 @@ def test_merging_is_put_off_and_done_later(stage: Stage) -> None:
     stage.finish()
 
 
-def test_a_fork_point_and_the_middle_of_another_branch(stage: Stage) -> None:
+@pytest.mark.parametrize("who", WHO)
+def test_a_fork_point_and_the_middle_of_another_branch(stage: Stage, who: str) -> None:
     """What the guest has not open is merged beside it, as ever; what a sibling stands on is not written to."""
-    stage.add("--start", stage.boot.command(stage.folder), raw=False)
+    stage.make(raw=False)
+    add(stage, who, "--disk vda=vda.qcow2 --disk vdb=vdb.qcow2")
     for name in ("s1", "s2", "s3"):
         stage(f"snapshot web1 {name}")
     stage("branch web1 other --from s1")
     stage("switch web1 other")
-    stage("start web1")
-    guest = stage.guest
-    guest.go()
+    start(stage, who)
     stage("snapshot web1 o1")
-    guest.writes_on()
+    stage.guest.writes_on()
     before = {name: stage.holds(name) for name in ("s1", "s2", "s3", "o1", "main")}
 
     stage("delete web1 s3")
@@ -258,17 +258,20 @@ def test_a_deletion_is_stopped_and_goes_on(stage: Stage, way: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("way", "also"),
+    ("way", "also", "who"),
     [
-        ("commit", ""),
-        ("pull", "qemu"),
-        *(pytest.param(*each, marks=LONG) for each in [("pull", ""), ("commit", "qemu")]),
-        *(pytest.param(way, "restart", marks=LONG) for way in ("commit", "pull")),
+        ("commit", "", SNAPTREE),
+        ("pull", "qemu", SNAPTREE),
+        *(pytest.param(*each, SNAPTREE, marks=LONG) for each in [("pull", ""), ("commit", "qemu")]),
+        *(pytest.param(way, "restart", SNAPTREE, marks=LONG) for way in ("commit", "pull")),
+        *(pytest.param("commit", also, "drive", marks=LONG) for also in ("", "qemu")),
+        *(pytest.param("pull", also, "blockdev", marks=LONG) for also in ("", "qemu")),
     ],
 )
-def test_snaptree_is_killed_while_the_job_runs_on(stage: Stage, way: str, also: str) -> None:
+def test_snaptree_is_killed_while_the_job_runs_on(stage: Stage, way: str, also: str, who: str) -> None:
     """The job is found by its name and finished; when QEMU has died too, the image files are believed."""
-    guest = stage.start(raw=False)
+    begin(stage, who, raw=False)
+    guest = stage.guest
     wanted = snapshots(stage, 3)
     process = stage.command(f"delete web1 s2 --merge {way} --limit 64K")
     time.sleep(3)
@@ -296,8 +299,8 @@ def test_snaptree_is_killed_while_the_job_runs_on(stage: Stage, way: str, also: 
         last = min(stage.holds("main", killed=True))
         assert last >= flushed
         assert stage.holds("s1") == wanted["s1"] and stage.holds("s3") == wanted["s3"]
-        stage("start web1")
-    if also:
+        start(stage, who, last)
+    if also == "restart":
         with stage.qmp() as qmp:
             qmp("stop")
         stage("snapshot web1 again")

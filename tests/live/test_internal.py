@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from tests.kit.by_hand import WHO, begin
 from tests.kit.stage import Stage, killed_around, killed_at, processes_of
 from tests.live.test_memory import cancelled
 
@@ -32,10 +33,12 @@ def tags(stage: Stage) -> set[str]:
 # ---- taking and deleting ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("who", WHO)
 @pytest.mark.parametrize("raw", [True, False], ids=["mixed", "internal"])
-def test_all_disks_are_of_one_instant(stage: Stage, *, raw: bool) -> None:
+def test_all_disks_are_of_one_instant(stage: Stage, who: str, *, raw: bool) -> None:
     """B11: what cannot hold internal snapshots gets an external point in the same transaction."""
-    guest = stage.start(raw=raw)
+    begin(stage, who, raw=raw)
+    guest = stage.guest
     held = {}
     for number in range(6):
         since = guest.writes_on(20)
@@ -59,9 +62,11 @@ def test_all_disks_are_of_one_instant(stage: Stage, *, raw: bool) -> None:
         assert stage.holds(name) == held[name]
 
 
-def test_those_beneath_overlays_are_deleted_while_the_guest_writes(stage: Stage) -> None:
+@pytest.mark.parametrize("who", WHO)
+def test_those_beneath_overlays_are_deleted_while_the_guest_writes(stage: Stage, who: str) -> None:
     """B7, two levels down; then what is loose goes down beside the one that stays."""
-    guest = stage.start(raw=False)
+    begin(stage, who, raw=False)
+    guest = stage.guest
     for name, words in (("i1", "--internal"), ("i2", "--internal"), ("s1", ""), ("i3", "--internal"), ("s2", "")):
         stage(f"snapshot web1 {name} {words}")
         guest.writes_on(20)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import re
-import shlex
 import signal
 import subprocess
 import time
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from tests.kit import guest, images
-from tests.kit.by_hand import by_hand
+from tests.kit.by_hand import SNAPTREE, WHO, add, begin, start
 from tests.kit.images import MiB
 from tests.kit.records import DISK_BYTES, read_records
 from tests.kit.space import filled, mounted
@@ -51,10 +51,39 @@ NOT_RUNNING = {"c10": "it is of a machine that is off"}
 """Rows that are not a running machine's, and why."""
 
 
+BY_A_PERSON = {
+    "a2": "live/test_delete.py::test_layers_of_a_machine_that_somebody_started_are_merged",
+    "b1": "live/test_delete.py::test_a_fork_point_and_the_middle_of_another_branch",
+    "b3": "live/test_delete.py::test_a_fork_point_and_the_middle_of_another_branch",
+    "b7": "live/test_internal.py::test_those_beneath_overlays_are_deleted_while_the_guest_writes",
+    "b9": "live/test_delete.py::test_snaptree_is_killed_while_the_job_runs_on",
+    "b11": "live/test_internal.py::test_all_disks_are_of_one_instant",
+}
+"""The tests elsewhere in which a person has started the machine as well."""
+BY_SNAPTREE = {"a3", "a4", "a5", "a6", "a7", "b2", "b5", "b6", "b10", "b12", "b14", "c1", "c2", "c5", "c6", "c7", "c9"}
+BY_SNAPTREE |= {"c10", "c11", "c12"}
+"""Rows for which snaptree starts the machine: it loads memory or starts it again, or who did makes no difference."""
+
+
+def test_every_row_is_tried_with_a_machine_that_a_person_started_where_it_can_be() -> None:
+    here = set[str]()
+    for name, test in globals().items():
+        if name.startswith("test_") and "who" in inspect.signature(test).parameters:
+            here |= set(re.findall(r"(?<=_)([abc]\d+)(?=_)", name))
+    assert not here & BY_SNAPTREE and here | set(BY_A_PERSON) | BY_SNAPTREE == rows_of_the_list()
+    for where in BY_A_PERSON.values():
+        file, _, name = where.partition("::")
+        (test,) = [each for each in ast.parse((TESTS / file).read_text()).body if getattr(each, "name", "") == name]
+        assert {"who", "way"} & {word.arg for word in ast.walk(test) if isinstance(word, ast.arg)}, where
+
+
+def rows_of_the_list() -> set[str]:
+    return {f"{part}{number}" for part, last in (("a", 8), ("b", 14), ("c", 13)) for number in range(1, last + 1)}
+
+
 def test_every_row_has_its_test() -> None:
-    rows = {f"{part}{number}" for part, last in (("a", 8), ("b", 14), ("c", 13)) for number in range(1, last + 1)}
     here = {match for name in globals() for match in re.findall(r"(?<=_)([abc]\d+)(?=_)", name)}
-    assert here | set(ELSEWHERE) | set(NOT_RUNNING) == rows
+    assert here | set(ELSEWHERE) | set(NOT_RUNNING) == rows_of_the_list()
     for where in ELSEWHERE.values():
         file, _, name = where.partition("::")
         parsed = ast.parse((TESTS / file).read_text(encoding="utf-8"))
@@ -68,30 +97,18 @@ def lasting(stage: Stage) -> Stage:
     return stage
 
 
-WHO = ["snaptree", pytest.param("a person", marks=LONG)]
-"""Who has started the machine."""
-
-
 @pytest.fixture(params=WHO)
-def started(request: pytest.FixtureRequest, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Stage:
-    """A machine whose guest writes, one disk of which is raw."""
-    if request.param == "snaptree":
-        stage.start()
-        return stage
-    stage.make()
-    monkeypatch.chdir(stage.disks)
-    stage.guest = by_hand(stage, "blockdev")
-    stage.guest.go()
-    stage(f"add web1 --disk vda.qcow2 --disk vdb.raw,format=raw --qmp {stage.folder}/qmp")
-    return stage
+def who(request: pytest.FixtureRequest) -> str:
+    """Who starts the machine."""
+    return str(request.param)
 
 
 # ---- A ------------------------------------------------------------------------------------------------------------
 
 
-def test_a1_b8_the_name_goes_and_the_files_stay_until_gc(started: Stage) -> None:
+def test_a1_b8_the_name_goes_and_the_files_stay_until_gc(stage: Stage, who: str) -> None:
     """What others have left beside is named by gc, and never touched."""
-    stage = started
+    begin(stage, who)
     wanted = snapshots(stage, 3)
     files = stage.files()
     plan = stage("delete web1 s2 --merge none --plan --json").json
@@ -146,16 +163,15 @@ def test_a7_the_fork_goes_when_the_last_line_goes(lasting: Stage) -> None:
     stage.finish()
 
 
-def test_a8_a_chain_without_snapshots_is_squashed(stage: Stage) -> None:
+def test_a8_a_chain_without_snapshots_is_squashed(stage: Stage, who: str) -> None:
     for disk in guest.DISKS:
         below = None
         for name in ("root", "middle", "top"):
             path = stage.disks / f"{disk}.{name}.qcow2"
             below = images.create(path, DISK_BYTES, backing=None if below is None else (below, "qcow2"))
     words = " ".join(f"--disk {disk}={disk}.top.qcow2" for disk in guest.DISKS)
-    stage(f"add web1 --adopt {words} --start {shlex.quote(stage.boot.command(stage.folder))}")
-    stage("start web1")
-    stage.guest.go()
+    add(stage, who, f"--adopt {words}")
+    start(stage, who)
     stage.guest.writes_on()
     stage(f"squash web1 --disk vda --top {stage.disks}/vda.middle.qcow2 --base {stage.disks}/vda.root.qcow2")
     stage.guest.writes_on()
@@ -201,8 +217,8 @@ def test_b2_b12_c1_gone_back_twice_and_deleted_in_the_middle(lasting: Stage) -> 
     stage.finish()
 
 
-def test_b4_a_snapshot_and_all_that_grew_from_it(started: Stage) -> None:
-    stage = started
+def test_b4_a_snapshot_and_all_that_grew_from_it(stage: Stage, who: str) -> None:
+    begin(stage, who)
     wanted = snapshots(stage, 4, 30)
     stage("branch web1 other --from s3")
     stage("delete web1 s2 --children-only --with-branches")
@@ -260,22 +276,34 @@ def test_b10_a_disk_that_is_no_longer_there(stage: Stage) -> None:
     stage.sound()
 
 
-def test_b13_a_disk_that_was_left_out_stays_as_it_is(stage: Stage) -> None:
-    """Thrown away or parked, what was written to the others: the one that was left out keeps all."""
-    stage.start(raw=False)
+def test_b13_a_disk_that_was_left_out_stays_as_it_is(stage: Stage, who: str) -> None:
+    """Thrown away or parked, what was written to the others: the one that was left out keeps all.
+
+    A machine that a person has started, who alone can start it again, is turned off by that person.
+    """
+    begin(stage, who, raw=False)
     stage("snapshot web1 s1 --exclude vdb")
     (first,) = stage.holds("s1")
     flushed = stage.guest.writes_on(60)
     before = stage.path("main", "vdb")
-    stage("revert web1 s1 --discard --paused")
+    if who == SNAPTREE:
+        stage("revert web1 s1 --discard --paused")
+        assert stage.show()["state"] == "paused"
+    else:
+        assert "start" in stage("revert web1 s1 --discard", status=6).err
+        stage.guest.writes_on()
+        stage.kill_qemu()
+        stage("revert web1 s1 --discard")
     assert stage.path("main", "vdb") == before, "no overlay is made for it"
-    assert stage.show()["state"] == "paused"
     stage("snapshot web1 s2")
     held = stage.holds("s2", killed=True)
     assert held[0] == first and held[1] >= flushed
-    with stage.qmp() as qmp:
-        qmp("cont")
-    stage.guest.go(at=first)
+    if who == SNAPTREE:
+        with stage.qmp() as qmp:
+            qmp("cont")
+        stage.guest.go(at=first)
+    else:
+        start(stage, who, first)
     stage("revert web1 s1 --stopped")
     assert stage.path("main", "vdb") != stage.path("main.1", "vdb"), "it has been forked where it stood"
     parked = stage.holds("main.1", killed=True)
@@ -300,9 +328,9 @@ def test_b14_a_machine_with_snapshots_is_removed_when_it_has_stopped(stage: Stag
 
 
 @LONG
-def test_c3_killed_in_the_middle_of_a_delete_and_gone_back(stage: Stage) -> None:
+def test_c3_killed_in_the_middle_of_a_delete_and_gone_back(stage: Stage, who: str) -> None:
     """What is half-merged has no name by then; going back to another finishes it first."""
-    stage.start(raw=False)
+    begin(stage, who, raw=False)
     wanted = snapshots(stage, 3)
     process = stage.command("delete web1 s2 --merge commit --limit 64K")
     until = time.monotonic() + 60
@@ -314,16 +342,25 @@ def test_c3_killed_in_the_middle_of_a_delete_and_gone_back(stage: Stage) -> None
     with stage.qmp() as qmp:
         for each in qmp("query-jobs"):
             qmp("block-job-set-speed", device=each["id"], speed=0)
-    assert "'s2'" in stage("revert web1 s2", status=3).err
     stage.guest.writes_on()
-    stage("revert web1 s3 --discard")
-    stage.guest.go(at=min(wanted["s3"]))
+    if who != SNAPTREE:
+        # Nobody else can start it again: it is turned off first.
+        assert "start" in stage("revert web1 s3 --discard", status=6).err
+        stage.guest.writes_on()
+        stage("stop web1")
+    assert "'s2'" in stage("revert web1 s2", status=3).err
+    if who == SNAPTREE:
+        stage("revert web1 s3 --discard")
+        stage.guest.go(at=min(wanted["s3"]))
+    else:
+        stage("revert web1 s3 --discard")
+        start(stage, who, min(wanted["s3"]))
     stage("gc web1")
     kept(stage, wanted, "s2")
     stage.finish()
 
 
-def test_c4_c13_what_others_stand_on_is_never_changed(stage: Stage) -> None:
+def test_c4_c13_what_others_stand_on_is_never_changed(stage: Stage, who: str) -> None:
     """A golden image under two machines, and a layer of one that the other stands on."""
     golden = {disk: images.create(stage.disks / f"golden-{disk}.qcow2", DISK_BYTES) for disk in guest.DISKS}
     for disk, path in golden.items():
@@ -331,9 +368,8 @@ def test_c4_c13_what_others_stand_on_is_never_changed(stage: Stage) -> None:
         path.chmod(0o444)
         images.create(stage.disks / f"{disk}.qcow2", DISK_BYTES, backing=(path, "qcow2"))
     words = " ".join(f"--disk {disk}={disk}.qcow2" for disk in guest.DISKS)
-    stage(f"add web1 {words} --start {shlex.quote(stage.boot.command(stage.folder))}")
-    stage("start web1")
-    stage.guest.go()
+    add(stage, who, words)
+    start(stage, who)
     wanted = snapshots(stage, 2, 30)
     frozen = stage.path("s1", "vda")
     other = images.create(stage.disks / "web2.qcow2", DISK_BYTES, backing=(frozen, "qcow2"))
@@ -388,10 +424,10 @@ def small_disk(stage: Stage) -> Iterator[Stage]:
 @LONG
 @pytest.mark.root
 @pytest.mark.parametrize("way", ["pull", "commit"])
-def test_c8_a_full_disk_leaves_all_disks_of_one_time(small_disk: Stage, way: str) -> None:
+def test_c8_a_full_disk_leaves_all_disks_of_one_time(small_disk: Stage, way: str, who: str) -> None:
     """It fills up in the middle of a merge: nothing that is kept is lost, and with room it goes on."""
     stage = small_disk
-    stage.start(raw=False)
+    begin(stage, who, raw=False)
     wanted = snapshots(stage, 2, 1200)
     elsewhere = stage.folder / "elsewhere"
     elsewhere.mkdir()
@@ -410,6 +446,39 @@ def test_c8_a_full_disk_leaves_all_disks_of_one_time(small_disk: Stage, way: str
     stage.guest.writes_on()
     assert stage.holds("s1") == wanted["s1"] and stage.holds("s3") == wanted["s3"]
     assert len(stage.show()["layers"]) == 6
+    stage("stop web1")
+    flushed = stage.guest.flushed()
+    assert stage.holds("main") == (flushed, flushed)
+
+
+@LONG
+@pytest.mark.root
+def test_a_guest_that_a_full_disk_stops_in_a_pull_goes_on_when_that_has_ended(small_disk: Stage) -> None:
+    """While it goes on, what the guest reads of it is written to the upper file; there QEMU found no room."""
+    stage = small_disk
+    begin(stage, SNAPTREE, raw=False)
+    wanted = snapshots(stage, 2, 1200)
+    # What it has not written to since, it reads.
+    stage.guest.hold()
+    elsewhere = stage.folder / "elsewhere"
+    elsewhere.mkdir()
+    stage("snapshot web1 s3 " + " ".join(f"--file {disk}={elsewhere}/{disk}.qcow2" for disk in guest.DISKS))
+    wanted["s3"] = stage.holds("s3")
+    # The next that the job itself writes comes in ten seconds.
+    process = stage.command("delete web1 s2 --merge pull --limit 6K")
+    begun(stage, process, "s2")
+    with filled(stage.disks, 0):
+        stage.guest.tell("go")
+        time.sleep(2)
+        last = stage.guest.flushed()
+        time.sleep(1)
+        assert stage.guest.flushed() == last and process.poll() is None, "QEMU has not stopped it"
+        said = process.communicate(timeout=120)[0]
+        assert process.returncode == 8 and "gc web1" in said, said
+        stage.guest.writes_on()
+    stage("gc web1")
+    stage.guest.writes_on()
+    assert stage.holds("s1") == wanted["s1"] and stage.holds("s3") == wanted["s3"]
     stage("stop web1")
     flushed = stage.guest.flushed()
     assert stage.holds("main") == (flushed, flushed)
