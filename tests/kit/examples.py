@@ -46,6 +46,8 @@ class Machine:
         """Whether it has let go of the disks, having saved the memory."""
         self.libvirt = False
         """Whether libvirt has it."""
+        self.transient = False
+        """Whether libvirt forgets it when it ends."""
         self.memory = Saveable(1 << 30, 1 << 28, {"RAM": f"{1 << 30} bytes"}, ("background", "mapped-ram", "plain"))
         self.tracked: frozenset[int] = frozenset()
         """The layers of which it keeps dirty bitmaps."""
@@ -57,6 +59,7 @@ class Machine:
         if self.runs:
             opened = frozenset(each.id for tip in tree.active_branch.tips.values() for each in tree.chain(tip.layer))
             live = Live("running", 1, opened, tracked=self.tracked, memory=self.memory, let_go=self.let_go)
+            live = replace(live, transient=self.transient)
             if self.reopens:
                 live = replace(live, commands=frozenset({"blockdev-reopen"}), reopenable=opened)
             found = replace(found, running=True, live=live)

@@ -1,7 +1,7 @@
 """What is in the way of working on a domain: jobs of libvirt's, a migration, and disks that are all left alone.
 
-No libvirt, no permission, no such domain, another driver, a managed save and transient domains are in
-``test_reading.py``.
+No libvirt, no permission, no such domain, another driver and a managed save are in ``test_reading.py``, transient
+domains in ``test_transient.py``.
 """
 
 from __future__ import annotations

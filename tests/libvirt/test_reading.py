@@ -208,16 +208,11 @@ def test_who_may_not(web: DomainScene) -> None:
     assert "cannot connect to libvirt" in done.stderr and "group that may use libvirt" in done.stderr
 
 
-def test_managed_save_and_a_domain_that_goes_when_it_stops(web: DomainScene) -> None:
+def test_a_managed_save(web: DomainScene) -> None:
     web.virsh("start", "@")
     web.virsh("managedsave", "@")
     said = web("snapshot @ s1", status=REFUSED)
     assert "managed save" in said.err and "virsh managedsave-remove" in said.err
     assert web("tree @").status == 0
     web.virsh("managedsave-remove", "@")
-    text = web.virsh("dumpxml", "@")
-    web.virsh("undefine", "@")
-    (web.folder / "transient.xml").write_text(text)
-    web.virsh("create", web.folder / "transient.xml")
-    assert "transient" in web("snapshot @ s1", status=REFUSED).err
-    assert web.show()["state"] == "running"
+    web("snapshot @ s1")

@@ -118,3 +118,13 @@ def test_it_says_why_it_cannot_be_done() -> None:
     notes = [note for each in domain("s1", "s2", shares=False).plan(DeleteRequest(("s1",), "reflink")).every()
              for note in each.notes]  # fmt: skip
     assert any("cannot be shared" in note for note in notes), notes
+
+
+def test_a_transient_one_goes_over_to_nothing_but_what_its_tip_was_merged_into() -> None:
+    """Nobody could say later where its guest had been."""
+    machine = domain("s1", "s2")
+    machine.transient = True
+    for names in (("s1",), ("s2",)):
+        found = machine.plan(DeleteRequest(names, "reflink"))
+        assert not [step for each in found.every() for step in each.steps if isinstance(step, DomainSwap)]
+        assert any("its domain is transient" in note for each in found.every() for note in each.notes)

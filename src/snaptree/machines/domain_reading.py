@@ -149,7 +149,7 @@ def live_of(reading: Reading, tree: Tree) -> Live | None:
         return None
     tips = tree.active_branch.tips.values()
     opened = frozenset(layer.id for tip in tips for layer in tree.chain(tip.layer))
-    return Live(reading.domain.state, 0, opened)
+    return Live(reading.domain.state, 0, opened, transient=not reading.domain.persistent)
 
 
 def other_domains_on(handle: DomainHandle, tree: Tree) -> tuple[Outsider, ...]:

@@ -40,6 +40,7 @@ from snaptree.machines.machine import (
 from snaptree.machines.memories import arrive, as_it_went
 from snaptree.machines.power import Power
 from snaptree.machines.survey import planned, read_survey
+from snaptree.machines.transient import require_lasting
 from snaptree.model.live import OFF, PAUSED
 from snaptree.model.machine import LIBVIRT, MachineConfig
 from snaptree.model.survey import Start, Survey
@@ -238,9 +239,7 @@ class LibvirtMachine(Machine):
         if domain.saved:
             hint = f"start it, or drop what was saved with 'virsh managedsave-remove {domain.name}'"
             raise RefusedError(f"domain {domain.name} has a managed save, which would start it on its old disks", hint)
-        if not domain.persistent:
-            hint = "make it persistent with 'virsh define'"
-            raise RefusedError(f"domain {domain.name} is transient: libvirt forgets it when it stops", hint)
+        require_lasting(domain, request)
         if unclear := doubt(looked.reading):
             raise RefusedError(f"domain {domain.name}: {unclear[0]}", unclear[1])
         if isinstance(request, SnapshotRequest) and request.internal and request.exclude:

@@ -22,7 +22,7 @@ class Live(Struct, frozen=True):
     asked for, as it takes a while. ``backups`` are the names of backup jobs, not of ours, by the disks that they copy,
     ``jobs`` those of any such jobs that work on what a device has as its disk.
     One that has ``let_go`` of its disks, having saved its memory, uses them only when
-    the guest goes on.
+    the guest goes on. A ``transient`` one libvirt forgets when it ends, with all that it knew of its disks.
     """
 
     state: str
@@ -36,5 +36,6 @@ class Live(Struct, frozen=True):
     disks: frozenset[tuple[int, int]] = frozenset()
     memory: Saveable | None = None
     let_go: bool = False
+    transient: bool = False
     backups: Mapping[str, str] = field(default_factory=dict)
     jobs: Mapping[str, str] = field(default_factory=dict)

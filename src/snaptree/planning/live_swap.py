@@ -57,7 +57,9 @@ def obstacle(draft: Draft, row: Row, closed: Mapping[str, str]) -> str:
 
 def _no_copy(draft: Draft, row: Row) -> str:
     """Why a domain cannot go over by a block copy: an overlay has to be put on its tip meanwhile."""
-    tree = draft.tree
+    tree, live = draft.tree, draft.survey.live
+    if live is not None and live.transient:
+        return "its domain is transient: if it ended meanwhile nobody would know which file its guest had written to"
     tip = _tip(draft, row)
     if len(list(tree.chain(tip.id))) >= MAX_CHAIN:
         return f"the chain under {tip.path} is as deep as it may be"

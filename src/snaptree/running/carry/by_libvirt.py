@@ -138,7 +138,7 @@ async def happened(step: LibvirtStep, context: Context) -> bool:
         case DomainSnapshot():
             return domain_jobs.was_taken(step, domain)
         case DomainMerge():
-            return domain_jobs.went_on(step, domain)
+            return domain_jobs.went_on(step, domain, context)
         case DomainSwap():
             return await domain_swap.went_over(step, domain, context)
         case DomainSaveMemory():

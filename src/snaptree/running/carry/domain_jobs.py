@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 
 from snaptree.errors import CancelledError, ToolError
 from snaptree.images import durable, write_back
@@ -19,7 +20,7 @@ from snaptree.planning.live_steps import LiveJob
 from snaptree.planning.steps import DeleteInternal, MakeInternal, Move
 from snaptree.running import loops
 from snaptree.running.carry import firmware, internals, moving
-from snaptree.running.carry.finishing import finish, header_says, holds_all, move_job, moved_of
+from snaptree.running.carry.finishing import finish, has_written, header_says, holds_all, move_job, moved_of
 from snaptree.running.context import Context
 from snaptree.store.libvirt.calls import COMMIT, BlockJob, DomainHandle
 from snaptree.store.libvirt.memory import DomainMemory
@@ -29,6 +30,7 @@ POLL_SECONDS, SHORTEST = 0.02, 0.002
 SETTLE_SECONDS = 10.0
 """So long libvirt's view may lag behind a job that has ended."""
 STANDS, GOES_ON = "stands still", "goes on"
+GUEST, OVER = "the guest", "gone over"
 HELD = 1
 """Bytes a second while nothing is to move: libvirt knows no slower."""
 
@@ -52,7 +54,7 @@ def snapshot(step: DomainSnapshot, domain: DomainHandle | None, context: Context
         _cut(step, domain, context)
     if not _are_tips(step, domain):
         raise ToolError(f"libvirt reported success, but {step.cuts[0].overlay} is not what the guest writes to now")
-    _go_on(step, domain, context)
+    _go_on(step.about, domain, context)
 
 
 def _cut(step: DomainSnapshot, domain: DomainHandle, context: Context) -> None:
@@ -69,21 +71,21 @@ def _cut(step: DomainSnapshot, domain: DomainHandle, context: Context) -> None:
         firmware.renew(step.firmware, context)
         domain.cut(overlays, quiesce=False)
     finally:
-        _go_on(step, domain, context)
+        _go_on(step.about, domain, context)
     context.paused = time.monotonic() - begun
 
 
-def _go_on(step: DomainSnapshot, domain: DomainHandle, context: Context) -> None:
+def _go_on(about: str, domain: DomainHandle, context: Context) -> None:
     """Let the guest go on that we have stopped."""
-    if context.journal.noted(step.about) == STANDS:
+    if context.journal.noted(about) == STANDS:
         domain.go_on()
-        context.journal.note(step.about, GOES_ON)
+        context.journal.note(about, GOES_ON)
 
 
 def unsnapshot(step: DomainSnapshot, domain: DomainHandle | None, context: Context) -> None:
     """Take back what is not done yet: the guest goes on in its tips."""
     if domain is not None:
-        _go_on(step, domain, context)
+        _go_on(step.about, domain, context)
     if domain is None or domain.state() == OFF:
         for mark in step.marks:
             internals.unmake(MakeInternal(mark.path, mark.tag), context)
@@ -100,15 +102,15 @@ def forget(step: DomainForget, domain: DomainHandle | None, context: Context) ->
 
 def was_taken(step: DomainSnapshot, domain: DomainHandle | None) -> bool:
     """Whether the guest writes to the overlays, or did when it stopped; or the internal snapshot is there."""
-    if domain is None:
-        return False
     if not step.marks:
         return _are_tips(step, domain)
-    return step.marks[0].tag in domain.records()
+    return domain is not None and step.marks[0].tag in domain.records()
 
 
-def _are_tips(step: DomainSnapshot, domain: DomainHandle) -> bool:
-    chains = domain.chains()
+def _are_tips(step: DomainSnapshot, domain: DomainHandle | None) -> bool:
+    chains = domain.chains() if domain is not None else {}
+    if not chains:
+        return has_written(step.cuts)
     return all(chains.get(cut.disk, ("",))[0] == cut.overlay for cut in step.cuts)
 
 
@@ -120,6 +122,8 @@ async def merge(step: DomainMerge, domain: DomainHandle | None, context: Context
     if domain is None or domain.state() == OFF:
         await _without_domain(step, domain, context)
         return
+    _note_over(step.jobs, domain, context)
+    _go_on(GUEST, domain, context)
     jobs = [job for job in step.jobs if not _is_merged(job, domain)]
     known = {job.disk for job in jobs if domain.block_job(job.disk) is not None}
     try:
@@ -174,10 +178,38 @@ async def _follow(step: DomainMerge, job: LiveJob, left: int, domain: DomainHand
         # QEMU leaves what it copies in the page cache; all of it would be waited for at the end.
         write_back.begin_file(job.target[0])
         if job.active and state.kind == COMMIT and state.ready:
-            domain.pivot(job.disk)
+            _let_over(job, domain, context)
         context.moved(min(done + _moved(job, state), total), total)
         await loops.rest(pause)
         pause = min(2 * pause, POLL_SECONDS)
+
+
+def _let_over(job: LiveJob, domain: DomainHandle, context: Context) -> None:
+    """Let the guest go over to what its tip has been merged into.
+
+    Once a transient domain has ended nobody knows to which of the two files its guest wrote last: it stands still until
+    that is noted.
+    """
+    if domain.is_persistent():
+        domain.pivot(job.disk)
+        return
+    begun = time.monotonic()
+    if domain.state() == RUNNING:
+        context.journal.note(GUEST, STANDS)
+        domain.stand_still()
+    try:
+        domain.pivot(job.disk)
+        _note_over([job], domain, context)
+    finally:
+        _go_on(GUEST, domain, context)
+    context.paused = max(context.paused or 0.0, time.monotonic() - begun)
+
+
+def _note_over(jobs: Iterable[LiveJob], domain: DomainHandle, context: Context) -> None:
+    """Note of which disks the guest has gone over."""
+    for job in jobs:
+        if job.active and _is_merged(job, domain):
+            context.journal.note(f"{OVER} {job.disk}", job.row[0][0])
 
 
 def _moved(job: LiveJob, state: BlockJob) -> int:
@@ -224,17 +256,20 @@ async def _bring_to_disk(step: DomainMerge, domain: DomainHandle, context: Conte
             )
 
 
-def went_on(step: DomainMerge, domain: DomainHandle | None) -> bool:
+def went_on(step: DomainMerge, domain: DomainHandle | None, context: Context) -> bool:
     """Whether a merge that was left has come so far that it is finished, not undone: its jobs run, or one has ended."""
     if domain is None or domain.state() == OFF:
-        return any(_was_merged(job, domain) for job in step.jobs)
+        return any(_was_merged(job, domain, context) for job in step.jobs)
     return any(_is_merged(job, domain) or domain.block_job(job.disk) is not None for job in step.jobs)
 
 
-def _was_merged(job: LiveJob, domain: DomainHandle | None) -> bool:
-    """Whether a job had come to its end when the domain stopped: its definition says it, or the header."""
+def _was_merged(job: LiveJob, domain: DomainHandle | None, context: Context) -> bool:
+    """Whether a job had come to its end when the domain stopped: its definition says it, or the header; of a domain
+    that libvirt does not know any more what was noted."""
     if job.active:
-        return domain is not None and domain.chains().get(job.disk, ("",))[0] == job.row[0][0]
+        chains = domain.chains() if domain is not None else {}
+        tip = chains.get(job.disk, ("",))[0] if chains else context.journal.recall(f"{OVER} {job.disk}")
+        return tip == job.row[0][0]
     return header_says(job) and not _lacks(job)
 
 
@@ -245,7 +280,7 @@ def _lacks(job: LiveJob) -> bool:
 
 async def _without_domain(step: DomainMerge, domain: DomainHandle | None, context: Context) -> None:
     """Finish what a domain that has stopped has left: by the mover, or what that cannot do by a storage daemon."""
-    await finish([job for job in step.jobs if not _was_merged(job, domain)], context)
+    await finish([job for job in step.jobs if not _was_merged(job, domain, context)], context)
 
 
 def unmerge(step: DomainMerge, domain: DomainHandle | None, context: Context) -> None:
@@ -255,3 +290,4 @@ def unmerge(step: DomainMerge, domain: DomainHandle | None, context: Context) ->
         return
     for job in step.jobs:
         domain.abort(job.disk)
+    _go_on(GUEST, domain, context)

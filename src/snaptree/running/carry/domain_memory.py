@@ -23,6 +23,7 @@ from snaptree.planning.memory_steps import Save
 from snaptree.running import loops
 from snaptree.running.carry import firmware
 from snaptree.running.carry import memory as saving
+from snaptree.running.carry.finishing import has_written
 from snaptree.running.carry.making import unmake
 from snaptree.running.context import Context
 from snaptree.running.guard import PIVOT
@@ -45,9 +46,9 @@ _BEFORE = "the domain was"
 
 async def save(step: DomainSaveMemory, domain: DomainHandle | None, context: Context) -> None:
     """Have libvirt freeze the disks and save the memory, of one instant: it freezes them when all is saved."""
-    if domain is None or (domain.state() == OFF and not was_cut(step, domain)):
+    if not was_cut(step, domain) and (domain is None or domain.state() == OFF):
         raise ToolError(f"the domain stopped before its memory was saved in {step.path}", "start it, and try again")
-    if not was_cut(step, domain):
+    if domain is not None and not was_cut(step, domain):
         calls = DomainMemory(domain)
         overlays = {cut.disk: cut.overlay for cut in step.cuts}
         _make_file(step.path, step.like, context)
@@ -63,22 +64,25 @@ async def save(step: DomainSaveMemory, domain: DomainHandle | None, context: Con
         # It may be elsewhere: libvirt does not see what was mounted since it was started. The guest is in its overlays.
         unmake(step.path, context)
         firmware.forget(step.firmware)
-        domain.forget_record(step.name)
+        if domain is not None:
+            domain.forget_record(step.name)
         hint = "the snapshot was not taken; look for it where libvirt sees that path, and choose another place"
         context.failed = UnhealthyError(f"libvirt reported success, but {broken}", hint)
         return
     _finish_file(step.path, context)
 
 
-def was_cut(step: DomainSaveMemory, domain: DomainHandle) -> bool:
+def was_cut(step: DomainSaveMemory, domain: DomainHandle | None) -> bool:
     """Whether the guest writes to the overlays, or did when it stopped: the memory is whole then."""
-    chains = domain.chains()
+    chains = domain.chains() if domain is not None else {}
+    if not chains:
+        return has_written(step.cuts)
     return all(chains.get(cut.disk, ("",))[0] == cut.overlay for cut in step.cuts)
 
 
 def was_saved(step: DomainSaveMemory, domain: DomainHandle | None) -> bool:
     """Whether it has happened."""
-    return domain is not None and was_cut(step, domain)
+    return was_cut(step, domain)
 
 
 def unsave(step: DomainSaveMemory, context: Context) -> None:

@@ -5,7 +5,8 @@ Whoever has QEMU's monitor, we or libvirt: nothing here asks it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 from snaptree.errors import UnhealthyError
@@ -13,7 +14,7 @@ from snaptree.images import gate
 from snaptree.images.facts import read_facts
 from snaptree.images.measure import holds
 from snaptree.images.mover.cost import foreseen
-from snaptree.planning.live_steps import LiveJob
+from snaptree.planning.live_steps import Cut, LiveJob
 from snaptree.planning.steps import Move, MoveJob, Repoint
 from snaptree.running import loops
 from snaptree.running.carry import headers, moving
@@ -67,6 +68,11 @@ def header_says(job: LiveJob) -> bool:
     if facts.backing is None or below is None:
         return facts.backing is None and below is None
     return gate.resolve_backing(above[0], facts.backing) == below[0] and facts.backing_format == below[1]
+
+
+def has_written(cuts: Iterable[Cut]) -> bool:
+    """Whether a guest of which nothing else is known has gone over to its overlays, so that it matters."""
+    return any(os.path.exists(cut.overlay) and read_facts(cut.overlay, "qcow2").written for cut in cuts)
 
 
 async def finish(left: Sequence[LiveJob], context: Context) -> None:

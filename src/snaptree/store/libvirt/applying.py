@@ -39,13 +39,16 @@ class Difference(Struct, frozen=True):
     gone: tuple[str, ...]
     again: frozenset[str] = frozenset()
     """Those that libvirt takes only in the place of one that is not there: their memory has gone."""
+    noted: str | None = None
+    """What snaptree is to keep in the metadata of a domain that has no definition."""
 
     def __bool__(self) -> bool:
-        return bool(self.definition or self.records or self.current or self.gone)
+        return bool(self.definition or self.noted or self.records or self.current or self.gone)
 
     def sentences(self) -> tuple[str, ...]:
         """What differs, for people."""
         said = ["the domain's definition does not say what the tree says"] if self.definition else []
+        said += ["the domain's metadata does not say what the tree says"] if self.noted else []
         said += [f"libvirt's record of {name!r} does not say what the tree says" for name, _ in self.records]
         said += [f"libvirt does not take {self.current!r} for the current snapshot"] if self.current else []
         said += [f"libvirt has a record of {name!r}, which is not in the tree" for name in self.gone]
@@ -93,8 +96,13 @@ def difference(
             changed.append((each.name, xml.text_of(now)))
     domain = writing.definition(definition, tree, before.values(), resolve, going)
     current = next((each.name for each in wanted if each.current), None)
+    # A transient one would become persistent; what it runs on QEMU has, and libvirt knows.
+    lasts = handle.is_persistent()
+    noted, before_noted = xml.own(domain, "domain"), xml.own(definition, "domain")
+    kept_so = before_noted is not None and xml.same(noted, before_noted)
     return Difference(
-        definition=None if xml.same(domain, definition) else xml.text_of(domain),
+        definition=None if not lasts or xml.same(domain, definition) else xml.text_of(domain),
+        noted=None if lasts or kept_so else xml.text_of(noted),
         records=tuple(changed),
         current=current if current != handle.current() else None,
         gone=tuple(
@@ -163,6 +171,8 @@ def apply(
             return
         if found.definition is not None:
             handle.define(found.definition)
+        if found.noted is not None:
+            handle.annotate("domain", xml.parse(found.noted, "what is noted"))
         texts = dict(found.records)
         for name in found.again:
             keep(name, texts[name])

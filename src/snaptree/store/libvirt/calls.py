@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from msgspec import Struct
 
-from snaptree.errors import RefusedError
+from snaptree.errors import NotFoundError, RefusedError
 from snaptree.model.live import OFF, PAUSED, RUNNING
 from snaptree.store.libvirt import xml
 from snaptree.store.libvirt.binding import binding, explain, explained
@@ -172,10 +172,14 @@ class DomainHandle:
     # ---- asking ---------------------------------------------------------------------------------------------------
 
     def state(self) -> str:
-        """``off``, ``running`` or ``paused``."""
+        """``off``, ``running`` or ``paused``; one that libvirt does not know any more is off."""
         libvirt = self._libvirt
-        with explained(f"ask what domain {self.name} does"):
+        try:
             number = self._domain.state()[0]
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                raise explain(libvirt, error, f"ask what domain {self.name} does") from error
+            return OFF
         if number in (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_CRASHED):
             return OFF
         return PAUSED if number in (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PMSUSPENDED) else RUNNING
@@ -230,8 +234,12 @@ class DomainHandle:
             return str(self._domain.snapshotLookupByName(name, 0).getXMLDesc(0))
 
     def chains(self) -> dict[str, tuple[str, ...]]:
-        """The files of each disk, top first, canonical: of what runs, or (the tips at least) of what is to be."""
-        root = xml.parse(self.definition(live=self.state() != OFF), "the domain's definition")
+        """The files of each disk, top first, canonical: of what runs, or (the tips at least) of what is to be; none of
+        a domain that libvirt does not know any more."""
+        try:
+            root = xml.parse(self.definition(live=self.state() != OFF), "the domain's definition")
+        except NotFoundError:
+            return {}
         found: dict[str, tuple[str, ...]] = {}
         for target, disk in xml.disks(root):
             chain: list[str] = []
@@ -272,6 +280,13 @@ class DomainHandle:
         """Give it another definition."""
         with explained(f"define domain {self.name}"):
             self.connection._connection.defineXML(text)
+
+    def annotate(self, tag: str, element: xml.Element) -> None:
+        """Put an element of snaptree's into the metadata of one that runs, without defining it."""
+        libvirt = self._libvirt
+        kind, flags = libvirt.VIR_DOMAIN_METADATA_ELEMENT, libvirt.VIR_DOMAIN_AFFECT_LIVE
+        with explained(f"write the metadata of domain {self.name}"):
+            self._domain.setMetadata(kind, xml.plain(element), f"snaptree-{tag}", xml.NAMESPACES[tag], flags)
 
     def redefine(self, text: str, name: str, *, current: bool = False) -> None:
         """Put a record in the place of that of the same name, or beside the others; nothing else is touched.

@@ -286,6 +286,15 @@ def new_own(tag: str, **attributes: str) -> Element:
     return found
 
 
+def plain(element: Element) -> str:
+    """An element of snaptree's as libvirt takes it by itself: it adds the namespace."""
+    found = clone(element)
+    for each in found.iter():
+        each.tag = etree().QName(each).localname
+    etree().cleanup_namespaces(found)
+    return text_of(found)
+
+
 def add_own(parent: Element, tag: str, **attributes: str) -> None:
     """Add a child to an element of snaptree's."""
     child = etree().SubElement(parent, f"{{{etree().QName(parent).namespace}}}{tag}")
