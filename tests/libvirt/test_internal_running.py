@@ -135,3 +135,35 @@ def test_killed(web: DomainScene, line: str, what: str, before: bool, destroyed:
     if not destroyed:
         web.virsh("destroy", "@")
     web.sound()
+
+
+@pytest.mark.parametrize(
+    ("call", "before"),
+    [
+        ("load_within", False),
+        pytest.param("load_within", True, marks=pytest.mark.slow),
+        pytest.param("define", True, marks=pytest.mark.slow),
+        pytest.param("define", False, marks=pytest.mark.slow),
+    ],
+    ids=["loaded", "not-loaded", "not-defined", "defined"],
+)
+def test_killed_when_the_memory_is_loaded(web: DomainScene, call: str, before: bool) -> None:
+    """libvirt has put the definition of then in the place of that of now."""
+    web.virsh("start", "@")
+    web("snapshot @ i1 --internal")
+    web("snapshot @ s2")
+    web("delete @ s2")
+    web.virsh("setmaxmem", "@", "96M", "--config")
+    web.virsh("desc", "@", "--config", "what it is for")
+    calls, memory_calls = (("define",), ()) if call == "define" else ((), ("load_within",))
+    done, told = run_killed(web, "revert @ i1", 1, before=before, calls=calls, memory_calls=memory_calls)
+    assert done.returncode == -signal.SIGKILL and told, done.stderr
+    was = web.virsh("dumpxml", "@", "--inactive")
+    assert ("98304" in was) == (told in ("killed before load_within", "killed after define"))
+    web("recover @")
+    now = web.virsh("dumpxml", "@", "--inactive")
+    assert "<memory unit='KiB'>98304<" in now and "what it is for" in now
+    assert web.show()["state"] == "running" and set(web.names()) == {"i1", "main", "main.1"}
+    web.agree()
+    web.virsh("destroy", "@")
+    web.sound()

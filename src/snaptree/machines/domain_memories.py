@@ -54,20 +54,28 @@ def within(tree: Tree, reading: Reading, request: Request) -> Record | None:
     return record if snapshot is not None and dict(snapshot.points) == here else None
 
 
-def load_within(handle: DomainHandle, name: str, state: str, tree: Callable[[], Tree]) -> list[str]:
+def load_within(handle: DomainHandle, name: str, state: str) -> list[str]:
     """Have a domain that is off go on from the memory that libvirt has within its images; what there is to say of it.
 
     The images' active state is that of then already, so that the domain may as well be started anew: where libvirt
-    cannot load the memory that is left to be done.
-
-    :param tree: reads it.
+    cannot load the memory that is left to be done. It puts the definition of then in the place of that of now
+    (:func:`define_again`).
     """
-    kept, said = handle.definition(secure=True), [f"the machine goes on from the memory of {name!r}"]
     try:
         DomainMemory(handle).load_within(name, state)
     except SnaptreeError as error:
-        said = [f"the memory of {name!r} is not loaded: {error.message}"]
-    # libvirt puts the definition of then in the place of that of now.
-    handle.define(kept)
-    applying.apply(handle, tree())
-    return said
+        return [f"the memory of {name!r} is not loaded: {error.message}"]
+    return [f"the machine goes on from the memory of {name!r}"]
+
+
+def define_again(handle: DomainHandle, definition: str | None, tree: Callable[[], Tree]) -> None:
+    """Let a domain have the definition that it had before libvirt loaded memory within its images.
+
+    :param definition: without it nothing was to be loaded.
+    :param tree: reads it.
+    """
+    if definition is not None:
+        # libvirt goes on loading when who has asked for it is gone.
+        DomainMemory(handle).settle()
+        handle.define(definition)
+        applying.apply(handle, tree())

@@ -25,6 +25,12 @@ def arrived(database: Database, name: str) -> None:
         _put(database, name, replace(due, done=True))
 
 
+def define(database: Database, name: str, definition: str) -> None:
+    """Keep the definition that the machine is to have afterwards."""
+    if (due := noted(database, name)) is not None:
+        _put(database, name, replace(due, definition=definition))
+
+
 def noted(database: Database, name: str) -> Due | None:
     """What is kept, if anything."""
     config = trees.find_config(database, name)

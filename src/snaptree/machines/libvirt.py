@@ -322,7 +322,8 @@ class LibvirtMachine(Machine):
                 outcome.said += await arrive(self.name, self._merge_loose(tree, lock))
             within = domain_memories.within(looked.tree, looked.reading, request)
             if goes is not None and goes.after != OFF and within is not None:
-                outcome.said += domain_memories.load_within(self.handle, within.name, goes.after, self.tree)
+                due.define(self.database, self.name, self.handle.definition(secure=True))
+                outcome.said += domain_memories.load_within(self.handle, within.name, goes.after)
             if goes is not None or moves is not None:
                 due.arrived(self.database, self.name)
                 await self.go_on()
@@ -358,6 +359,7 @@ class LibvirtMachine(Machine):
         noted = due.noted(self.database, self.name)
         if noted is None:
             return False
+        domain_memories.define_again(self.handle, noted.definition, self.tree)
         state = due.state(self.database, self.name)
         starts = state != OFF and not self._runs()
         if noted.before != OFF and starts:

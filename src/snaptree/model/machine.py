@@ -11,13 +11,15 @@ STANDALONE, LIBVIRT = "standalone", "libvirt"
 class Due(Struct, frozen=True):
     """What a machine is to do that is turned off for an operation: ``after`` once that is done, ``before`` otherwise.
 
-    ``since`` is the number of the last operation before that one, and ``done`` says that it is.
+    ``since`` is the number of the last operation before that one, and ``done`` says that it is. ``definition`` is that
+    of a domain, in whose place libvirt puts an older one with the memory that it loads.
     """
 
     before: str
     after: str
     since: int
     done: bool = False
+    definition: str | None = None
 
 
 class MachineConfig(Struct, frozen=True):
