@@ -190,3 +190,43 @@ def test_names_are_completed(web: DomainScene) -> None:
 def test_it_is_named_by_its_id(web: DomainScene) -> None:
     web.be("running")
     assert web(f"show {web.virsh('domid', '@').strip()} --json").json["machine"] == web.name
+
+
+@pytest.mark.parametrize("how", [pytest.param("shallow", marks=LONG), "whole"])
+@pytest.mark.parametrize("whose", [pytest.param("virsh's", marks=LONG), "snaptree's"])
+def test_the_disk_was_copied_to_another_file(web: DomainScene, how: str, whose: str) -> None:
+    """It is there that work goes on: that file keeps its name, and what stood in its place stays as it is."""
+    (grown if whose == "virsh's" else line)(web, "s1", "s2")
+    web.be("running")
+    old, copy = web.source()[0], web.disks / "copy.qcow2"
+    shallow = ["--shallow"] if how == "shallow" else []
+    web.virsh("blockcopy", "@", "vda", "--dest", copy, *shallow, "--wait", "--pivot", "--transient-job")
+    web.left.add(old)
+    found = web("verify @ --json").json["findings"]
+    said = [each["detail"] for each in found if each["kind"] == "records"]
+    # The records know nothing of it; that the copy of all stands on nothing libvirt says in the definition.
+    assert any("record of 's2'" in each for each in said) and any("metadata" in each for each in said)
+    assert any("stands on" in each and "believes" in each for each in said) == (how == "whole")
+    assert not [each for each in said if "does not say" in each and "record" not in each], said
+    (outsider,) = [each["detail"] for each in found if each["kind"] == "outsider"]
+    assert f"{old} stands on" in outsider
+    web("verify @ --repair")
+    web.agree()
+    assert web.chain() == ["copy.qcow2", *(web.chain("s2") if how == "shallow" else [])]
+    assert (web.shows("s1"), web.shows("s2"), web.shows()) == ("b.......", "b1......", "b12.....")
+    if how == "shallow":
+        # What stood in its place is somebody's who takes it away; otherwise it stays, and so does what it stands on.
+        old.unlink()
+        web.left.clear()
+    web("delete @ s1")
+    web.agree()
+    web("delete @ s2 --merge none")
+    web.agree()
+    web.be("off")
+    web("gc @")
+    assert web.chain() == (["copy.qcow2"] if how == "whole" else ["web.qcow2"]) and web.shows() == "b12....."
+    assert web.files() == set(web.chain()) or how == "whole"
+    left_behind(web)
+    web.sound()
+    line(web, "s3")
+    goes_on(web, "s3")

@@ -18,7 +18,7 @@ from snaptree.planning.health import Ailment, ailments, require_whole
 from snaptree.planning.live_steps import LiveOpen
 from snaptree.planning.memory_steps import GoOver
 from snaptree.planning.plan import Plan
-from snaptree.planning.settle import is_frozen, settle
+from snaptree.planning.settle import is_frozen, settle, with_moved_roots
 from snaptree.planning.steps import (
     BuildFromPoint,
     DeleteInternal,
@@ -377,7 +377,7 @@ class Draft:
     def conclude(self, operation: str, summary: str, what: str) -> Plan:
         """The plan: prepare, change the tree in one transaction, finish, clean up what nothing needs."""
         self._require_room(summary)
-        after = settle(self.tree, self.outsiders)
+        after = with_moved_roots(self.before, settle(self.tree, self.outsiders))
         cleanup, freed = cleared(self, after)
         baseline = tuple(
             layer.id

@@ -44,6 +44,21 @@ def settle(tree: Tree, outsiders: Collection[LayerId] = ()) -> Tree:
     return settled.with_layers(*tips) if tips else settled
 
 
+def with_moved_roots(before: Tree, after: Tree) -> Tree:
+    """The tree in which a disk that somebody else has put on another file has that for its root, once no name needs the
+    one that it came with: its name is not for that file."""
+    needed = {layer.path for point in after.names_on for layer in after.chain(point.layer)}
+    roots = dict(after.roots)
+    for disk, (path, _) in after.roots.items():
+        tip = after.active_branch.tips.get(disk)
+        root = after.owned_root(tip.layer) if tip is not None else None
+        if root is None or root.made or path in needed or not before.layer_at(path) or root.id not in before.layers:
+            continue
+        if before.owned_root(root.id) == before.layers[root.id]:
+            roots[disk] = (root.path, root.format)
+    return after if roots == after.roots else replace(after, roots=roots)
+
+
 def is_frozen(tree: Tree, layer: LayerId) -> bool:
     """Whether the layer is to stay as it is: no branch has it as its tip, or one that waits with its memory."""
     names = (name for name in tree.names_on.get(Point(layer), ()) if name in tree.branches)

@@ -41,14 +41,15 @@ class Difference(Struct, frozen=True):
     """Those that libvirt takes only in the place of one that is not there: their memory has gone."""
     noted: str | None = None
     """What snaptree is to keep in the metadata of a domain that has no definition."""
+    stale: tuple[str, ...] = ()
+    """What of the definition is not as the tree is, in sentences."""
 
     def __bool__(self) -> bool:
         return bool(self.definition or self.noted or self.records or self.current or self.gone)
 
     def sentences(self) -> tuple[str, ...]:
         """What differs, for people."""
-        said = ["the domain's definition does not say what the tree says"] if self.definition else []
-        said += ["the domain's metadata does not say what the tree says"] if self.noted else []
+        said = list(self.stale) if self.definition or self.noted else []
         said += [f"libvirt's record of {name!r} does not say what the tree says" for name, _ in self.records]
         said += [f"libvirt does not take {self.current!r} for the current snapshot"] if self.current else []
         said += [f"libvirt has a record of {name!r}, which is not in the tree" for name in self.gone]
@@ -103,6 +104,7 @@ def difference(
     return Difference(
         definition=None if not lasts or xml.same(domain, definition) else xml.text_of(domain),
         noted=None if lasts or kept_so else xml.text_of(noted),
+        stale=_stale(definition, domain, kept_so=kept_so),
         records=tuple(changed),
         current=current if current != handle.current() else None,
         gone=tuple(
@@ -114,6 +116,21 @@ def difference(
         ),
         again=frozenset(again),
     )
+
+
+def _stale(before: Element, after: Element, *, kept_so: bool) -> tuple[str, ...]:
+    """What of a definition is not as the tree is.
+
+    :param kept_so: what snaptree keeps in its metadata is.
+    """
+    said = [] if kept_so else ["what snaptree keeps in the domain's metadata is not what the tree says"]
+    wanted = dict(xml.disks(after))
+    for target, disk in xml.disks(before):
+        if disk.find("backingStore") is not None and wanted[target].find("backingStore") is None:
+            said.append(
+                f"the domain's definition says what {target} stands on, and libvirt believes that, not the header"
+            )
+    return tuple(said) or ("the domain's definition does not say what the tree says",)
 
 
 def _of_memory(handle: DomainHandle, tree: Tree, path: str, records: Mapping[str, Element]) -> Element:
