@@ -67,7 +67,7 @@ WHILE_RUNNING: dict[str, str] = {
     "test_b11_internal_and_external_in_one_snapshot": INTERNAL,
     "test_b14_and_removed_with_all_its_files": INTERNAL,
     "test_c2_going_back_below_an_external_one_leaves_it_right": INTERNAL,
-    "test_c8_a_full_disk_leaves_all_disks_of_one_time": BY_HAND,
+    "test_c8_a_full_disk_leaves_all_disks_of_one_time": "in test_full_disk.py, with a libvirtd that sees the disk",
     "test_c9_progress_is_shown_and_cancelling_works": BY_HAND,
     "test_the_root_keeps_its_name_whatever_the_way[bbbbbbbb-.x-pull]": NAME,
     "test_the_root_keeps_its_name_whatever_the_way[b-.xxxxxxx-pull]": NAME,

@@ -10,11 +10,12 @@ import os
 import time
 from collections.abc import Iterable
 
-from snaptree.errors import CancelledError, ToolError
+from snaptree.errors import CancelledError, NoSpaceError, ToolError
 from snaptree.images import durable, write_back
 from snaptree.images.facts import read_facts
 from snaptree.images.measure import holds
 from snaptree.model.live import OFF, RUNNING
+from snaptree.model.sizes import readable
 from snaptree.planning.domain_steps import DomainForget, DomainMerge, DomainSnapshot
 from snaptree.planning.live_steps import LiveJob
 from snaptree.planning.steps import DeleteInternal, MakeInternal, Move
@@ -225,12 +226,19 @@ def _is_merged(job: LiveJob, domain: DomainHandle) -> bool:
 async def _require_merged(job: LiveJob, domain: DomainHandle) -> None:
     """See that a job that has ended has done its work.
 
+    :raise NoSpaceError: there is less room than it needed.
     :raise ToolError: it was ended by somebody, or has failed.
     """
     for _ in range(int(SETTLE_SECONDS / POLL_SECONDS)):
         if domain.state() == OFF or _is_merged(job, domain):
             return
         await loops.rest(POLL_SECONDS)
+    there = os.statvfs(os.path.dirname(job.target[0]))
+    if (free := there.f_bavail * there.f_frsize) < job.bytes:
+        raise NoSpaceError(
+            f"libvirt has ended the {job.way} of {job.disk}: its file system has {readable(free)} of room",
+            "free some room, then go on with 'snaptree gc'",
+        )
     raise ToolError(
         f"libvirt has ended the {job.way} of {job.disk}, and {job.row[-1][0]} has not been merged",
         "see libvirtd's log and 'virsh domblkerror', then go on with 'snaptree gc'",

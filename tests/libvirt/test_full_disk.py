@@ -1,0 +1,90 @@
+"""Row C8, of a domain that runs: its file system fills up while libvirt merges the layers of both disks.
+
+The scenario of standalone machines writes to the images itself, in a folder that the shared libvirtd does not see.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.kit import images
+from tests.kit.disks import Disk
+from tests.kit.domain import DomainScene, domain_scene, goes_on
+from tests.kit.images import MiB
+from tests.kit.libvirtd import Libvirtd, libvirtd_or_skip
+from tests.kit.space import filled
+from tests.libvirt.test_running import merging
+
+pytestmark = [pytest.mark.root, pytest.mark.slow]
+NO_SPACE = 8
+DISKS = ("vda", "vdb")
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Path]:
+    """ext4, mounted before libvirtd is started: it sees no other."""
+    folder = Path(tempfile.mkdtemp(prefix="snaptree-full-", dir=images.SCRATCH))
+    folder.chmod(0o755)
+    disk = Disk(folder, "ext4", 200 * MiB)
+    try:
+        yield disk.mount()
+    finally:
+        disk.remove()
+        folder.rmdir()
+
+
+@pytest.fixture(scope="module")
+def small(place: Path) -> Iterator[Libvirtd]:
+    """A libvirtd that sees it."""
+    with libvirtd_or_skip(keep=place) as found:
+        yield found
+
+
+@pytest.fixture
+def web(small: Libvirtd, place: Path, tmp_path: Path) -> Iterator[DomainScene]:
+    """Both disks have 20 MiB above ``s1``, and as much of other places below it; what snaptree keeps is elsewhere."""
+    with domain_scene(small, place) as found:
+        found.state = tmp_path / "state"
+        for disk in DISKS:
+            images.create(found.disks / f"{disk}.qcow2", 64 * MiB)
+            images.io(found.disks / f"{disk}.qcow2", "qcow2", "write -P 1 0 20M")
+        found.define(*(f"{disk}={disk}.qcow2" for disk in DISKS))
+        found("snapshot @ s1")
+        for disk in DISKS:
+            images.io(found.path("main", disk), "qcow2", "write -P 2 30M 20M")
+        yield found
+
+
+def shown(web: DomainScene, name: str) -> list[bytes]:
+    """What both disks of a name have, while QEMU has them open."""
+    shown = web.show()
+    (named,) = [each for each in (*shown["snapshots"], *shown["branches"]) if each["name"] == name]
+    points = named.get("points") or named["tips"]
+    return [web.unlocked(points[disk]["path"], None, shown) for disk in DISKS]
+
+
+@pytest.mark.parametrize(("where", "way"), [("middle", "commit"), ("tip", "commit"), ("tip", "pull")])
+def test_c8_a_full_disk_leaves_all_disks_of_one_time(web: DomainScene, place: Path, where: str, way: str) -> None:
+    if where == "middle":
+        web("snapshot @ s2")
+    web.be("running")
+    wanted = {name: shown(web, name) for name in web.names() if name != "s1"}
+    with merging(web, f"delete @ s1 --merge {way} --limit 4MiB/s") as process, filled(place, 4 * MiB):
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == NO_SPACE and f"gc {web.name}" in said, said
+        assert web.virsh("domstate", "@").strip() == "running"
+        assert {name: shown(web, name) for name in wanted} == wanted and "s1" not in web.names()
+    assert web.show()["pending"]
+    web("gc @")
+    web.agree()
+    assert {name: shown(web, name) for name in wanted} == wanted
+    assert [len(web.chain("main", disk)) for disk in DISKS] == [2 if where == "middle" else 1] * 2
+    web.be("off")
+    web("gc @")
+    web.sound()
+    if where == "tip":
+        web("snapshot @ s2")
+    goes_on(web, "s2")
