@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.kit import images
-from tests.kit.domain import DomainScene, of_libvirt, refused
+from tests.kit.domain import DomainScene, goes_on, of_libvirt, refused
 from tests.kit.scene import SLOT, SLOTS
 from tests.libvirt.test_killed import killed
 
@@ -103,6 +103,8 @@ def test_memory_that_virsh_has_saved(web: DomainScene) -> None:
     # What was a snapshot with memory can be gone back to all the same.
     web.virsh("snapshot-revert", "@", "s1")
     assert web.virsh_shows() == "b......." and web.shows("main.1") == "b1......"
+    web("verify @ --repair")
+    goes_on(web, "s1")
 
 
 def test_a_volume_of_a_storage_pool(domain: DomainScene) -> None:

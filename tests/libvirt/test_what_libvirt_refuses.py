@@ -4,10 +4,13 @@ and virsh goes on."""
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests.kit.domain import DomainScene, goes_on, grown, left_behind, refused
+from tests.kit.domain import DomainScene, VirshRefusal, domain_scene, goes_on, grown, left_behind, refused
+from tests.kit.libvirtd import Libvirtd, libvirtd_or_skip
 
 pytestmark = pytest.mark.root
 REFUSED = 6
@@ -18,6 +21,16 @@ def web(web: DomainScene, state: str) -> DomainScene:
     """The domain, off and running."""
     web.be(state)
     return web
+
+
+@contextmanager
+def by_virsh_alone(own: Libvirtd, state: str, *disks: str) -> Iterator[DomainScene]:
+    """Another domain, on disks of the same names, that snaptree has nothing to do with."""
+    with domain_scene(own) as found:
+        found.image("web.qcow2", word="b")
+        found.define("vda=web.qcow2", *disks)
+        found.be(state)
+        yield found
 
 
 def forked(web: DomainScene, name: str) -> None:
@@ -103,6 +116,8 @@ def test_b5_and_b6_internal_and_external_together(web: DomainScene) -> None:
     web("delete @ i0")
     web.sound()
     assert web.shows() == "bi2i...." and web.files() == {"web.qcow2"}
+    grown(web, "s7")
+    goes_on(web, "s7")
 
 
 @pytest.mark.slow
@@ -126,6 +141,7 @@ def test_b8_after_a_manual_blockcommit(web: DomainScene) -> None:
 def test_b8_after_a_metadata_only_deletion(web: DomainScene) -> None:
     grown(web, "s1", "s2", "s3")
     web.virsh("snapshot-delete", "@", "s2", "--metadata")
+    assert "are not the same" in refused(web, "snapshot-delete", "@", "s1")
     assert [each["role"] for each in web.show()["layers"]].count("loose") == 1
     web("gc @")
     web.sound()
@@ -185,6 +201,10 @@ def test_b12_twice_within_a_second(web: DomainScene) -> None:
 
 @pytest.mark.slow
 def test_b13_a_disk_that_was_left_out(domain: DomainScene, state: str) -> None:
+    with by_virsh_alone(domain.own, state, "vdb=data.qcow2") as other:
+        other.virsh("snapshot-create-as", "@", "s1", "--disk-only", "--diskspec", "vdb,snapshot=no")
+        other.virsh("snapshot-revert", "@", "s1")
+        assert other.source("vdb")[0].name != "data.qcow2", "it has made an overlay for what was left out"
     domain.define("vda=web.qcow2", "vdb=data.qcow2")
     domain.be(state)
     domain("snapshot @ s1 --exclude vdb")
@@ -201,6 +221,15 @@ def test_b13_a_disk_that_was_left_out(domain: DomainScene, state: str) -> None:
     assert domain.shows("main", "vdb") == domain.shows("main.1", "vdb") == "2......."
     assert (domain.shows(), domain.shows("main.1")) == ("........", "3.......")
     domain.sound()
+    domain.be("off")
+    domain.virsh("snapshot-create-as", "@", "by-virsh", "--disk-only", "--diskspec", "vdb,snapshot=no")
+    domain.virsh("snapshot-delete", "@", "by-virsh")
+    domain.back("s1")
+    assert (domain.virsh_shows(), domain.virsh_shows("vdb")) == ("........", "2.......")
+    assert (domain.shows("main.1"), domain.shows("main.1", "vdb")) == ("3.......", "2.......")
+    left_behind(domain)
+    domain("snapshot @ s2")
+    domain.sound()
 
 
 def test_b14_a_domain_with_snapshots_is_removed(web: DomainScene) -> None:
@@ -216,7 +245,19 @@ def test_b14_a_domain_with_snapshots_is_removed(web: DomainScene) -> None:
 
 
 @pytest.mark.slow
-def test_c14_and_c15_virsh_does_no_harm_to_what_snaptree_has_written(web: DomainScene) -> None:
+def test_c14_and_c15_virsh_does_no_harm_to_what_snaptree_has_written(web: DomainScene, state: str) -> None:
+    with by_virsh_alone(web.own, state) as other:
+        grown(other, "s1", "s2")
+        point = other.path("s2")
+        other.back("s1")
+        other.virsh("snapshot-create-as", "@", "y", "--disk-only")
+        other.virsh("snapshot-delete", "@", "y")
+        time.sleep(1.1)  # virsh names its overlays by the second.
+        try:
+            other.virsh("snapshot-revert", "@", "s2")
+        except VirshRefusal as error:
+            assert state == "running" and "Cannot access backing file" in str(error)
+        assert not point.exists(), "libvirt has unlinked what it goes back to"
     web("snapshot @ s1")
     web.write(".1")
     web("snapshot @ s2")
@@ -238,6 +279,30 @@ def test_c14_and_c15_virsh_does_no_harm_to_what_snaptree_has_written(web: Domain
         time.sleep(1.0)  # virsh names its overlays by the second.
         web.back(name)
     assert web.virsh("list", "--all", "--name")
+
+
+@pytest.mark.slow
+def test_c15_what_crashes_libvirt_by_itself_does_not_after_snaptree(state: str) -> None:
+    """In a libvirtd of its own, since that dies of it."""
+    with libvirtd_or_skip(lasting=True) as own, by_virsh_alone(own, "off") as web:
+        grown(web, "s1", "s2")
+        web.back("s1")
+        web.virsh("snapshot-delete", "@", "s1", "--metadata")
+        web.be(state)
+        assert web.current() is None and web.listed() == {"s2": None}
+        before = own.process()
+        time.sleep(1.1)  # virsh names its overlays by the second.
+        assert "End of file while reading data" in refused(web, "snapshot-revert", "@", "s2")
+        own.wait()
+        assert own.process() != before, "libvirtd has died of it, and was started again"
+        assert "record of" in web("verify @").out
+        web("verify @ --repair")
+        left_behind(web)
+        assert web.current() == "snaptree-placeholder" and web.shows("s2") == "b1......"
+        web.sound()
+        before = own.process()
+        goes_on(web, "s2")
+        assert own.process() == before
 
 
 def test_c15_what_grew_beside_the_active_line_does_not_crash_libvirt(web: DomainScene) -> None:
