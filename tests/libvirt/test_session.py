@@ -124,3 +124,17 @@ def test_a_users_own_domains(session: Session) -> None:
     assert sorted(path.name for path in session.home.glob("*.qcow2")) == ["web.qcow2"]
     assert (session.home / "state/snaptree").is_dir()
     assert word_of(images.read(disk)) == "b1......"
+
+
+def test_a_users_modular_daemon(session: Session) -> None:
+    """virtqemud has another socket, and speaks the same."""
+    text = session.home / "web.xml"
+    disk = images.create(session.home / "web.qcow2", SLOTS * SLOT)
+    os.chown(disk, USER, USER)
+    text.write_text(define_text("web", "7d2d9a52-3c3f-4f5a-8d53-3c1c54f8d0a2", [("vda", disk, "qcow2")]))
+    session.virsh("define", text)
+    folder = session.home / "run/libvirt"
+    (folder / "libvirt-sock").rename(folder / "virtqemud-sock")
+    assert "web" in session.snaptree("list")
+    session.snaptree("snapshot web s1")
+    assert session.virsh("snapshot-list", "web", "--name").split() == ["s1"]
