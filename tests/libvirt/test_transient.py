@@ -249,6 +249,25 @@ def test_killed_while_it_is_merged_and_it_ends(web: DomainScene, line: str, when
     assert web.shows() == word
 
 
+@pytest.mark.mutants
+@LONG
+@pytest.mark.parametrize(("when", "before"), [(5, False), (6, False), (7, True)], ids=["stands", "over", "noted"])
+def test_killed_while_it_stands_still(web: DomainScene, when: int, before: bool) -> None:
+    """Its guest goes on, in the one file or in the other."""
+    grown(web, "s1", "s2")
+    done, told = run_killed(web, "delete @ s2 --merge commit", when, before=before, calls=ASKED)
+    assert done.returncode == -signal.SIGKILL and told, done.stderr
+    assert web.virsh("domstate", "@").strip() == "paused"
+    assert "it had been killed" in web("recover @").out
+    assert web.virsh("domstate", "@").strip() == "running"
+    write(web, "..z....z")
+    web("gc @")
+    agrees(web)
+    assert (web.shows("s1"), web.shows(), len(web.chain())) == ("b.......", "b1z....z", 2)
+    web.virsh("destroy", "@")
+    assert tip_that_shows(web, "b1z....z").name == "web.s1.qcow2"
+
+
 @LONG
 def test_libvirt_has_lost_it(web: DomainScene) -> None:
     """libvirt 11.3 keeps it, off, when going back to a snapshot has failed half-way, and does not start it again."""
