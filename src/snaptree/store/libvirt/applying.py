@@ -124,6 +124,8 @@ def _stale(before: Element, after: Element, *, kept_so: bool) -> tuple[str, ...]
     :param kept_so: what snaptree keeps in its metadata is.
     """
     said = [] if kept_so else ["what snaptree keeps in the domain's metadata is not what the tree says"]
+    if xml.own(before, "domain") is None:
+        said = ["the domain's metadata has nothing of snaptree's yet"]
     wanted = dict(xml.disks(after))
     for target, disk in xml.disks(before):
         if disk.find("backingStore") is not None and wanted[target].find("backingStore") is None:
