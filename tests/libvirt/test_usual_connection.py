@@ -46,6 +46,8 @@ def test_the_daemon_that_is_there_is_asked(web: DomainScene, tmp_path: Path, soc
     # The client of libvirt 11.3 looks for no other name than the daemon's, and goes by it.
     found = said(web, place, "list", "--json")
     assert web.name in {row["machine"] for row in json.loads(found.stdout)}, found
+    # Without a word, too.
+    assert web.name in said(web, place).stdout
     assert said(web, place, "snapshot", web.name, "s1").returncode == 0
     assert web.listed() == {"s1": None}
 

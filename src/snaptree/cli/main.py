@@ -61,11 +61,24 @@ class LazyGroup(click.Group):
         return found
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    invoke_without_command=True,
+)
 @connect_option
 @click.version_option(__version__, prog_name="snaptree")
-def cli() -> None:
-    """Snapshots of QEMU machines as a tree: take, go back, branch, and delete any of them in any order."""
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Snapshots of QEMU machines as a tree: take, go back, branch, and delete any of them in any order.
+
+    Without a command it lists the machines.
+    """
+    if context.invoked_subcommand is None:
+        from snaptree.cli.machines import list_command
+
+        context.invoke(list_command, as_json=False)
+        click.echo("'snaptree --help' says what can be done with them", err=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
