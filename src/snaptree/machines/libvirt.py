@@ -49,13 +49,13 @@ from snaptree.planning import verbs
 from snaptree.planning.accept import OwnRequest, all_owned
 from snaptree.planning.adopt import AttachRequest, DetachRequest
 from snaptree.planning.create import SnapshotRequest
-from snaptree.planning.domain_steps import Undefine, WriteRecords, deferred, forgotten_by_libvirt, with_records
+from snaptree.planning.domain_plan import for_domain, told
+from snaptree.planning.domain_steps import WriteRecords
 from snaptree.planning.health import ailments
 from snaptree.planning.plan import Plan
 from snaptree.planning.revert import RevertRequest, SwitchRequest, memory_moves
-from snaptree.planning.steps import DeleteInternal, Step
 from snaptree.planning.sweep import follow
-from snaptree.planning.verbs import GcRequest, RemoveRequest, RenameRequest, RepairRequest, Request, SetRequest
+from snaptree.planning.verbs import RemoveRequest, RepairRequest, Request, SetRequest
 from snaptree.running.control import Control
 from snaptree.running.listening import heard
 from snaptree.running.progress import Report
@@ -168,26 +168,8 @@ class LibvirtMachine(Machine):
             survey = replace(survey, running=False, live=None)
         require_real_folders(request)
         plan = planned(tree, survey, lambda measured: verbs.plan(tree, measured, request))
-        plan, tell = self._by_libvirt(plan, tree, survey, self._tell(looked))
-        if isinstance(request, RemoveRequest):
-            domain = looked.reading.domain
-            # libvirt would remove the node of a device.
-            variables = request.delete_files and not domain.nvram_left
-            undefine = Undefine(tell.uri, tell.uuid, domain.name, nvram=variables)
-            steps: tuple[Step, ...] = (undefine, *plan.steps)
-            return replace(plan, steps=steps)
-        if isinstance(request, RepairRequest):
-            return replace(plan, steps=(tell,))
-        if isinstance(request, RenameRequest):
-            tell = replace(tell, renamed=((request.old, request.new),))
-        plan = with_records(plan, tell)
+        plan = for_domain(plan, request, tree, survey, self._tell(looked), looked.reading.domain)
         domain_memories.require_loadable(self.handle, plan)
-        if isinstance(request, GcRequest):
-            left = looked.reading.domain.hints.going if survey.live is None else frozenset()
-            gone = self._leftovers(tree, survey, left)
-            touched = sorted({*plan.touches, *(each.path for each in gone)})
-            tell = replace(tell, cleared=tuple(sorted(left)))
-            plan = replace(plan, steps=(*plan.steps, *gone, tell), touches=tuple(touched))
         return plan
 
     def _tell(self, looked: Looked) -> WriteRecords:
@@ -196,30 +178,6 @@ class LibvirtMachine(Machine):
         known = tuple(sorted(each.name for each in looked.reading.records))
         tips = tuple((disk.target, disk.path) for disk in looked.reading.domain.disks)
         return WriteRecords(self.config.uri, self.config.uuid, known=known, tips=tips)
-
-    @staticmethod
-    def _by_libvirt(plan: Plan, tree: Tree, survey: Survey, tell: WriteRecords) -> tuple[Plan, WriteRecords]:
-        """The plan in which libvirt does what QEMU would have to do with internal snapshots, and what it is told later.
-
-        What it has no call for waits until the domain is off.
-        """
-        if survey.live is None:
-            return plan, tell
-        opened = {survey.layers[each].path for each in survey.live.open}
-        plan, going = deferred(forgotten_by_libvirt(plan, tree, opened, tell), opened)
-        return plan, replace(tell, going=going)
-
-    @staticmethod
-    def _leftovers(tree: Tree, survey: Survey, going: Iterable[tuple[str, str]]) -> list[DeleteInternal]:
-        """The steps that delete internal snapshots which nothing shows any more, of a domain that is off."""
-        layers = {layer.path: layer for layer in tree.layers.values() if layer.owned}
-        return [
-            DeleteInternal(path, tag)
-            for path, tag in sorted(going)
-            if path in layers
-            and tag not in tree.internals.get(layers[path].id, ())
-            and any(each.name == tag for each in survey.layers[layers[path].id].internals)
-        ]
 
     def _require_possible(self, looked: Looked, request: Request) -> None:
         """See that the domain may be worked on so.
@@ -341,7 +299,7 @@ class LibvirtMachine(Machine):
         survey = self.survey(looked, looked.tree)
         nothing = Plan("merge", "merge what is loose", (), 0, looked.tree)
         plan = planned(looked.tree, survey, lambda measured: follow(nothing, before, measured, "auto"))
-        plan = with_records(*self._by_libvirt(plan, looked.tree, survey, self._tell(looked)))
+        plan = told(plan, looked.tree, survey, self._tell(looked))
         lock.extend(files_of(plan))
         await executor.run(self.database, self.name, plan, lock=lock, spared=self._opened)
 
