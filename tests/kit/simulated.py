@@ -19,6 +19,7 @@ from snaptree.planning.steps import (
     ApplyInternal,
     BuildFromPoint,
     BuildMerged,
+    CopyFirmware,
     Cover,
     DeleteInternal,
     MakeInternal,
@@ -399,6 +400,8 @@ class Runner:
                     self._finalize(live)
             case LiveSwap():
                 assert {path for each in step.swaps for path, _ in (*each.row, each.child)} <= self.open
+            case CopyFirmware():
+                pass  # The disks are what is looked at.
             case LiveSettle():
                 self.open -= {path for each in step.swaps for path, _ in each.row[:-1]}
             case _:
