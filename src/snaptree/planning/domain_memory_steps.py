@@ -46,8 +46,9 @@ class DomainGoOver(Struct, frozen=True):
     kind: ClassVar[str] = "domain-go-over"
     crash: ClassVar[str] = (
         "libvirt goes on by itself, and recovery waits for that: the memory has been loaded, and the guest goes on "
-        "from it, or the domain goes on from the memory of now, where that was saved, and is started anew on the disks "
-        "of before where it was to be given up; firmware state is that of the one that goes on"
+        "from it, or nothing is to be loaded, and the journal says that the domain is off; otherwise it goes on from "
+        "the memory of now, where that was saved, and is started anew on the disks of before where it was to be given "
+        "up; firmware state is that of the one that goes on"
     )
 
     uri: str

@@ -15,7 +15,7 @@ from snaptree.planning.domain_memory_steps import (
     gone_over_by_libvirt,
     saved_by_libvirt,
 )
-from snaptree.planning.live_steps import File, LiveMerge, LiveOpen, LiveSnapshot
+from snaptree.planning.live_steps import File, LiveMerge, LiveOpen, LiveSnapshot, frozen
 from snaptree.planning.memory_steps import GoOver, SaveMemory
 
 if TYPE_CHECKING:
@@ -68,6 +68,14 @@ class DomainSnapshot(LiveSnapshot, frozen=True):
 
     uri: str = ""
     uuid: str = ""
+
+    @property
+    def summary(self) -> str:
+        done = f"have libvirt {frozen(self.cuts, self.marks)} at one instant"
+        if self.marks:
+            return f"{done}, with the memory"
+        how = " with the guest's file systems quiesced" if self.quiesce else ""
+        return f"{done}{how}; the guest runs on"
 
 
 class DomainForget(Struct, frozen=True):

@@ -79,9 +79,9 @@ class GoOver(Struct, frozen=True):
 
     kind: ClassVar[str] = "go-over"
     crash: ClassVar[str] = (
-        "the old guest goes on, and the new QEMU is ended, until the journal says that the new one has taken over; "
-        "then the old one is ended, and a new one that has died without having written is loaded again; firmware state "
-        "is the old one's again, or the new one's"
+        "until the journal says that the new QEMU takes over, or that the old one is to end, the old guest goes on, "
+        "and the new QEMU and the memory that was saved go; from then on the old one is ended, and a new one that has "
+        "died without having written is loaded again; firmware state is the old one's again, or the new one's"
     )
 
     monitor: str

@@ -14,7 +14,8 @@ from snaptree.model.delta import Delta
 from snaptree.model.layer import LayerId
 from snaptree.model.machine import MachineConfig
 from snaptree.model.sizes import readable
-from snaptree.planning.domain_steps import LibvirtStep
+from snaptree.planning.domain_memory_steps import DomainGoOver
+from snaptree.planning.domain_steps import DomainSwap, LibvirtStep
 from snaptree.planning.live_steps import LiveMerge, LiveOpen, LiveSettle, LiveSnapshot, LiveSwap
 from snaptree.planning.memory_steps import GoOver, SaveMemory
 
@@ -152,7 +153,10 @@ class Shrink(Struct, frozen=True):
     """Cut a merged layer to the size of the layer whose contents it took."""
 
     kind: ClassVar[str] = "shrink"
-    crash: ClassVar[str] = "the lower layer is longer or shorter; it is read only through the upper one until repointed"
+    crash: ClassVar[str] = (
+        "the lower layer is longer or shorter; until the phases that follow are done it is read only through the upper "
+        "one, which shows the same"
+    )
 
     path: str
     format: str
@@ -270,7 +274,10 @@ class TakeName(Struct, frozen=True):
     """Let ``target`` name the file that ``source`` names; ``source`` stays until it is unlinked."""
 
     kind: ClassVar[str] = "take-name"
-    crash: ClassVar[str] = "the target's name shows the old or the merged file; everything kept uses the source's name"
+    crash: ClassVar[str] = (
+        "the target's name shows what it did, if anything, or the file that is to have it; everything kept uses the "
+        "source's name"
+    )
 
     source: str
     target: str
@@ -382,3 +389,7 @@ Step: TypeAlias = (
 )
 
 STEPS: tuple[type[Step], ...] = get_args(Step)
+
+MAY_HAVE_HAPPENED: tuple[type[Step], ...] = (LiveSnapshot, LiveMerge, SaveMemory, GoOver, DomainSwap, DomainGoOver)
+"""Those, and libvirt's kinds of them, that QEMU or libvirt brings about, also when snaptree has been killed: before it
+undoes them recovery finds out whether they have happened."""

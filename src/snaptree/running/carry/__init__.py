@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from snaptree.planning.domain_steps import LibvirtStep
 from snaptree.planning.steps import (
+    MAY_HAVE_HAPPENED,
     ApplyInternal,
     BuildFromPoint,
     BuildMerged,
@@ -126,6 +127,8 @@ async def happened(steps: tuple[Step, ...], context: Context) -> bool:
     the step is taken once more, and finds that it is done.
     """
     step = steps[context.journal.step]
+    if not isinstance(step, MAY_HAVE_HAPPENED):
+        return False
     if isinstance(step, LibvirtStep):
         from snaptree.running.carry import by_libvirt
 
