@@ -142,6 +142,8 @@ class Boot:
     append: bool = False
     """Whether the console's log goes on where the one before has ended, when the guest goes over to another QEMU."""
     memory_mib: int = 96
+    reboots: bool = False
+    """Whether QEMU lives on when the guest reboots."""
     fill_mib: int = 0
     """So much of its memory it fills before it begins."""
 
@@ -150,7 +152,8 @@ class Boot:
         console = f"socket,id=console,path={folder}/console,server=on,wait=off,logfile={folder}/console.log"
         console += ",logappend=on" if self.append else ""
         words = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-machine", "q35", "-accel", "tcg"]
-        words += ["-m", str(self.memory_mib), "-display", "none", "-no-reboot", "-kernel", str(kernel())]
+        words += ["-m", str(self.memory_mib), "-display", "none", "-kernel", str(kernel())]
+        words += [] if self.reboots else ["-no-reboot"]
         append = "console=ttyS0 quiet panic=1 no_timer_check" + (f" fill={self.fill_mib}" if self.fill_mib else "")
         words += ["-initrd", str(self.initramfs), "-append", append]
         words += ["-chardev", console, "-serial", "chardev:console"]

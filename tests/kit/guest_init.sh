@@ -22,4 +22,6 @@ for word in $(/bin/busybox cat /proc/cmdline); do
 done
 /bin/busybox stty -F /dev/console -echo -icanon
 /writer < /dev/console > /dev/console
+# It has been told to begin again.
+[ $? = 3 ] && /bin/busybox reboot -f
 /bin/busybox poweroff -f

@@ -3,7 +3,8 @@
  * Record n goes to the first disk, then to the second, each time with O_DIRECT, so that at any one moment the disks hold
  * the records up to n, the last one perhaps only on the first of them. Every EACH records both disks are flushed. It says
  *
- *   R                  ready; "go" makes it begin, "hold" makes it wait (it says H NUMBER), "end" ends it;
+ *   R                  ready; "go" makes it begin, "hold" makes it wait (it says H NUMBER), "end" ends it,
+ *                      and "again" has the guest reboot;
  *                      "from NUMBER." makes it begin after that record, when its disks have some from before
  *   T HEX              what its TPM's register has come to: "extend" extends it first, "register" does not
  *   F NUMBER MICROS    all records up to the number are flushed; the longest that a record took since the last F
@@ -39,7 +40,7 @@ struct record {
     uint32_t sum;
 } __attribute__((packed));
 
-static int disks[DISKS], count, button = -1, going;
+static int disks[DISKS], count, button = -1, going, again;
 static uint64_t number;
 static uint32_t table[256];
 
@@ -126,7 +127,8 @@ static int listen_for(int milliseconds) {
             }
             if (!strcmp(order, "extend")) measure(1);
             if (!strcmp(order, "register")) measure(0);
-            if (!strcmp(order, "end")) return 0;
+            if (!strcmp(order, "again")) again = 3;
+            if (again || !strcmp(order, "end")) return 0;
         }
     }
     return 1;
@@ -174,5 +176,5 @@ int main(void) {
     for (int disk = 0; disk < count; disk++)
         if (fdatasync(disks[disk])) say("E %d %llu\n", errno, (long long)number);
     say("D %llu\n", (long long)number);
-    return 0;
+    return again;
 }

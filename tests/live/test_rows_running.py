@@ -491,28 +491,3 @@ def begun(stage: Stage, process: subprocess.Popen[str], name: str) -> None:
         assert time.monotonic() < until and process.poll() is None
         time.sleep(0.05)
     time.sleep(1)
-
-
-# ---- what the guest does meanwhile --------------------------------------------------------------------------------
-
-
-@LONG
-@pytest.mark.parametrize("way", ["pull", "commit"])
-def test_the_guest_powers_off_in_the_middle_of_a_merge(stage: Stage, way: str) -> None:
-    """It is told; what had been flushed is there, and the merge is finished or waits."""
-    stage.start(raw=False)
-    wanted = snapshots(stage, 3, 30)
-    process = stage.command(f"delete web1 s2 --merge {way} --limit 64K")
-    begun(stage, process, "s2")
-    stage.guest.tell("end")
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 12 and "recover" in said, said
-    flushed = stage.guest.flushed()
-    stage("recover web1")
-    assert stage.show()["state"] == "off" and stage.holds("main") == (flushed, flushed)
-    stage("gc web1")
-    for name in ("s1", "s3"):
-        assert stage.holds(name) == wanted[name]
-    assert "s2" not in stage.names() and stage.show()["pending"] == []
-    stage.forgiven.add("leaks")
-    stage.sound()
