@@ -6,6 +6,7 @@ The guest goes on within a second, what it had flushed is there, what is kept ho
 from __future__ import annotations
 
 import pytest
+from tests.kit.points import tried
 from tests.kit.stage import Stage, killed_at
 
 STALL_SECONDS = 1.5
@@ -31,6 +32,8 @@ CYCLES = {
     "in the middle": (2, "commit"),
     "up in the middle": (2, "pull"),
 }
+
+JOBS = dict(zip(CYCLES, ("active commit", "pull", "commit", "pull"), strict=True))
 
 
 LONG = pytest.mark.slow
@@ -84,6 +87,7 @@ def test_killed_in_a_merge(stage: Stage, cycle: str, also: str, every: int) -> N
         assert len(stage.show()["layers"]) == 2
         if not killed:
             break
+        tried(JOBS[cycle], "both are killed" if also else "snaptree is killed")
     else:
         raise AssertionError("it was killed to the last")
     assert lost > 1

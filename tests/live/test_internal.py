@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 from tests.kit.by_hand import WHO, begin
+from tests.kit.points import tried
 from tests.kit.stage import Stage, killed_around, killed_at, processes_of
 from tests.live.test_memory import cancelled
 
@@ -208,7 +209,8 @@ def test_killed_while_one_is_taken_and_deleted(stage: Stage, also: str, every: i
             if line.startswith("delete") and name not in stage.names():
                 stage(f"snapshot web1 {name} --internal")
             since = guest.flushed()
-            ended += not killed_at(stage, when, line)
+            killed = killed_at(stage, when, line)
+            ended += not killed
             guest.writes_on(10)
             assert guest.stall(since) < STALL_SECONDS
             if also:
@@ -226,6 +228,8 @@ def test_killed_while_one_is_taken_and_deleted(stage: Stage, also: str, every: i
             elif not there:
                 known.pop(name, None)
             assert {each: stage.holds(each) for each in known} == known
+            job = "internal snapshot taken" if line.startswith("snapshot") else "internal snapshot deleted"
+            tried(job, "both are killed" if also else "snaptree is killed", int(killed))
         if ended == 2:
             break
     else:

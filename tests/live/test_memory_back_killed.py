@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.kit.points import tried
 from tests.kit.stage import Stage, killed_around, killed_at, processes_of
 from tests.live.test_memory import settings
 
 from snaptree.qemu import memory
 
+JOB = "memory loaded"
 LONG = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
@@ -66,6 +68,7 @@ def test_killed_around_a_command(lasting: Stage, command: str, before: bool, the
     killed_around(stage, command, before=before, line="revert web1 s1")
     stage.guest.went_over()
     assert require_right(stage) == there
+    tried(JOB, "snaptree is killed")
     assert stage.holds("s1") == first
     if not there:
         assert settings(stage) == asked, "its user's"
@@ -95,6 +98,7 @@ def test_snaptree_killed_on_the_way_back(lasting: Stage, words: str, every: int)
             stage(f"delete web1 --branch {name}")
         if not killed:
             break
+        tried(JOB, "snaptree is killed")
     else:
         raise AssertionError("it was killed to the last")
     assert words or (went > 1 and stayed > 1)
@@ -121,6 +125,7 @@ def test_snaptree_and_qemu_killed_on_the_way_back(lasting: Stage, every: int) ->
         stage.guest.writes_on(10)
         if not killed:
             break
+        tried(JOB, "both are killed")
     else:
         raise AssertionError("it was killed to the last")
     stage.finish()
@@ -151,6 +156,7 @@ def test_the_new_qemu_is_killed_and_the_old_guest_goes_on(
         patched.setattr(memory, moment, killed)
         assert stage("revert web1 s1", status=12).err
     assert not require_right(stage) and stage.files() == before
+    tried(JOB, "QEMU is killed")
     stage.guest.hold()
     stage.guest.go()
     stage("revert web1 s1 --discard")
@@ -175,6 +181,7 @@ def test_the_old_qemu_is_killed_while_the_new_one_loads(lasting: Stage, monkeypa
     stage("recover web1")
     assert stage.show()["state"] == "off" and stage.show()["pending"] == []
     assert min(stage.holds("main", killed=True)) >= flushed
+    tried(JOB, "QEMU is killed")
     stage.sound()
     stage("revert web1 s1 --discard")
     stage.guest.went_over()

@@ -6,6 +6,7 @@ The guest goes on, what it had flushed is there, the memory is there whole or no
 from __future__ import annotations
 
 import pytest
+from tests.kit.points import tried
 from tests.kit.stage import Stage, kill_all, killed_around, killed_at
 
 from snaptree.qemu import memory
@@ -14,6 +15,7 @@ from snaptree.qemu.session import QmpSession
 
 STALL_SECONDS = 2.0
 """A record may take no longer, whatever is killed: a second, and what an emulated guest on a busy machine adds."""
+JOB = "memory saved in the background"
 LONG = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
@@ -52,6 +54,7 @@ def test_killed_while_the_guest_stands_still(stage: Stage, command: str, before:
     guest.writes_on()
     assert guest.stall(since) < STALL_SECONDS
     there = require_right(stage, "s1")
+    tried(JOB, "snaptree is killed")
     assert there == (command == "remove-fd")
     with stage.qmp() as qmp:
         on = [each["capability"] for each in qmp("query-migrate-capabilities") if each["state"]]
@@ -77,6 +80,7 @@ def test_snaptree_killed_while_memory_is_saved(stage: Stage, every: int) -> None
         lost += not there
         if not killed:
             break
+        tried(JOB, "snaptree is killed")
     else:
         raise AssertionError("it was killed to the last")
     assert len(taken) > 1 and lost > 1
@@ -102,6 +106,7 @@ def test_snaptree_and_qemu_killed_while_memory_is_saved(stage: Stage, every: int
         guest.go(at=min(last))
         if not killed:
             break
+        tried(JOB, "both are killed")
     else:
         raise AssertionError("it was killed to the last")
     stage.finish()
@@ -121,3 +126,4 @@ def test_qemu_killed_while_memory_is_saved(stage: Stage, monkeypatch: pytest.Mon
     stage("snapshot web1 s1 --memory", status=12)
     assert not require_right(stage, "s1")
     assert stage.show()["state"] == "off" and min(stage.holds("main", killed=True)) >= flushed
+    tried(JOB, "QEMU is killed")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
+from tests.kit.points import tried
 from tests.kit.programs import dies
 from tests.kit.stage import processes_of
 from tests.kit.still import Still, name_in, standing
@@ -164,6 +165,7 @@ def test_killed_while_it_goes_over(driven: Still, place: str, also: str, every: 
         driven("gc web1")
         assert {each: driven.shows(each) for each in driven.names()} == wanted
         right(driven)
+        tried("reflink", "both are killed" if also else "snaptree is killed", int(died))
         if not also:
             with driven.qmp() as qmp:
                 nodes = [each["node-name"] for each in qmp("query-named-block-nodes")]

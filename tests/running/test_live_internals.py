@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import pytest
 from tests.kit import images
 from tests.kit.order import Order
+from tests.kit.points import tried
 from tests.kit.programs import dies
 from tests.kit.scene import SLOT
 from tests.kit.space import held
@@ -415,6 +416,7 @@ def test_killed_while_internal_and_external_points_are_taken(also: str, every: i
                 for each, held in taken.items():
                     assert still.shows(each, disk) == held, (each, disk, arrange)
             right(still)
+            tried("internal snapshot taken", "both are killed" if also else "snaptree is killed", int(died))
             if also:
                 still("start web1")
             if len(taken) > 6:
@@ -462,6 +464,7 @@ def test_killed_while_one_is_deleted(place: str, also: str, every: int) -> None:
                 del wanted[f"i{number}"]
             assert {each: still.shows(each) for each in still.names()} == wanted
             right(still)
+            tried("internal snapshot deleted", "both are killed" if also else "snaptree is killed", int(died))
             if also:
                 still("start web1")
         assert gone > 2 and kept

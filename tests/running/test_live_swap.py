@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from tests.kit import images
+from tests.kit.points import tried
 from tests.kit.scene import SLOT, SLOTS, Scene
 from tests.kit.space import filled, mounted
 from tests.kit.stage import kill_and_wait, killed_at
@@ -123,11 +124,13 @@ def test_killed_at_its_calls_and_again_in_recovery(place: Path, where: str, stri
     """Recovery is killed twice as well, at other calls each time; every second time QEMU dies with the first."""
     line, when, gone, again = Line(Still(place), where), 1, 0, 0
     while killed_at(line.still, when, line.line):
-        if when // stride % 2:
+        both = bool(when // stride % 2)
+        if both:
             line.still.kill_every_qemu()
         for call in (1 + when * 7 % 23, 1 + when * 5 % 17):
             again += killed_at(line.still, call, "recover web1")
         gone += line.settled()
+        tried("reflink", "both are killed" if both else "snaptree is killed")
         when += stride
     assert gone > 0 and when > 40
     print(f"killed at {when // stride} calls, {again} times again, done all the same {gone} times")
@@ -157,6 +160,7 @@ def test_qemu_dies_or_hangs_up_at_a_command(
             break
         assert status != 1, "unforeseen"
         line.settled()
+        tried("reflink", "QEMU is killed" if how == "dies" else "it hangs up")
         number += stride
     assert number > stride
 
