@@ -36,9 +36,13 @@ from snaptree.planning.verbs import GcRequest, RemoveRequest, Request
 from snaptree.store import operations, trees
 from snaptree.store.database import Database
 
-DONE, REFUSED, UNFORESEEN, DONE_ALL_THE_SAME = 0, 3, 4, 5
+DONE, REFUSED, UNFORESEEN, DONE_ALL_THE_SAME, NOT_HERE = 0, 3, 4, 5, 6
 LIMIT = 5000
 """No operation makes so many calls; a loop that does not end is a fault."""
+
+
+class NotHereError(Exception):
+    """The operation is refused, with nothing in its way: this file system cannot do it."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +204,8 @@ class Matrix:
             assert os.WTERMSIG(status) == signal.SIGKILL, f"ended by signal {os.WTERMSIG(status)}"
             return True
         code = os.WEXITSTATUS(status)
+        if code == NOT_HERE:
+            raise NotHereError
         assert code in (DONE, REFUSED, DONE_ALL_THE_SAME), f"an unforeseen error (see above), {code}"
         self.tally.done += code != REFUSED
         return code != DONE
@@ -213,12 +219,15 @@ class Matrix:
                 self.world.machine.run(request)
         except SnaptreeError as error:
             assert error.message
-            return REFUSED
+            return REFUSED if self.came(number) else NOT_HERE
         except BaseException as error:
             traceback.print_exception(error)
             return UNFORESEEN
-        came = shim.loaded().faults_count() >= number if self.way.who == "snaptree" else self.told.exists()
-        return DONE_ALL_THE_SAME if came else DONE
+        return DONE_ALL_THE_SAME if self.came(number) else DONE
+
+    def came(self, number: int) -> bool:
+        """Whether the n-th call came."""
+        return shim.loaded().faults_count() >= number if self.way.who == "snaptree" else self.told.exists()
 
     def recover(self, number: int) -> None:
         """As the next command does it; killed on the way, twice, when that is wanted."""

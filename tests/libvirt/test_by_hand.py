@@ -203,7 +203,7 @@ def test_the_disk_was_copied_to_another_file(web: DomainScene, how: str, whose: 
     shallow = ["--shallow"] if how == "shallow" else []
     web.virsh("blockcopy", "@", "vda", "--dest", copy, *shallow, "--wait", "--pivot", "--transient-job")
     web.left.add(old)
-    found = web("verify @ --json").json["findings"]
+    found = web.findings("@")
     said = [each["detail"] for each in found if each["kind"] == "records"]
     # The records know nothing of it; that the copy of all stands on nothing libvirt says in the definition.
     assert any("record of 's2'" in each for each in said) and any("metadata" in each for each in said)

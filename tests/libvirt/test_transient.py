@@ -53,7 +53,7 @@ def agrees(web: DomainScene) -> None:
     """It is transient still, and libvirt and snaptree say the same of it."""
     assert web.virsh("dominfo", "@").split("Persistent:")[1].split()[0] == "no"
     shown = web.show()
-    found = web("verify @ --json").json["findings"]
+    found = web.findings("@")
     assert [each for each in found if each["severity"] == "error" or each["kind"] in ("records", "note")] == []
     tips = dict(line.split(None, 1) for line in web.virsh("domblklist", "@").splitlines())
     assert {each["target"]: each["path"] for each in shown["disks"]} == {

@@ -378,10 +378,14 @@ class LibvirtMachine(Machine):
         looked = self.look()
         found = list(verify(looked.tree, self.survey(looked, looked.tree), self.unfinished()))
         hint = f"'snaptree verify {self.name} --repair' puts them right"
-        if not self.unfinished():
-            said = applying.difference(self.handle, looked.tree).sentences()
-            found += [Finding("records", "", each, (), hint, "warning") for each in said]
-        found += [Finding("note", "", each, (), "", "note") for each in looked.notes]
+        unclear, what = doubt(looked.reading) or ("", "")
+        if unclear:
+            found.append(Finding("unclear", "", unclear, (), what, "warning"))
+        elif not self.unfinished():
+            for each in applying.difference(self.handle, looked.tree).sentences():
+                severity = "note" if each == applying.NOTHING_YET else "warning"
+                found.append(Finding("records", "", each, (), hint, severity))
+        found += [Finding("note", "", each, (), "", "note") for each in looked.notes if each != unclear]
         return tuple(found)
 
     def snapshot_xml(self, name: str) -> str:

@@ -27,6 +27,9 @@ ROUNDS = 4
 Keep = Callable[[str, str], None]
 
 
+NOTHING_YET = "the domain's metadata has nothing of snaptree's yet"
+
+
 class Difference(Struct, frozen=True):
     """What libvirt has to be told.
 
@@ -125,7 +128,7 @@ def _stale(before: Element, after: Element, *, kept_so: bool) -> tuple[str, ...]
     """
     said = [] if kept_so else ["what snaptree keeps in the domain's metadata is not what the tree says"]
     if xml.own(before, "domain") is None:
-        said = ["the domain's metadata has nothing of snaptree's yet"]
+        said = [NOTHING_YET]
     wanted = dict(xml.disks(after))
     for target, disk in xml.disks(before):
         if disk.find("backingStore") is not None and wanted[target].find("backingStore") is None:
