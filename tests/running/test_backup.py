@@ -160,6 +160,22 @@ def test_an_internal_snapshot_of_the_tip_keeps_its_name_beside_it(still: Still, 
     still.sound()
 
 
+@pytest.mark.parametrize("status", ["running", "ready"])
+def test_nothing_is_merged_into_the_tip_beside_it(still: Still, status: str) -> None:
+    """QEMU would refuse with words that nobody understands; the name goes, and the merge is told to wait."""
+    still("snapshot web1 s1")
+    still.write(".x")
+    mirror(still, status)
+    for way in ("commit", "pull", "reflink", "auto"):
+        assert "job mine" in str(still(f"delete web1 s1 --merge {way} --plan --json").json["notes"])
+    assert "job mine" in (said := still("delete web1 s1")).out + said.err
+    assert set(still.jobs()) == {"mine"} and set(still.names()) == {"main"} and len(still.show()["layers"]) == 2
+    end(still)
+    still("gc web1")
+    assert len(still.show()["layers"]) == 1 and still.shows() == "bx......"
+    still.sound()
+
+
 DELETE = "blockdev-snapshot-delete-internal-sync"
 
 

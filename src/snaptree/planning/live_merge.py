@@ -130,6 +130,10 @@ def _choose(draft: Draft, row: Row, way: str) -> Choice | str:
     elif job := live.backups.get(tree.layers[row[0]].disk):
         # While such a job is slowed down QEMU would do nothing else until it had copied what it has begun.
         waits = f"the backup job {job} of its QEMU copies it: it is merged when that has ended, by gc"
+    elif is_tip(tree, row[-1]) and (job := live.jobs.get(tree.layers[row[0]].disk)):
+        waits = (
+            f"the job {job} of its QEMU works on {tree.layers[row[-1]].path}: it is merged when that has ended, by gc"
+        )
     elif live.let_go:
         waits = (
             "its QEMU has let go of the disks with the memory that was saved: it is merged when the guest runs, by gc"
