@@ -10,6 +10,7 @@ import os
 import shutil
 import struct
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,3 +147,16 @@ class Disk:
             subprocess.run(["umount", "-l", self.place], check=True)
         self.path.unlink()
         self.place.rmdir()
+
+
+@contextlib.contextmanager
+def seen_by_all(kind: str, size: int) -> Iterator[Path]:
+    """A disk's folder that every user sees; for a libvirtd it is to be there before that is started."""
+    folder = Path(tempfile.mkdtemp(prefix="snaptree-disk-", dir=images.SCRATCH))
+    folder.chmod(0o755)
+    disk = Disk(folder, kind, size)
+    try:
+        yield disk.mount()
+    finally:
+        disk.remove()
+        folder.rmdir()

@@ -5,13 +5,12 @@ The scenario of standalone machines writes to the images itself, in a folder tha
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.kit import images
-from tests.kit.disks import Disk
+from tests.kit.disks import seen_by_all
 from tests.kit.domain import DomainScene, domain_scene, goes_on
 from tests.kit.images import MiB
 from tests.kit.libvirtd import Libvirtd, libvirtd_or_skip
@@ -26,14 +25,8 @@ DISKS = ("vda", "vdb")
 @pytest.fixture(scope="module")
 def place() -> Iterator[Path]:
     """ext4, mounted before libvirtd is started: it sees no other."""
-    folder = Path(tempfile.mkdtemp(prefix="snaptree-full-", dir=images.SCRATCH))
-    folder.chmod(0o755)
-    disk = Disk(folder, "ext4", 200 * MiB)
-    try:
-        yield disk.mount()
-    finally:
-        disk.remove()
-        folder.rmdir()
+    with seen_by_all("ext4", 200 * MiB) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

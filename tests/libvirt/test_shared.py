@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 from lxml import etree
 from tests.kit import guest, images
-from tests.kit.disks import Disk
+from tests.kit.disks import seen_by_all
 from tests.kit.domain import DomainScene, domain_scene, line, of_libvirt
 from tests.kit.guest import DISKS
 from tests.kit.images import MiB
@@ -38,14 +37,8 @@ SIZE = 600 << 20
 @pytest.fixture(scope="module")
 def place() -> Iterator[Path]:
     """XFS, mounted before libvirtd is started: it sees no other."""
-    folder = Path(tempfile.mkdtemp(prefix="snaptree-shared-", dir=images.SCRATCH))
-    folder.chmod(0o755)
-    disk = Disk(folder, "xfs", SIZE)
-    try:
-        yield disk.mount()
-    finally:
-        disk.remove()
-        folder.rmdir()
+    with seen_by_all("xfs", SIZE) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
