@@ -73,6 +73,12 @@ READING = (
     "gc {name} --delete --plan",
     "recover {name}",
     "squash {name} --plan",
+    "switch {name} main --plan",
+    "disk detach {name} vda --plan",
+    "disk detach {name} vda --delete-files --plan",
+    "delete {name} --branch main --plan",
+    "verify {name} --accept {folder}/hostile.qcow2 --plan",
+    "set {name} --base {folder}/base.qcow2 --plan",
 )
 OF_SNAPSHOTS = (
     "delete {name} s1 --plan",
@@ -81,6 +87,8 @@ OF_SNAPSHOTS = (
     "revert {name} s1 --plan",
     "revert {name} s2 --discard --plan",
     "branch {name} new --from s1 --plan",
+    "rename {name} s1 other --plan",
+    "switch {name} s1 --plan",
     "show {name} s1",
     "show {name} --xml s2",
     "disk attach {name} vdc={folder}/hostile.qcow2 --plan",
