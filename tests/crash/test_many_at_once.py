@@ -19,7 +19,7 @@ from snaptree.errors import BusyError
 from snaptree.planning.verbs import GcRequest
 
 TOOL = [sys.executable, "-c", "import sys; from snaptree.cli.main import run; sys.exit(run(sys.argv[1:]))"]
-GOOD = {0, 3, 4, 5, 6}
+GOOD = {0, 3, 4, 5, 6, 13}
 """Done, or refused clearly: somebody else was first."""
 
 
