@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import stat
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -155,3 +156,25 @@ def test_two_make_the_state_file_at_once(tmp_path: Path) -> None:
             other.execute("PRAGMA user_version=1")
             other.execute("COMMIT")
             assert opening.result(9).execute("SELECT count(*) FROM machine").fetchone() == (0,)
+
+
+def test_many_come_to_a_new_state_folder_at_once(tmp_path: Path) -> None:
+    """SQLite waits for nobody while it begins its log: one in a hundred was told that the file is locked."""
+
+    def come(number: int, start: float) -> int:
+        process = os.fork()
+        if process == 0:
+            status = 1
+            try:
+                while time.time() < start:
+                    pass
+                with Database(str(tmp_path / f"state{number}")).transaction():
+                    status = 0
+            finally:
+                os._exit(status)
+        return process
+
+    for number in range(60):
+        start = time.time() + 0.015
+        found = [os.waitpid(process, 0)[1] for process in [come(number, start) for _ in range(8)]]
+        assert found == [0] * 8, number

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,6 +71,26 @@ def close_all() -> None:
     """Close every state file that is open in this process: SQLite clears up after itself then."""
     for each in list(_USED):
         each.close()
+
+
+_PATIENCE = 10.0
+"""So many seconds another process is waited for."""
+
+
+def _keep_a_log(connection: sqlite3.Connection) -> None:
+    """Have the file write ahead; where processes come to a new file at once, one of them makes it so.
+
+    SQLite waits for nobody there, since each of them has read the file already: the others are told that it is locked.
+    """
+    until = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+        time.sleep(0.005)
 
 
 class Database:
@@ -183,8 +204,8 @@ class Database:
         except FileExistsError:
             if not os.path.isfile(self.path) or os.path.islink(self.path):
                 raise PermissionError(1, f"{self.path} is no plain file") from None
-        connection = sqlite3.connect(self.path, timeout=10.0, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA journal_mode=WAL")
+        connection = sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
+        _keep_a_log(connection)
         connection.execute("PRAGMA synchronous=FULL")
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version > SCHEMA:
