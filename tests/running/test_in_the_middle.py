@@ -20,6 +20,7 @@ from tests.kit.steps import at_command, hanging_up
 from tests.kit.still import COMMAND, Still, placed
 
 LONG = [pytest.mark.slow, pytest.mark.timeout(3600)]
+HANGS_UP = "it hangs up"
 POINTS = int(os.environ.get("SNAPTREE_RUNNING_POINTS", "6"))
 """At so many points, or a few more, each thing befalls each job."""
 SEED = int(os.environ.get("SNAPTREE_SEED", "0"))
@@ -150,6 +151,9 @@ def looked_after(still: TwoMonitors, what: str) -> None:
         monitor, still.monitor = still.monitor, goes
         still.write("...z")
         still.monitor = monitor
+    if what == HANGS_UP:
+        # Snaptree has lived, and has put right what there was to be, before it ended.
+        assert not any("interrupted" in each for each in still.show()["pending"])
     still("recover web1")
     more = {"main": "cdez...."} if alive else {}
     for line in ("recover web1", "gc web1"):
@@ -177,7 +181,8 @@ SHORT = (
     ("job", "what", "points"),
     [
         *((*each, 1) for each in SHORT),
-        *(pytest.param(job, what, POINTS, marks=LONG) for job in JOBS for what in BEFALLS),
+        *(pytest.param(job, what, POINTS, marks=LONG) for job in JOBS for what in BEFALLS if what != HANGS_UP),
+        *(pytest.param(job, HANGS_UP, POINTS, marks=[*LONG, pytest.mark.mutants]) for job in JOBS),
     ],
 )
 def test_at_any_moment(job: str, what: str, points: int) -> None:
