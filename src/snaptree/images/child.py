@@ -115,7 +115,8 @@ def run_program(
     assert process.stdout is not None and process.stderr is not None
     with process.stdout, process.stderr:
         try:
-            out, err = _Watch(process, words[0], limiter or Limiter()).follow(told, complained, cancelled)
+            watch = _Watch(process, words[0], told, complained, cancelled, limiter or Limiter())
+            out, err = watch.follow()
         except BaseException:
             kill(process, words[0])
             raise
@@ -125,18 +126,22 @@ def run_program(
 class _Watch:
     """Reads what a program prints, and sees whether it gets on."""
 
-    def __init__(self, process: subprocess.Popen[bytes], name: str, limiter: Limiter) -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        name: str,
+        told: Callable[[bytes], None],
+        complained: Callable[[bytes], None],
+        cancelled: Callable[[], bool],
+        limiter: Limiter,
+    ) -> None:
         self._process, self._name, self._limiter = process, name, limiter
+        self._told, self._complained, self._cancelled = told, complained, cancelled
         self._stopped = False
         self._work = -1
         self._since = time.monotonic()
 
-    def follow(
-        self,
-        told: Callable[[bytes], None],
-        complained: Callable[[bytes], None],
-        cancelled: Callable[[], bool],
-    ) -> tuple[bytes, bytes]:
+    def follow(self) -> tuple[bytes, bytes]:
         assert self._process.stdout is not None and self._process.stderr is not None
         said: dict[IO[bytes], bytearray] = {self._process.stdout: bytearray(), self._process.stderr: bytearray()}
         with selectors.DefaultSelector() as selector:
@@ -144,15 +149,15 @@ class _Watch:
                 selector.register(pipe, selectors.EVENT_READ)
             # What it has started itself may keep the pipes open after its end.
             while selector.get_map() and self._process.poll() is None:
-                self._read(selector, said, told, complained, _POLL)
-                if cancelled():
+                self._read(selector, said, _POLL)
+                if self._cancelled():
                     raise CancelledError(f"stopped while {self._name} was at work")
                 self._keep_still()
                 self._require_work()
-            while selector.get_map() and self._read(selector, said, told, complained, 0.0):
+            while selector.get_map() and self._read(selector, said, 0.0):
                 pass
         while self._process.poll() is None:
-            if cancelled():
+            if self._cancelled():
                 raise CancelledError(f"stopped while {self._name} was at work")
             self._keep_still()
             self._require_work()
@@ -160,14 +165,7 @@ class _Watch:
                 self._process.wait(_POLL)
         return bytes(said[self._process.stdout]), bytes(said[self._process.stderr])
 
-    def _read(
-        self,
-        selector: selectors.BaseSelector,
-        said: dict[IO[bytes], bytearray],
-        told: Callable[[bytes], None],
-        complained: Callable[[bytes], None],
-        seconds: float,
-    ) -> bool:
+    def _read(self, selector: selectors.BaseSelector, said: dict[IO[bytes], bytearray], seconds: float) -> bool:
         """Take what has been printed; whether there was anything."""
         ready = selector.select(seconds)
         for key, _ in ready:
@@ -181,11 +179,11 @@ class _Watch:
             into += data
             if pipe is not self._process.stdout:
                 del into[KEPT_COMPLAINTS:-KEPT_COMPLAINTS]
-                complained(data)
+                self._complained(data)
                 continue
             if len(into) > MOST_OUTPUT:
                 raise ToolError(f"{self._name} prints without end", "is it QEMU's program of that name?")
-            told(data)
+            self._told(data)
         return bool(ready)
 
     def _keep_still(self) -> None:

@@ -366,13 +366,7 @@ class LibvirtMachine(Machine):
 
     # ---- looking --------------------------------------------------------------------------------------------------
 
-    def verify(self) -> tuple[Finding, ...]:
-        """Check the files against the tree, and libvirt's records against both."""
-        from snaptree.machines.verify import settled
-
-        return settled(self.database, self._found)
-
-    def _found(self) -> tuple[Finding, ...]:
+    def _findings(self) -> tuple[Finding, ...]:
         from snaptree.machines.verify import verify
 
         looked = self.look()

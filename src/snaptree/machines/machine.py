@@ -92,9 +92,15 @@ class Machine(ABC):
     def plan(self, request: Request) -> Plan:
         """The plan for a request; takes no lock and touches nothing."""
 
-    @abstractmethod
     def verify(self) -> tuple[Finding, ...]:
-        """Check the files against the tree."""
+        """Check the files against the tree, and libvirt's records of a domain against both; takes no lock."""
+        from snaptree.machines.verify import settled
+
+        return settled(self.database, self._findings)
+
+    @abstractmethod
+    def _findings(self) -> tuple[Finding, ...]:
+        """What is found by looking once."""
 
     @abstractmethod
     def snapshot_xml(self, name: str) -> str:

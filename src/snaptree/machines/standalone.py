@@ -290,15 +290,11 @@ class Standalone(Machine):
             require_plugged_in(self.name, found, monitor)
         return AttachRequest(found, adopt)
 
-    def verify(self) -> tuple[Finding, ...]:
-        """Check the files against the tree."""
-        from snaptree.machines.verify import settled, verify
+    def _findings(self) -> tuple[Finding, ...]:
+        from snaptree.machines.verify import verify
 
-        def look() -> tuple[Finding, ...]:
-            tree = self.tree()
-            return verify(tree, self.survey(tree, self.power(tree)), self.unfinished())
-
-        return settled(self.database, look)
+        tree = self.tree()
+        return verify(tree, self.survey(tree, self.power(tree)), self.unfinished())
 
     def snapshot_xml(self, name: str) -> str:
         """One snapshot as libvirt's domainsnapshot XML.

@@ -17,7 +17,7 @@ from snaptree.images.measure import holds
 from snaptree.model.live import OFF, RUNNING
 from snaptree.model.sizes import readable
 from snaptree.planning.domain_steps import DomainForget, DomainMerge, DomainSnapshot
-from snaptree.planning.live_steps import LiveJob
+from snaptree.planning.live_steps import Cut, LiveJob
 from snaptree.planning.steps import DeleteInternal, MakeInternal, Move
 from snaptree.running import loops
 from snaptree.running.carry import firmware, internals, moving
@@ -51,9 +51,9 @@ def snapshot(step: DomainSnapshot, domain: DomainHandle | None, context: Context
             DomainMemory(domain).mark(step.marks[0].tag, [mark.disk for mark in step.marks])
             context.paused = time.monotonic() - begun
         return
-    if not _are_tips(step, domain):
+    if not are_tips(step.cuts, domain):
         _cut(step, domain, context)
-    if not _are_tips(step, domain):
+    if not are_tips(step.cuts, domain):
         raise ToolError(f"libvirt reported success, but {step.cuts[0].overlay} is not what the guest writes to now")
     _go_on(step.about, domain, context)
 
@@ -104,15 +104,16 @@ def forget(step: DomainForget, domain: DomainHandle | None, context: Context) ->
 def was_taken(step: DomainSnapshot, domain: DomainHandle | None) -> bool:
     """Whether the guest writes to the overlays, or did when it stopped; or the internal snapshot is there."""
     if not step.marks:
-        return _are_tips(step, domain)
+        return are_tips(step.cuts, domain)
     return domain is not None and step.marks[0].tag in domain.records()
 
 
-def _are_tips(step: DomainSnapshot, domain: DomainHandle | None) -> bool:
+def are_tips(cuts: Iterable[Cut], domain: DomainHandle | None) -> bool:
+    """Whether the guest writes to the overlays, or did when it stopped."""
     chains = domain.chains() if domain is not None else {}
     if not chains:
-        return has_written(step.cuts)
-    return all(chains.get(cut.disk, ("",))[0] == cut.overlay for cut in step.cuts)
+        return has_written(cuts)
+    return all(chains.get(cut.disk, ("",))[0] == cut.overlay for cut in cuts)
 
 
 # ---- merges -------------------------------------------------------------------------------------------------------

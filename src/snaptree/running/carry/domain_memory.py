@@ -23,7 +23,7 @@ from snaptree.planning.memory_steps import Save
 from snaptree.running import loops
 from snaptree.running.carry import firmware
 from snaptree.running.carry import memory as saving
-from snaptree.running.carry.finishing import has_written
+from snaptree.running.carry.domain_jobs import are_tips
 from snaptree.running.carry.making import unmake
 from snaptree.running.context import Context
 from snaptree.running.guard import PIVOT
@@ -46,9 +46,9 @@ _BEFORE = "the domain was"
 
 async def save(step: DomainSaveMemory, domain: DomainHandle | None, context: Context) -> None:
     """Have libvirt freeze the disks and save the memory, of one instant: it freezes them when all is saved."""
-    if not was_cut(step, domain) and (domain is None or domain.state() == OFF):
-        raise ToolError(f"the domain stopped before its memory was saved in {step.path}", "start it, and try again")
-    if domain is not None and not was_cut(step, domain):
+    if not was_saved(step, domain):
+        if domain is None or domain.state() == OFF:
+            raise ToolError(f"the domain stopped before its memory was saved in {step.path}", "start it, and try again")
         calls = DomainMemory(domain)
         overlays = {cut.disk: cut.overlay for cut in step.cuts}
         _make_file(step.path, step.like, context)
@@ -57,7 +57,7 @@ async def save(step: DomainSaveMemory, domain: DomainHandle | None, context: Con
         await _waited_for(lambda: calls.save(step.name, step.path, overlays), calls, step.used, context, keeping)
         context.paused = time.monotonic() - begun
         keeping.tell()
-        if not was_cut(step, domain):
+        if not was_saved(step, domain):
             raise ToolError(f"libvirt reported success, but {step.cuts[0].overlay} is not what the guest writes to now")
     save_image.put_form_right(step.path)
     if broken := save_image.problem_of(step.path):
@@ -72,17 +72,9 @@ async def save(step: DomainSaveMemory, domain: DomainHandle | None, context: Con
     _finish_file(step.path, context)
 
 
-def was_cut(step: DomainSaveMemory, domain: DomainHandle | None) -> bool:
-    """Whether the guest writes to the overlays, or did when it stopped: the memory is whole then."""
-    chains = domain.chains() if domain is not None else {}
-    if not chains:
-        return has_written(step.cuts)
-    return all(chains.get(cut.disk, ("",))[0] == cut.overlay for cut in step.cuts)
-
-
 def was_saved(step: DomainSaveMemory, domain: DomainHandle | None) -> bool:
-    """Whether it has happened."""
-    return was_cut(step, domain)
+    """Whether it has happened: the guest writes to the overlays, or did when it stopped, and the memory is whole."""
+    return are_tips(step.cuts, domain)
 
 
 def unsave(step: DomainSaveMemory, context: Context) -> None:
