@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +50,11 @@ def fill(web: DomainScene, mebibytes: int) -> None:
         for at in range(8 * MIB, mebibytes * MIB, len(content)):
             memory.seek(begin + at)
             memory.write(content)
+
+
+def read_by(process: int) -> int:
+    """How many bytes a process has read so far."""
+    return int(Path(f"/proc/{process}/io").read_text().split()[1])
 
 
 @pytest.mark.parametrize(
@@ -96,6 +102,36 @@ def test_recovery_waits_longer_than_libvirt_does(web: DomainScene) -> None:
     finally:
         later.join()
     assert set(web.names()) == {"i9", "main"} and web.show()["state"] == "running"
+    web.agree()
+    web.virsh("destroy", "@")
+    web.sound()
+
+
+def test_recovery_waits_for_what_is_loaded(web: DomainScene) -> None:
+    """However long that takes; where it comes to nothing the domain is started anew."""
+    text = (web.folder / "domain.xml").read_text()
+    web.define_xml(text.replace("<memory unit='MiB'>64<", "<memory unit='MiB'>512<"))
+    web.virsh("start", "@")
+    fill(web, 512)
+    web("snapshot @ i1 --internal")
+    web.virsh("desc", "@", "--config", "what it is for")
+    done, _ = run_killed(web, "revert @ i1", 0, before=True, calls=(), within="load_within")
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (loads,) = processes_of(web.folder)
+    until = time.monotonic() + 20
+    while read_by(loads) < 100 * MIB:
+        assert time.monotonic() < until, "QEMU does not begin to load"
+        time.sleep(0.01)
+    os.kill(loads, signal.SIGSTOP)
+    later = threading.Timer(35, os.kill, (loads, signal.SIGKILL))
+    later.start()
+    try:
+        web("recover @")
+    finally:
+        later.join()
+    assert processes_of(web.folder) not in ([], [loads])
+    assert web.show()["state"] == "running" and set(web.names()) == {"i1", "main", "main.1"}
+    assert "what it is for" in web.virsh("dumpxml", "@", "--inactive")
     web.agree()
     web.virsh("destroy", "@")
     web.sound()

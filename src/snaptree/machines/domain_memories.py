@@ -75,7 +75,5 @@ def define_again(handle: DomainHandle, definition: str | None, tree: Callable[[]
     :param tree: reads it.
     """
     if definition is not None:
-        # libvirt goes on loading when who has asked for it is gone.
-        DomainMemory(handle).settle()
         handle.define(definition)
         applying.apply(handle, tree())

@@ -337,6 +337,17 @@ class LibvirtMachine(Machine):
             trees.register(connection, replace(config, created=config.created or time.time()), new=kept is None)
             trees.put_tree(connection, self.name, tree)
 
+    def recover(self, *, wait: float = 0.0) -> tuple[str, ...]:
+        """Finish or undo what was killed; a sentence for each operation."""
+        from snaptree.store.libvirt.memory import DomainMemory
+
+        noted = due.noted(self.database, self.name)
+        if noted is not None and noted.definition is not None:
+            # libvirt goes on loading memory when who has asked for it is gone, and answers nobody who asks for more
+            # than half a minute.
+            DomainMemory(self.handle).settle()
+        return super().recover(wait=wait)
+
     async def settle(self, lock: MachineLock, control: Control | None = None) -> tuple[str, ...]:
         """Finish or undo what was killed, under the machine's lock."""
         said = await self.recover_as(self.key, lock, control) if self.unfinished() else ()
