@@ -1,13 +1,18 @@
-"""A domain that boots the tests' Linux guest."""
+"""Domains that boot the tests' Linux guest."""
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-from tests.kit import guest
-from tests.kit.domain import DomainScene
-from tests.kit.guest import Guest
+from tests.kit import guest, images
+from tests.kit.domain import URI, DomainScene
+from tests.kit.guest import DISKS, Guest
+from tests.kit.records import DISK_BYTES, read_records
 
 
 def booting(domain: DomainScene, initramfs: Path, *disks: str, devices: str = "") -> Guest:
@@ -26,3 +31,45 @@ def booting(domain: DomainScene, initramfs: Path, *disks: str, devices: str = ""
     boot += "<cmdline>console=ttyS0 quiet panic=1 no_timer_check</cmdline></os>"
     domain.define_xml(text.replace("</os>", boot))
     return Guest(place)
+
+
+class Written:
+    """A domain whose guest writes records to ``vda`` (qcow2) and ``vdb`` (raw)."""
+
+    def __init__(self, domain: DomainScene, initramfs: Path) -> None:
+        self.web = domain
+        images.create(domain.disks / "vda.qcow2", DISK_BYTES)
+        images.create(domain.disks / "vdb.raw", DISK_BYTES, "raw")
+        self.guest = booting(domain, initramfs, "vda=vda.qcow2", "vdb=vdb.raw")
+
+    def start(self) -> None:
+        """Start it, and let the guest write."""
+        self.web.virsh("start", "@")
+        self.guest.wait_for("R", lambda lines: "R 2" in lines)
+        self.guest.go()
+
+    def holds(self, name: str) -> tuple[int, ...]:
+        """How many records the name holds on each disk: on all at one instant."""
+        layers = {each["path"]: each for each in self.web.show()["layers"]}
+        named = self.web.names()[name]
+        found = []
+        for disk, point in sorted((named.get("points") or named["tips"]).items()):
+            chain, at = [], point["path"]
+            while at is not None:
+                chain.append((at, layers[at]["format"]))
+                at = layers[at]["parent"]
+            found.append(read_records(images.read_unlocked(chain), DISKS.index(disk)).prefix)
+        assert len(found) == 1 or 0 <= found[0] - found[1] <= 1, f"{name} is of two instants: {found}"
+        return tuple(found)
+
+    def command(self, line: str) -> subprocess.Popen[str]:
+        """Run ``snaptree LINE`` in a process of its own."""
+        words = [sys.executable, "-c", "import sys; from snaptree.cli.main import run; sys.exit(run(sys.argv[1:]))"]
+        return subprocess.Popen(
+            [*words, *shlex.split(line.replace("@", self.web.name))],
+            env={**os.environ, URI: self.web.own.uri, "SNAPTREE_STATE": str(self.web.state)},
+            cwd=self.web.disks,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )

@@ -5,6 +5,7 @@ The scenario of standalone machines writes to the images itself, in a folder tha
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from tests.kit import images
 from tests.kit.disks import seen_by_all
 from tests.kit.domain import DomainScene, domain_scene, goes_on
+from tests.kit.domain_guest import Written
 from tests.kit.images import MiB
 from tests.kit.libvirtd import Libvirtd, libvirtd_or_skip
 from tests.kit.space import filled
@@ -81,3 +83,49 @@ def test_c8_a_full_disk_leaves_all_disks_of_one_time(web: DomainScene, place: Pa
     if where == "tip":
         web("snapshot @ s2")
     goes_on(web, "s2")
+
+
+@pytest.fixture
+def full(small: Libvirtd, place: Path, initramfs: Path) -> Iterator[Written]:
+    """Only its images are on the small file system."""
+    with domain_scene(small) as found, domain_scene(small, place) as there:
+        found.disks = there.disks
+        yield Written(found, initramfs)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_guest_that_a_full_disk_stops_in_a_pull_goes_on_when_there_is_room(
+    full: Written, place: Path, killed: bool
+) -> None:
+    """libvirt pulls into the tip only: there the guest needs room of its own, too."""
+    web = full.web
+    full.start()
+    web("snapshot @ s1")
+    full.guest.writes_on(1200)
+    wanted = full.holds("s1")
+    full.guest.hold()
+    web("snapshot @ s2")
+    with merging(web, "delete @ s2 --merge pull --limit 6KiB/s") as process:
+        with filled(place, 0):
+            full.guest.tell("go")
+            until = time.monotonic() + 30
+            while web.virsh("domstate", "@", "--reason").strip() != "paused (I/O error)":
+                assert time.monotonic() < until and process.poll() is None, "QEMU has not stopped it"
+                time.sleep(0.1)
+            if killed:
+                process.kill()
+                process.wait(10)
+        if killed:
+            web("recover @")
+        else:
+            web("limit @ none")
+            said, _ = process.communicate(timeout=120)
+            assert process.returncode == 0, said
+    full.guest.writes_on()
+    web("gc @")
+    assert full.holds("s1") == wanted and set(web.names()) == {"s1", "main"}
+    web.agree()
+    web.virsh("destroy", "@")
+    assert min(full.holds("main")) >= full.guest.flushed()
+    web.forgiven.add("leaks")
+    web.sound()

@@ -2,77 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
-from tests.kit import guest, images
-from tests.kit.domain import URI, DomainScene
-from tests.kit.domain_guest import booting
-from tests.kit.guest import DISKS
-from tests.kit.records import DISK_BYTES, read_records
+from tests.kit.domain_guest import Written
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
-
-
-@pytest.fixture(scope="session")
-def initramfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The guest's first file system."""
-    guest.kernel()
-    return guest.build(tmp_path_factory.mktemp("domain-guest"))
-
-
-class Written:
-    """A domain whose guest writes records to ``vda`` (qcow2) and ``vdb`` (raw)."""
-
-    def __init__(self, domain: DomainScene, initramfs: Path) -> None:
-        self.web = domain
-        images.create(domain.disks / "vda.qcow2", DISK_BYTES)
-        images.create(domain.disks / "vdb.raw", DISK_BYTES, "raw")
-        self.guest = booting(domain, initramfs, "vda=vda.qcow2", "vdb=vdb.raw")
-
-    def start(self) -> None:
-        """Start it, and let the guest write."""
-        self.web.virsh("start", "@")
-        self.guest.wait_for("R", lambda lines: "R 2" in lines)
-        self.guest.go()
-
-    def holds(self, name: str) -> tuple[int, ...]:
-        """How many records the name holds on each disk: on all at one instant."""
-        layers = {each["path"]: each for each in self.web.show()["layers"]}
-        named = self.web.names()[name]
-        found = []
-        for disk, point in sorted((named.get("points") or named["tips"]).items()):
-            chain, at = [], point["path"]
-            while at is not None:
-                chain.append((at, layers[at]["format"]))
-                at = layers[at]["parent"]
-            found.append(read_records(images.read_unlocked(chain), DISKS.index(disk)).prefix)
-        assert len(found) == 1 or 0 <= found[0] - found[1] <= 1, f"{name} is of two instants: {found}"
-        return tuple(found)
-
-    def command(self, line: str) -> subprocess.Popen[str]:
-        """Run ``snaptree LINE`` in a process of its own."""
-        words = [sys.executable, "-c", "import sys; from snaptree.cli.main import run; sys.exit(run(sys.argv[1:]))"]
-        return subprocess.Popen(
-            [*words, *shlex.split(line.replace("@", self.web.name))],
-            env={**os.environ, URI: self.web.own.uri, "SNAPTREE_STATE": str(self.web.state)},
-            cwd=self.web.disks,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-
-@pytest.fixture
-def written(domain: DomainScene, initramfs: Path) -> Written:
-    """A domain with a guest that has not been started yet."""
-    return Written(domain, initramfs)
 
 
 def test_snapshots_are_taken_and_deleted_under_a_guest_that_writes(written: Written) -> None:

@@ -12,10 +12,8 @@ from pathlib import Path
 
 import pytest
 from tests.kit.domain import DomainScene, VirshRefusal, domain_scene, of_libvirt
+from tests.kit.domain_guest import Written
 from tests.kit.libvirtd import Libvirtd, libvirtd_or_skip
-from tests.libvirt.test_guest import Written
-from tests.libvirt.test_guest import initramfs as initramfs
-from tests.libvirt.test_guest import written as written
 
 from snaptree.errors import CancelledError
 from snaptree.machines.connection import Connection

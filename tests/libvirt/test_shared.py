@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 from lxml import etree
-from tests.kit import guest, images
+from tests.kit import images
 from tests.kit.disks import seen_by_all
 from tests.kit.domain import DomainScene, domain_scene, line, of_libvirt
+from tests.kit.domain_guest import Written
 from tests.kit.guest import DISKS
 from tests.kit.images import MiB
 from tests.kit.libvirtd import Libvirtd, libvirtd_or_skip
 from tests.kit.locked import require_locked
 from tests.kit.stage import kill_and_wait, killed_at, processes_of
 from tests.kit.told import run_killed
-from tests.libvirt.test_guest import Written
 
 from snaptree.errors import IoError, ToolError
 from snaptree.images import durable
@@ -430,13 +430,6 @@ def test_somebody_ends_the_copy(web: DomainScene, monkeypatch: pytest.MonkeyPatc
 
 
 # ---- with a guest that writes -------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def initramfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The guest's first file system."""
-    guest.kernel()
-    return guest.build(tmp_path_factory.mktemp("shared-guest"))
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 
-from snaptree.errors import CancelledError, NoSpaceError, ToolError
+from snaptree.errors import CancelledError, NoSpaceError, SnaptreeError, ToolError
 from snaptree.images import durable, write_back
 from snaptree.images.facts import read_facts
 from snaptree.images.measure import holds
@@ -128,15 +129,21 @@ async def merge(step: DomainMerge, domain: DomainHandle | None, context: Context
     _go_on(GUEST, domain, context)
     jobs = [job for job in step.jobs if not _is_merged(job, domain)]
     known = {job.disk for job in jobs if domain.block_job(job.disk) is not None}
+    goes_on = context.recovering or domain.state() == RUNNING
     try:
         for number, job in enumerate(jobs):
             # One after the other: QEMU 10.0.2 dies of a stream that begins while another one ends.
             if job.disk not in known:
                 _begin(job, domain, context)
+            else:
+                # Who had it begin may have been told another limit.
+                domain.limit(job.disk, int(_speed(context)))
             await _follow(step, job, sum(each.bytes for each in jobs[number:]), domain, context)
     except BaseException:
         for job in jobs:
             domain.abort(job.disk)
+        if goes_on:
+            _go_on_without(domain)
         raise
     for job in jobs:
         context.journal.moved += job.bytes
@@ -144,6 +151,17 @@ async def merge(step: DomainMerge, domain: DomainHandle | None, context: Context
     for job in step.jobs:
         for path, _ in (job.target, *([job.child] if job.child is not None else [])):
             durable.sync_file(path)
+    if goes_on:
+        _go_on_without(domain)
+
+
+def _go_on_without(domain: DomainHandle) -> None:
+    """Let a guest go on that QEMU has stopped, there having been no room for what a pull writes as the guest reads: its
+    request is tried once more.
+    """
+    with suppress(SnaptreeError):
+        if domain.stands_for_error():
+            domain.go_on()
 
 
 def _begin(job: LiveJob, domain: DomainHandle, context: Context) -> None:
@@ -173,7 +191,7 @@ async def _follow(step: DomainMerge, job: LiveJob, left: int, domain: DomainHand
             await _require_merged(job, domain)
             context.moved(min(done + job.bytes, total), total)
             return
-        now = float(HELD) if context.limiter.held else context.limiter.speed
+        now = _speed(context)
         if now != speed:
             domain.limit(job.disk, int(now))
             speed = now
@@ -184,6 +202,11 @@ async def _follow(step: DomainMerge, job: LiveJob, left: int, domain: DomainHand
         context.moved(min(done + _moved(job, state), total), total)
         await loops.rest(pause)
         pause = min(2 * pause, POLL_SECONDS)
+
+
+def _speed(context: Context) -> float:
+    """How many bytes a second may be moved; 0 is as fast as it can."""
+    return float(HELD) if context.limiter.held else context.limiter.speed
 
 
 def _let_over(job: LiveJob, domain: DomainHandle, context: Context) -> None:
@@ -300,3 +323,4 @@ def unmerge(step: DomainMerge, domain: DomainHandle | None, context: Context) ->
     for job in step.jobs:
         domain.abort(job.disk)
     _go_on(GUEST, domain, context)
+    _go_on_without(domain)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 
-from snaptree.errors import NoSpaceError, RefusedError, SnaptreeError, ToolError, UnhealthyError
+from snaptree.errors import RefusedError, SnaptreeError, ToolError, UnhealthyError
 from snaptree.images import durable, gate, write_back
 from snaptree.model.live import RUNNING
 from snaptree.planning.live_steps import File, LiveJob, LiveMerge
@@ -41,7 +41,7 @@ async def merge(step: LiveMerge, context: Context) -> None:
     jobs = {job: _merging(graph, job, _id(step, job, context)) for job in waiting}
     steering = Steering(qemu.qmp, context.limiter, len(jobs))
     steering.found_running(known)
-    running = await qemu.state() == RUNNING
+    goes_on = context.recovering or await qemu.state() == RUNNING
     try:
         for merging in jobs.values():
             if merging.id not in known:
@@ -51,14 +51,14 @@ async def merge(step: LiveMerge, context: Context) -> None:
         for job in jobs:
             if not job.active:
                 await _flush(qemu, graph, job)
-    except BaseException as error:
+    except BaseException:
         # Nothing is finalized yet: each job leaves a chain that is right.
         await abandon(qemu.qmp, [each.id for each in jobs.values()])
         with suppress(SnaptreeError):
             for job in (each for each in jobs if each.active):
                 async with answering(qemu) as now:
                     await _tell(now, job, context)
-        if running and isinstance(error, NoSpaceError):
+        if goes_on:
             await _go_on_without(qemu)
         raise
     finally:
@@ -69,11 +69,13 @@ async def merge(step: LiveMerge, context: Context) -> None:
     await _close(qemu, step)
     _sync(step)
     _require_merged(await qemu.graph(), step)
+    if goes_on:
+        await _go_on_without(qemu)
 
 
 async def _go_on_without(qemu: RunningQemu) -> None:
-    """Let a guest go on that QEMU has stopped, there being no room: while data is pulled up, what the guest reads of it
-    is written to the upper file, too. Its request is tried once more, and needs no room there any more.
+    """Let a guest go on that QEMU has stopped, there having been no room: while data is pulled up, what the guest reads
+    of it is written to the upper file, too. Its request is tried once more, and needs no room there any more.
     """
     with suppress(SnaptreeError):
         if await qemu.run_state() == "io-error":
@@ -257,3 +259,5 @@ async def unmerge(step: LiveMerge, context: Context) -> None:
     """
     if context.qemu is None:
         moving.unmove(Move(tuple(move_job(job) for job in step.jobs)), context)
+        return
+    await _go_on_without(context.qemu)
