@@ -18,6 +18,7 @@ from tests.kit.images import MiB
 from tests.kit.stage import processes_of
 
 pytestmark = pytest.mark.root
+BUSY = 5
 
 
 def test_snapshots_and_deletions_while_it_runs(web: DomainScene) -> None:
@@ -169,6 +170,31 @@ def as_it_was(web: DomainScene, before: dict[str, str], gone: str) -> None:
     assert {name: web.shows(name) for name in web.names()} == {
         name: word for name, word in before.items() if name != gone
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["commit", "pull"])
+def test_who_pauses_it_meanwhile_has_it_paused(domain: DomainScene, way: str) -> None:
+    """QEMU brings what it has pulled to disk as it is stopped: to stop it once more it would have to run."""
+    web = domain
+    before = large(web)
+    web.virsh("start", "@")
+    with merging(web, f"delete @ s3 --merge {way} --limit 4MiB/s") as process:
+        web.virsh("suspend", "@")
+        web("limit @ none")
+        said, _ = process.communicate(timeout=60)
+    if way == "pull":
+        assert process.returncode == BUSY and "let it run" in said, said
+        assert web(f"recover {web.name}", status=BUSY)
+        assert "paused" in web.virsh("domstate", "@")
+        web.virsh("resume", "@")
+        assert "was finished" in web("recover @").out
+    else:
+        assert process.returncode == 0 and "paused" in web.virsh("domstate", "@"), said
+    web.agree()
+    web.virsh("destroy", "@")
+    as_it_was(web, before, "s3")
+    web.sound()
 
 
 @pytest.mark.slow

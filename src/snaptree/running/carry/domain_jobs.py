@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 
-from snaptree.errors import CancelledError, NoSpaceError, SnaptreeError, ToolError
+from snaptree.errors import BusyError, CancelledError, NoSpaceError, SnaptreeError, ToolError
 from snaptree.images import durable, write_back
 from snaptree.images.facts import read_facts
 from snaptree.images.measure import holds
@@ -147,12 +147,12 @@ async def merge(step: DomainMerge, domain: DomainHandle | None, context: Context
         raise
     for job in jobs:
         context.journal.moved += job.bytes
+    if goes_on:
+        _go_on_without(domain)
     await _bring_to_disk(step, domain, context)
     for job in step.jobs:
         for path, _ in (job.target, *([job.child] if job.child is not None else [])):
             durable.sync_file(path)
-    if goes_on:
-        _go_on_without(domain)
 
 
 def _go_on_without(domain: DomainHandle) -> None:
@@ -274,14 +274,21 @@ async def _bring_to_disk(step: DomainMerge, domain: DomainHandle, context: Conte
 
     It writes the header first, and keeps the tables until somebody flushes: it does when it stops the guest.
 
+    :raise BusyError: the guest stands still: who has stopped it did not want it to run for a moment.
     :raise ToolError: they are not there.
     """
     for job in step.jobs:
         if job.active or await holds_all(job):
             continue
-        paused = domain.flush()
-        context.paused = max(context.paused or 0.0, paused)
+        if runs := domain.state() == RUNNING:
+            context.paused = max(context.paused or 0.0, domain.flush())
         if not await holds_all(job):
+            if not runs:
+                raise BusyError(
+                    f"somebody has stopped {domain.name}, and only while it runs {job.target[0]} gets on disk all that "
+                    "was merged into it",
+                    f"let it run, or shut it down, then run 'snaptree recover {domain.name}'",
+                )
             raise ToolError(
                 f"{job.target[0]} has not all on disk that was merged into it",
                 "let the domain run, or shut it down, then run 'snaptree recover'",
