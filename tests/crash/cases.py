@@ -145,6 +145,16 @@ def old_and_squeezed(world: World) -> None:
     world.write("vda", "write -P 4 128k 64k")
 
 
+def in_subclusters(world: World) -> None:
+    """Clusters of which only parts are there."""
+    root = images.create(world.images / "vda.qcow2", SIZE, extended_l2="on", cluster_size=128 * KiB)
+    world.add({"vda": (root, "qcow2")})
+    world.write("vda", "write -P 1 4k 300k")
+    for number in (1, 2):
+        world.run(SnapshotRequest(f"s{number}"))
+        world.write("vda", f"write -P {number + 1} {number * 36}k 8k", f"write -z {number * 140}k 12k")
+
+
 def let_go(world: World) -> None:
     """A machine whose files stay when it is forgotten."""
     forked(world)
@@ -248,6 +258,13 @@ CASES: Mapping[str, Case] = {
         f"delete {name} of old and squeezed images by {way}": _of(old_and_squeezed, DeleteRequest((name,), way))
         for name in ("s1", "s2")
         for way in ("commit", "pull")
+    },
+    **{
+        f"delete {name} of images in subclusters by {way}": _of(
+            in_subclusters, DeleteRequest((name,), way), shares=way == "reflink"
+        )
+        for name in ("s1", "s2")
+        for way in ("commit", "pull", "reflink")
     },
     "delete under a shorter layer by commit": _of(resized, DeleteRequest(("s1",), "commit")),
     "delete under a shorter layer by reflink": _of(resized, DeleteRequest(("s1",), "reflink"), shares=True),
