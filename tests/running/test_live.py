@@ -136,3 +136,12 @@ def test_a_qemu_that_does_not_answer_is_not_taken_for_dead(
     still("recover web1")
     assert ("s1" in still.names()) == (not before)
     still.sound()
+
+
+@pytest.mark.parametrize("line", ["revert web1 nope", "switch web1 nope"])
+def test_where_there_is_nothing_to_go_to(still: Still, line: str) -> None:
+    """That is said before that the machine could not be started again."""
+    still("snapshot web1 s1")
+    still("set web1 --start ''")
+    assert "has no start command" in still("revert web1 s1", status=2).err
+    assert "'nope'" in still(line, status=3).err

@@ -80,6 +80,9 @@ def going(machine: Standalone, request: object, power: Power, tree: Tree) -> Goi
     """
     if not isinstance(request, RevertRequest | SwitchRequest):
         return None
+    if request.name not in (tree.snapshots if isinstance(request, RevertRequest) else tree.branches):
+        # Planning says what there is instead.
+        return None
     after = request.power or power.state
     if power.state == after == OFF:
         return None
