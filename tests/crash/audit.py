@@ -24,16 +24,13 @@ import random
 import re
 import struct
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tests.crash.cases import CASES
-from tests.crash.matrix import LIMIT, Matrix, tell
+from tests.crash.matrix import LIMIT, Matrix, staged, tell
 from tests.kit import shim
-from tests.kit.disks import SMALLEST
-from tests.kit.space import mounted
 
 from snaptree.images.holes import punch_free
 from snaptree.images.locks import OWN_BYTE, probe
@@ -265,10 +262,7 @@ class Audited(Matrix):
 
 def audits(case: str, way: str, stride: int, start: int) -> Audited:
     """One case: by itself, and killed at so many of its calls; 0 for none."""
-    with contextlib.ExitStack() as stack:
-        temporary = tempfile.TemporaryDirectory(prefix="snaptree-audit-", ignore_cleanup_errors=True)
-        folder = Path(stack.enter_context(temporary))
-        place = stack.enter_context(mounted(folder, "xfs", SMALLEST["xfs"])) if CASES[case].shares else None
+    with staged(case) as (folder, place):
         matrix = Audited(folder, case, way, place)
         matrix.whole()
         if stride:

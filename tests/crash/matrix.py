@@ -284,18 +284,22 @@ def tell(tally: Tally, **more: object) -> None:
     print(json.dumps({**vars(tally), "seconds": seconds, **more}), flush=True)
 
 
+@contextlib.contextmanager
+def staged(case: str) -> Iterator[tuple[Path, Path | None]]:
+    """A folder for a case, in memory where that can be, and the file system for it whose files can share blocks."""
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with contextlib.ExitStack() as stack:
+        temporary = tempfile.TemporaryDirectory(prefix="snaptree-crash-", dir=memory, ignore_cleanup_errors=True)
+        folder = Path(stack.enter_context(temporary))
+        yield folder, stack.enter_context(mounted(folder, "xfs", SMALLEST["xfs"])) if CASES[case].shares else None
+
+
 def run(cases: list[str], ways: list[str], stride: int, seed: int) -> Iterator[Tally]:
     """All the cases in all the ways."""
     chance = random.Random(seed)
     for case in cases:
         for way in ways:
-            memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
-            with contextlib.ExitStack() as stack:
-                temporary = tempfile.TemporaryDirectory(
-                    prefix="snaptree-crash-", dir=memory, ignore_cleanup_errors=True
-                )
-                folder = Path(stack.enter_context(temporary))
-                place = stack.enter_context(mounted(folder, "xfs", SMALLEST["xfs"])) if CASES[case].shares else None
+            with staged(case) as (folder, place):
                 matrix = Matrix(folder, case, way, place)
                 matrix.points(stride, chance.randint(1, stride))
                 yield matrix.tally

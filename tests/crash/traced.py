@@ -10,11 +10,9 @@ import argparse
 import os
 import random
 import subprocess
-import tempfile
-from pathlib import Path
 
 from tests.crash.cases import CASES
-from tests.crash.matrix import WAYS, Matrix, Tally, Way, tell
+from tests.crash.matrix import NOT_HERE, WAYS, Matrix, NotHereError, Tally, Way, staged, tell
 
 from snaptree.planning.verbs import Request
 
@@ -23,6 +21,7 @@ WAYS[WAY] = Way()
 CALLS = (
     *("fsync", "fdatasync", "pwrite64", "write", "ftruncate", "fallocate", "fchmod"),
     *("openat", "mkdir", "link", "rename", "renameat2", "unlink", "unlinkat"),
+    *("ioctl", "copy_file_range", "fchown", "fsetxattr"),
 )
 TIMES = (1, 2, 3, 5, 8, 13, 21, 34, 55)
 
@@ -51,16 +50,20 @@ class Traced(Matrix):
         assert "attached" in attached, attached
         os.write(writing, b".")
         os.close(writing)
-        os.waitpid(child, 0)
+        status = os.waitpid(child, 0)[1]
         tracer.communicate(timeout=60)
         # A call in which the process was killed has no result.
-        return "= ?" in log.read_text()
+        killed = "= ?" in log.read_text()
+        if not killed and status:
+            assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == NOT_HERE, f"ended with {status}"
+            raise NotHereError
+        return killed
 
 
 def sample(case: str, seed: int, stride: int) -> Tally:
     """One case: each of the calls at some of its times."""
-    with tempfile.TemporaryDirectory(prefix="snaptree-traced-", ignore_cleanup_errors=True) as folder:
-        matrix = Traced(Path(folder), case, WAY)
+    with staged(case) as (folder, place):
+        matrix = Traced(folder, case, WAY, place)
         chance = random.Random(f"{case} {seed}")
         for call in CALLS:
             matrix.call = call
