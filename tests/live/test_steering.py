@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tests.kit.by_hand import SNAPTREE, begin
 from tests.kit.stage import Stage
 
 SECONDS = 60.0
@@ -26,9 +27,9 @@ def until(stage: Stage, holds: Callable[[dict[str, Any]], bool]) -> dict[str, An
         time.sleep(0.05)
 
 
-def merging(stage: Stage, line: str) -> tuple[subprocess.Popen[str], dict[str, tuple[int, ...]]]:
+def merging(stage: Stage, line: str, who: str = SNAPTREE) -> tuple[subprocess.Popen[str], dict[str, tuple[int, ...]]]:
     """Take three snapshots, and begin to delete one at a rate at which it takes long; what the snapshots hold."""
-    stage.start(raw=False)
+    begin(stage, who, raw=False)
     for number in range(1, 4):
         stage(f"snapshot web1 s{number}")
         stage.guest.writes_on(80)
@@ -73,9 +74,13 @@ def test_paused_resumed_and_let_go_faster(stage: Stage, case: str) -> None:
 @pytest.mark.parametrize(
     "case", ["up in the middle", "the tip goes down", pytest.param("down in the middle", marks=LONG)]
 )
-@pytest.mark.parametrize("paused", [True, pytest.param(False, marks=LONG)], ids=["paused", "running"])
-def test_cancelled(stage: Stage, case: str, paused: bool) -> None:
-    process, wanted = merging(stage, CASES[case])
+@pytest.mark.parametrize(
+    ("paused", "who"),
+    [(True, SNAPTREE), pytest.param(False, SNAPTREE, marks=LONG), pytest.param(False, "drive", marks=LONG)],
+    ids=["paused", "running", "of-a-person"],
+)
+def test_cancelled(stage: Stage, case: str, paused: bool, who: str) -> None:
+    process, wanted = merging(stage, CASES[case], who)
     if paused:
         stage("pause web1")
     (ended,) = stage("cancel web1 --json").json
