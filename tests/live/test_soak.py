@@ -25,7 +25,7 @@ class Soak:
         self.held: dict[str, tuple[int, ...]] = {}
         self.memories: set[str] = set()
         self.branches: set[str] = set()
-        self.active, self.number = "main", 0
+        self.active, self.number, self.commands = "main", 0, 0
         self.done: Counter[str] = Counter()
 
     def begin(self) -> None:
@@ -43,7 +43,7 @@ class Soak:
             (2, self.branch),
             (3, self.switch),
             (1, self.rename),
-            (1, lambda: self.stage("gc web1")),
+            (1, lambda: self._run("gc web1")),
         ]
         verb = self.chance.choices([each for _, each in verbs], [weight for weight, _ in verbs])[0]
         if len(self.held) >= MOST:
@@ -62,6 +62,10 @@ class Soak:
         assert {*self.held, self.active} == set(self.stage.names())
         print(f", {time.monotonic() - began:.1f} s", flush=True)
 
+    def _run(self, line: str) -> None:
+        self.stage(line)
+        self.commands += 1
+
     # ---- the verbs ------------------------------------------------------------------------------------------------
 
     def _fresh(self) -> str:
@@ -77,26 +81,26 @@ class Soak:
 
     def snapshot(self) -> None:
         name = self._fresh()
-        self.stage(f"snapshot web1 {name} {self.chance.choice(('', '', '--internal'))}")
+        self._run(f"snapshot web1 {name} {self.chance.choice(('', '', '--internal'))}")
         self.held[name] = self.stage.holds(name)
 
     def remember(self) -> None:
         name = self._fresh()
-        self.stage(f"snapshot web1 {name} --memory {self.chance.choice(('', '--internal'))}")
+        self._run(f"snapshot web1 {name} --memory {self.chance.choice(('', '--internal'))}")
         self.held[name] = self.stage.holds(name)
         self.memories.add(name)
 
     def delete(self) -> None:
         if self.branches and (self.chance.random() < 0.3 or not self._snapshots):
             name = self._any(self.branches)
-            self.stage(f"delete web1 --branch {name}")
+            self._run(f"delete web1 --branch {name}")
             self._gone({str(name)})
         elif self._snapshots:
             names = set(
                 self.chance.sample(sorted(self._snapshots), min(len(self._snapshots), self.chance.choice((1, 1, 2, 3))))
             )
             way = self.chance.choice(("auto", "auto", "commit", "pull", "none"))
-            self.stage(f"delete web1 {' '.join(sorted(names))} --merge {way}")
+            self._run(f"delete web1 {' '.join(sorted(names))} --merge {way}")
             self._gone(names)
 
     def _gone(self, names: set[str]) -> None:
@@ -107,7 +111,7 @@ class Soak:
 
     def forget_memory(self) -> None:
         if name := self._any(self.memories & self._snapshots):
-            self.stage(f"delete web1 {name} --memory-only")
+            self._run(f"delete web1 {name} --memory-only")
             self.memories.discard(name)
 
     def revert(self) -> None:
@@ -123,14 +127,14 @@ class Soak:
     def branch(self) -> None:
         name = self._fresh()
         if source := self._any(self._snapshots):
-            self.stage(f"branch web1 {name} --from {source}")
+            self._run(f"branch web1 {name} --from {source}")
             self.held[name] = self.held[source]
             self.branches.add(name)
 
     def rename(self) -> None:
         if old := self._any(set(self.held)):
             new = self._fresh()
-            self.stage(f"rename web1 {old} {new}")
+            self._run(f"rename web1 {old} {new}")
             self.held[new] = self.held.pop(old)
             for names in (self.memories, self.branches):
                 if old in names:
@@ -140,7 +144,7 @@ class Soak:
     def _go(self, line: str, target: str, *, memory: bool) -> None:
         """Go elsewhere; with its memory the guest goes on, otherwise it starts anew."""
         stage, held, before = self.stage, self.held[target], self.active
-        stage(line)
+        self._run(line)
         said = len(stage.guest.lines())
         shown = stage.show()
         self.active = shown["active_branch"]
@@ -175,5 +179,6 @@ def test_random_operations_on_a_guest_that_writes(stage: Stage, count: int) -> N
             stage.sound()
     stage("gc web1")
     stage.finish()
-    assert sum(soak.done.values()) == count
-    print(soak.done)
+    # A turn may find nothing to be done.
+    assert soak.commands > 0.9 * count
+    print(soak.commands, soak.done)

@@ -120,6 +120,7 @@ def test_what_stands_on_a_layer_from_outside_is_told(web1: Scene) -> None:
     details = " ".join(each["detail"] for each in findings)
     assert "theirs.qcow2 stands on" in details and "machine 'web2' stands on" in details
     assert {each["severity"] for each in findings} == {"warning"}
+    assert all(set(each["affects"]) == {"main", "other", "s1", "s2"} and each["hint"] for each in findings), findings
 
 
 @pytest.mark.parametrize("read_only", [False, True])
