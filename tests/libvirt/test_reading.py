@@ -165,12 +165,22 @@ def test_a_golden_image_and_another_domain_on_it(domain: DomainScene) -> None:
     assert domain.shows() == "g1......"
 
 
+def lxc(web: DomainScene) -> tuple[str, int, str]:
+    """The same daemon's containers, and what is said of them: most have libvirt without that driver."""
+    uri = web.own.uri.replace("qemu+unix", "lxc+unix")
+    there = subprocess.run(["virsh", "-c", uri, "uri"], capture_output=True, check=False).returncode == 0
+    if there:
+        return uri, REFUSED, "not QEMU's: its driver is LXC"
+    return uri, TOOL, "no connection driver available for lxc:///system\n  hint: is the name right? 'virsh -c URI list'"
+
+
 def test_no_such_domain_no_libvirt_no_driver_of_ours(web: DomainScene, tmp_path: Path) -> None:
     said = web("tree no-such-domain", status=NOT_FOUND)
     assert "there is no machine 'no-such-domain'" in said.err and "virsh list --all" in said.err
     for uri, status, words in (
         (f"qemu+unix:///system?socket={tmp_path}/none", TOOL, "cannot connect to libvirt"),
         ("test:///default", REFUSED, "not QEMU's: its driver is TEST"),
+        lxc(web),
         ("nonsense:///x", TOOL, "cannot connect to libvirt"),
     ):
         with of_libvirt(uri):
@@ -187,6 +197,44 @@ def test_no_such_domain_no_libvirt_no_driver_of_ours(web: DomainScene, tmp_path:
     assert "no-such" in command("tree", "no-such-domain", state=web.state).err
     for line in ("start @", "stop @", "set @ --nvram x", "disk attach @ vdb=x", "disk detach @ vda"):
         assert "libvirt" in web(line, status=REFUSED).err
+
+
+def without(module: str, web: DomainScene, *words: str) -> subprocess.CompletedProcess[str]:
+    """What the command says where that module is not installed."""
+    program = (
+        f"import sys; sys.modules[{module!r}] = None; from snaptree.cli.main import run; sys.exit(run(sys.argv[1:]))"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", program, *words],
+        env={**os.environ, URI: web.own.uri, "SNAPTREE_STATE": str(web.state)},
+        cwd=web.disks,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [("libvirt", "libvirt's Python binding is not installed"), ("lxml", "lxml is not installed")],
+)
+def test_what_it_needs_is_not_installed(web: DomainScene, module: str, words: str) -> None:
+    """Each command that has to read a domain says so; machines that were added work as ever, and are listed."""
+    web.image("own.qcow2", word="o")
+    before = web.listed(), web.files(), web.virsh("dumpxml", "@", "--inactive")
+    done = without(module, web, "add", "own", "--disk", "vda=own.qcow2")
+    assert done.returncode == 0, done
+    commands = ("tree", "show", "verify", "gc")
+    for line in (*((each, web.name) for each in commands), ("snapshot", web.name, "s1"), ("delete", web.name, "s1")):
+        done = without(module, web, *line)
+        assert done.returncode == TOOL and words in done.stderr, done
+        assert "install snaptree[libvirt]" in done.stderr and "Traceback" not in done.stderr, done
+    assert without(module, web, "snapshot", "own", "s1").returncode == 0
+    done = without(module, web, "list")
+    assert done.returncode == 0 and "own" in done.stdout and "left out: " + words in done.stderr, done
+    assert (web.listed(), web.virsh("dumpxml", "@", "--inactive")) == (before[0], before[2])
+    assert web("remove own").status == 0
+    assert before[1] <= web.files()
 
 
 def test_who_may_not(web: DomainScene) -> None:

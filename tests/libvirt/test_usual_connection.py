@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,19 @@ pytestmark = pytest.mark.root
 RUN = [sys.executable, "-c", "import sys; from snaptree.cli.main import run; sys.exit(run(sys.argv[1:]))"]
 
 
-def said(web: DomainScene, place: Path, *words: str, user: int = 0) -> subprocess.CompletedProcess[str]:
+NO_BINDING = [sys.executable, "-c", "import sys; sys.modules['libvirt'] = None; " + RUN[2].partition("; ")[2]]
+"""Where libvirt's Python binding is not installed."""
+
+
+def said(
+    web: DomainScene, place: Path, *words: str, user: int = 0, run: Sequence[str] = RUN
+) -> subprocess.CompletedProcess[str]:
     """What the command says to one for whom that folder is ``/run``, and who has named no connection."""
     private = ["unshare", "--mount", "sh", "-c", f'mount --bind {place} /run && exec "$@"', "sh"]
     other = ["setpriv", "--reuid", str(user), "--clear-groups"] if user else []
     unnamed = {key: value for key, value in os.environ.items() if key not in (URI, "XDG_RUNTIME_DIR")}
     return subprocess.run(
-        [*private, *other, *RUN, *words],
+        [*private, *other, *run, *words],
         env={**unnamed, "SNAPTREE_STATE": str(web.state) if not user else "/nonexistent/state"},
         capture_output=True,
         text=True,
@@ -50,6 +57,18 @@ def test_the_daemon_that_is_there_is_asked(web: DomainScene, tmp_path: Path, soc
     assert web.name in said(web, place).stdout
     assert said(web, place, "snapshot", web.name, "s1").returncode == 0
     assert web.listed() == {"s1": None}
+
+
+def test_a_daemon_that_could_be_asked_but_for_the_binding(web: DomainScene, tmp_path: Path) -> None:
+    """That the machine is none of those that were added is half the truth: the other half is why no domain is."""
+    place = tmp_path / "run"
+    (place / "libvirt").mkdir(parents=True)
+    (place / "libvirt" / "libvirt-sock").symlink_to(Path(web.own.uri.split("socket=")[1]))
+    found = said(web, place, "tree", web.name, run=NO_BINDING)
+    assert found.returncode == 3 and "virsh list" not in found.stderr, found
+    assert "libvirt's Python binding is not installed: install snaptree[libvirt]" in found.stderr, found
+    found = said(web, place, "list", "--json", run=NO_BINDING)
+    assert (found.returncode, found.stdout.strip(), found.stderr) == (0, "[]", ""), found
 
 
 def test_a_socket_that_one_may_not_use_is_not_asked(web: DomainScene, tmp_path: Path) -> None:

@@ -70,7 +70,15 @@ def is_named(uri: str | None) -> bool:
 
 def why_none(uri: str | None) -> str:
     """Why no libvirt was asked for a domain; empty where one was."""
-    return "" if is_named(uri) or usual_uri() is not None else "no libvirt runs here"
+    if is_named(uri):
+        return ""
+    if usual_uri() is None:
+        return "no libvirt runs here"
+    try:
+        binding()
+    except ToolError as error:
+        return f"{error.message}: {error.hint}"
+    return ""
 
 
 def _name(database: Database, handle: DomainHandle) -> str:
