@@ -18,8 +18,6 @@ from tests.kit.domain import URI, DomainScene
 
 pytestmark = pytest.mark.root
 RUN = [sys.executable, "-c", "import sys; from snaptree.cli.main import run; sys.exit(run(sys.argv[1:]))"]
-
-
 NO_BINDING = [sys.executable, "-c", "import sys; sys.modules['libvirt'] = None; " + RUN[2].partition("; ")[2]]
 """Where libvirt's Python binding is not installed."""
 
