@@ -22,6 +22,8 @@ from tests.kit.scene import SLOT, SLOTS, Said, Scene, command, word_of
 from snaptree.store.libvirt.calls import Libvirt
 
 SCHEMA = Path("/usr/share/libvirt/schemas/domainsnapshot.rng")
+AS_THE_TESTS_HAVE_IT = "tainted: running with undesirable elevated privileges"
+"""What libvirt notes of a QEMU that it runs as root."""
 URI = "LIBVIRT_DEFAULT_URI"
 _DOMAIN = """<domain type='qemu'><name>{name}</name><uuid>{uuid}</uuid><memory unit='MiB'>64</memory><vcpu>1</vcpu>
 <os><type arch='x86_64' machine='q35'>hvm</type></os>{more}<devices>{disks}{devices}</devices></domain>"""
@@ -240,7 +242,7 @@ class DomainScene(Scene):
 
     def agree(self) -> None:
         """libvirt and snaptree say the same, the records are as libvirt's schema has them, and so do they stay when the
-        state file is gone."""
+        state file is gone; and nothing went past libvirt to its QEMU."""
         shown = self.show()
         for each in shown["disks"]:
             assert self.source(each["target"])[0] == Path(each["path"])
@@ -253,7 +255,8 @@ class DomainScene(Scene):
         wrong = [each for each in found if each["severity"] == "error" or each["kind"] in ("records", "note")]
         assert wrong == [], wrong
         listed = self.records()
-        assert all(each in self.virsh("snapshot-list", "@", "--tree") for each in list(listed)[:1])
+        parents = {name: record.findtext("parent/name") for name, record in listed.items()}
+        assert tree_of(self.virsh("snapshot-list", "@", "--tree")) == parents
         parked = {each["name"] for each in shown["branches"] if not each["active"]}
         names = {each["name"] for each in shown["snapshots"]} | parked
         assert names <= set(listed) and set(listed) - names <= {"snaptree-placeholder"}
@@ -262,9 +265,11 @@ class DomainScene(Scene):
         schema = record_schema()
         for name, record in listed.items():
             assert record.findall(".//backingStore") == [], name
-            assert schema is None or schema.validate(record), schema.error_log
+            assert schema.validate(record), schema.error_log
         assert self.definition().findall("devices/disk/backingStore") == []
         assert _without_what_is_remembered(shown) == _without_what_is_remembered(self.forgotten())
+        noted = self.virsh("dominfo", "@").replace(AS_THE_TESTS_HAVE_IT, "")
+        assert "tainted" not in noted, noted
 
     def forgotten(self) -> Any:
         """``show --json`` with a state folder in which nothing is remembered."""
@@ -292,8 +297,25 @@ class DomainScene(Scene):
 
 @functools.cache
 def record_schema() -> Any:
-    """libvirt's schema of a record; ``None`` where it is not installed."""
-    return etree.RelaxNG(etree.parse(str(SCHEMA))) if SCHEMA.exists() else None
+    """libvirt's schema of a record."""
+    assert SCHEMA.exists(), "libvirt's schemas are not installed: they are in libvirt-common"
+    return etree.RelaxNG(etree.parse(str(SCHEMA)))
+
+
+def tree_of(text: str) -> dict[str, str | None]:
+    """What ``virsh snapshot-list --tree`` draws: each name, and the one that it hangs from."""
+    found: dict[str, str | None] = {}
+    above: list[tuple[int, str]] = []
+    for row in text.splitlines():
+        name = row.lstrip(" |").removeprefix("+- ")
+        if not name:
+            continue
+        column = len(row) - len(name)
+        while above and above[-1][0] >= column:
+            above.pop()
+        found[name] = above[-1][1] if above else None
+        above.append((column, name))
+    return found
 
 
 def _without_what_is_remembered(shown: Any) -> Any:

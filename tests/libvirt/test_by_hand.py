@@ -231,3 +231,13 @@ def test_the_disk_was_copied_to_another_file(web: DomainScene, how: str, whose: 
     web.sound()
     line(web, "s3")
     goes_on(web, "s3")
+
+
+def test_what_goes_past_libvirt_is_noticed(web: DomainScene) -> None:
+    """By what all these tests look at: libvirt notes it of a domain that runs."""
+    web.be("running")
+    web("snapshot @ s1")
+    web.agree()
+    web.virsh("qemu-monitor-command", "@", "--hmp", "info status")
+    with pytest.raises(AssertionError, match="tainted: custom monitor"):
+        web.agree()
