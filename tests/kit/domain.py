@@ -378,8 +378,19 @@ def grown(web: DomainScene, *names: str) -> None:
         web.write("." * int(name[-1]) + name[-1])
 
 
+REFUSES = {
+    "B1": "deletion of external disk snapshot with multiple children snapshots not supported",
+    "B2": "deletion of active external snapshot that is not a leaf snapshot is not supported",
+    "B3": "deletion of non-leaf external snapshot that is not in active chain is not supported",
+    "B6": "deleting external snapshot that has internal snapshot as parent not supported",
+    "B7": "is not the same as disk image currently used by VM",
+}
+"""What virsh cannot delete of what snaptree keeps: the row of what libvirt refuses, and its words."""
+
+
 def goes_on(web: DomainScene, to: str) -> None:
-    """virsh takes a snapshot, goes back, and deletes; what it does not touch stays."""
+    """virsh takes a snapshot, goes back, and deletes, at last also what snaptree has kept; what it does not touch
+    stays."""
     held = {name: web.shows(name) for name in (*web.names(), to) if name != web.show()["active_branch"]}
     here = web.virsh_shows()
     web.virsh("snapshot-create-as", "@", "by-virsh", "--disk-only")
@@ -392,6 +403,40 @@ def goes_on(web: DomainScene, to: str) -> None:
     left_behind(web)
     web("snapshot @ after-virsh")
     web.sound()
+    assert deleted_by_virsh(web, "after-virsh"), "it is a leaf that is worked on"
+    # One more that was there before virsh came, if virsh can.
+    for name in reversed(web.show()["snapshots"]):
+        if deleted_by_virsh(web, name["name"]):
+            break
+
+
+def contents(web: DomainScene) -> dict[tuple[str, str], bytes]:
+    """What every name shows on each disk."""
+    shown = web.show()
+    return {
+        (named["name"], disk): web.unlocked(point["path"], point["internal"], shown)
+        for named in (*shown["snapshots"], *shown["branches"])
+        for disk, point in (named.get("points") or named["tips"]).items()
+    }
+
+
+def deleted_by_virsh(web: DomainScene, name: str) -> bool:
+    """virsh deletes this snapshot of snaptree's, and nothing else changes; or refuses, for a reason that is known, and
+    nothing does at all."""
+    before = contents(web)
+    try:
+        web.virsh("snapshot-delete", "@", name)
+    except VirshRefusal as error:
+        assert any(words in str(error) for words in REFUSES.values()), error
+        assert contents(web) == before
+        return False
+    left_behind(web)
+    kept = {key: content for key, content in before.items() if key[0] != name}
+    assert name not in web.listed() and contents(web) == kept
+    web("verify @ --repair")
+    assert contents(web) == kept
+    web.sound()
+    return True
 
 
 def left_behind(web: DomainScene) -> None:
