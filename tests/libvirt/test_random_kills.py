@@ -23,6 +23,9 @@ FIRST = int(os.environ.get("SNAPTREE_SEED", "1"))
 SEEDS = range(FIRST, FIRST + int(os.environ.get("SNAPTREE_SEEDS", "6")))
 KILLS = 11
 """So many there are of each seed."""
+VICTIMS = ("snaptree", "libvirtd", "qemu")
+LEAST = 2
+"""So often each of them is killed in each seed."""
 CALLS = ("define", "redefine", "forget_record", "cut", "commit", "pull", "pivot", "flush", "start", "stop", "chains")
 
 
@@ -43,11 +46,21 @@ def domain(mortal: Libvirtd) -> Iterator[DomainScene]:
 class Killing(Walk):
     """A walk on which processes are killed."""
 
-    def killed(self) -> str:
-        """One operation, in which something is killed; what, or nothing where it did not come so far."""
+    def __init__(self, domain: DomainScene, seed: int) -> None:
+        super().__init__(domain, seed)
+        self.kills: Counter[str] = Counter()
+
+    def victim(self) -> str:
+        """What was killed least often so far; QEMU only while there is one."""
+        may = [each for each in VICTIMS if each != "qemu" or self.web.runs()]
+        fewest = min(self.kills[each] for each in may)
+        return self.chance.choice([each for each in may if self.kills[each] == fewest])
+
+    def killed(self) -> None:
+        """One operation, in which something is killed, if it comes so far."""
         web, before = self.web, self.truth
         verb, line, after = self.choose()
-        who = self.chance.choice(["snaptree", "libvirtd", *(["qemu"] if web.runs() else [])])
+        who = self.victim()
         process = {"snaptree": 0, "libvirtd": web.own.process() or 0}.get(who)
         if process is None:
             (process,) = processes_of(web.folder)
@@ -69,27 +82,26 @@ class Killing(Walk):
         self.run("gc @")
         self.check_either(before, after)
         self.done[verb] += 1
-        return who if was else ""
+        self.kills[who] += was
 
-    def until(self, kills: int) -> Counter[str]:
-        """Operations until so many have been killed."""
-        found: Counter[str] = Counter()
+    def until(self, kills: int) -> None:
+        """Operations until so many have been killed, and of each some."""
         try:
-            while found.total() < kills:
+            while self.kills.total() < kills or min(self.kills[each] for each in VICTIMS) < LEAST:
                 self.power()
                 self.write()
-                if who := self.killed():
-                    found[who] += 1
+                self.killed()
                 if self.chance.random() < 0.4:
                     self.virsh_and_repair()
         except BaseException as error:
             error.add_note("\n".join(self.journey))
             raise
-        return found
 
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_killed_at_random(domain: DomainScene, seed: int) -> None:
-    found = Killing(domain, seed).until(KILLS)
-    assert found.total() >= KILLS
+    walk = Killing(domain, seed)
+    walk.until(KILLS)
+    print(f"seed {seed}: {walk.kills}")
+    assert walk.kills.total() >= KILLS and all(walk.kills[each] >= LEAST for each in VICTIMS), walk.kills
