@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +45,11 @@ class Walk:
         self.chance = random.Random(seed)
         self.truth = Truth({}, dict.fromkeys(DISKS, "." * SLOTS))
         self.done: Counter[str] = Counter()
+        """snaptree's operations."""
+        self.by_virsh: Counter[str] = Counter()
+        """What virsh did."""
+        self.refused = 0
+        """How often virsh did not."""
         self.journey: list[str] = []
         self.number = 0
         self.may_run = runs
@@ -68,7 +74,6 @@ class Walk:
         if self.web.runs() != (state == "running"):
             self.journey.append(state)
             self.web.be(state)
-            self.done[state] += 1
 
     # ---- snaptree's -----------------------------------------------------------------------------------------------
 
@@ -138,7 +143,7 @@ class Walk:
             name = self.name("v")
             self.journey.append(f"virsh create {name}")
             self.web.virsh("snapshot-create-as", "@", name, "--disk-only")
-            self.truth = truth.plus(name, truth.here)
+            verb, self.truth = "create", truth.plus(name, truth.here)
         elif verb == "revert":
             name = self.chance.choice(names)
             if any(each["internal"] and each["path"] not in tips for each in named[name].values()):
@@ -156,10 +161,10 @@ class Walk:
                 self.web.virsh("snapshot-delete", "@", name)
             except VirshRefusal as error:
                 self.journey[-1] += f": {error}"
-                verb = "refused"
-            else:
-                self.truth = truth.without(name)
-        self.done[f"virsh {verb}"] += 1
+                self.refused += 1
+                return
+            self.truth = truth.without(name)
+        self.by_virsh[verb] += 1
 
     # ---- what must hold -------------------------------------------------------------------------------------------
 
@@ -217,10 +222,19 @@ class Walk:
         left_behind(self.web)
         self.check(sound=True)
 
-    def go(self, steps: int) -> None:
-        """So many operations of snaptree's, and half as many of virsh's."""
+    def operations(self) -> int:
+        """How many there have been, snaptree's and virsh's; none that was refused, and no starting and stopping."""
+        return self.done.total() + self.by_virsh.total()
+
+    def go(self, steps: int, *, least: int = 0, virsh: Collection[str] = ()) -> None:
+        """So many operations of snaptree's, and of virsh's about half as often.
+
+        :param least: it goes on until there have been so many operations,
+        :param virsh: and virsh has done each of these.
+        """
         try:
-            for _ in range(steps):
+            while steps > 0 or self.operations() < least or set(virsh) - set(self.by_virsh):
+                steps -= 1
                 self.power()
                 self.write()
                 self.snaptree()
