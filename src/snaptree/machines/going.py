@@ -15,7 +15,7 @@ from snaptree.machines.power import Power
 from snaptree.model.live import OFF
 from snaptree.model.tree import Tree
 from snaptree.planning.plan import Plan
-from snaptree.planning.revert import RevertRequest, SwitchRequest
+from snaptree.planning.revert import RevertRequest, SwitchRequest, target_of
 
 if TYPE_CHECKING:
     from snaptree.machines.standalone import Standalone
@@ -80,7 +80,7 @@ def going(machine: Standalone, request: object, power: Power, tree: Tree) -> Goi
     """
     if not isinstance(request, RevertRequest | SwitchRequest):
         return None
-    if request.name not in (tree.snapshots if isinstance(request, RevertRequest) else tree.branches):
+    if target_of(tree, request) is None:
         # Planning says what there is instead.
         return None
     after = request.power or power.state

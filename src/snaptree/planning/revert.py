@@ -60,20 +60,24 @@ class SwitchRequest(Struct, frozen=True):
     memory: bool | None = None
 
 
+def target_of(tree: Tree, request: RevertRequest | SwitchRequest) -> Snapshot | Branch | None:
+    """What a request goes to; ``None`` when there is none of that name."""
+    if isinstance(request, RevertRequest):
+        return tree.snapshots.get(request.name)
+    return tree.branches.get(request.name)
+
+
 def memory_moves(tree: Tree, state: str, request: object) -> Moves | None:
     """What a request to go elsewhere does with memory; ``None`` when there is none in it, or the request is another.
 
     :param state: what the machine does now.
     """
-    target: Snapshot | Branch | None = None
-    drops = False
-    if isinstance(request, RevertRequest):
-        target, drops = tree.snapshots.get(request.name), request.discard
-    elif isinstance(request, SwitchRequest) and request.name != tree.active:
-        target = tree.branches.get(request.name)
-    if target is None:
+    if not isinstance(request, RevertRequest | SwitchRequest):
         return None
-    assert isinstance(request, RevertRequest | SwitchRequest)
+    target = target_of(tree, request)
+    if target is None or (isinstance(request, SwitchRequest) and request.name == tree.active):
+        return None
+    drops = isinstance(request, RevertRequest) and request.discard
     return moves(tree, state, target, wanted=request.memory, power=request.power, drops=drops)
 
 

@@ -184,12 +184,15 @@ class DomainHandle:
             return OFF
         return PAUSED if number in (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PMSUSPENDED) else RUNNING
 
-    def stands_for_error(self) -> bool:
-        """Whether QEMU has stopped the guest, a request of which has failed."""
-        libvirt = self._libvirt
+    def stands_for(self, reason: int) -> bool:
+        """Whether the guest stands still for a reason of libvirt's (``VIR_DOMAIN_PAUSED_…``)."""
         with explained(f"ask what domain {self.name} does"):
             state, why = self._domain.state()[:2]
-        return bool(state == libvirt.VIR_DOMAIN_PAUSED and why == libvirt.VIR_DOMAIN_PAUSED_IOERROR)
+        return bool(state == self._libvirt.VIR_DOMAIN_PAUSED and why == reason)
+
+    def stands_for_error(self) -> bool:
+        """Whether QEMU has stopped the guest, a request of which has failed."""
+        return self.stands_for(self._libvirt.VIR_DOMAIN_PAUSED_IOERROR)
 
     def has_ended_by_itself(self) -> bool:
         """Whether a domain that is off was shut down from within, saved or migrated, or has crashed."""

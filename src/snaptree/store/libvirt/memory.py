@@ -57,10 +57,7 @@ class DomainMemory:
 
     def stands_for_snapshot(self) -> bool:
         """Whether libvirt has the guest stand still just now, for a snapshot."""
-        libvirt = self._libvirt
-        with explained(f"ask what domain {self._handle.name} does"):
-            state, why = self._domain.state()[:2]
-        return bool(state == libvirt.VIR_DOMAIN_PAUSED and why == libvirt.VIR_DOMAIN_PAUSED_SNAPSHOT)
+        return self._handle.stands_for(self._libvirt.VIR_DOMAIN_PAUSED_SNAPSHOT)
 
     def stands_still(self) -> bool:
         """Whether the guest stands still."""
