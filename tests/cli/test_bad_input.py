@@ -8,14 +8,13 @@ import shutil
 import sqlite3
 import struct
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tests.kit import images
 from tests.kit.images import MiB
-from tests.kit.scene import Scene, command
+from tests.kit.scene import TOOL, Scene, command
 from tests.kit.space import filled, held, mounted
 
 
@@ -234,9 +233,8 @@ def test_a_raw_disk_is_never_probed(web1: Scene) -> None:
 def bound(scene: Scene, *words: str, status: int) -> str:
     """Run the command line as one whom the files' modes bind, root or not; what it said."""
     less = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
-    script = "import sys; from snaptree.cli.main import run; sys.exit(run(sys.argv[1:]))"
     said = subprocess.run(
-        [*less, sys.executable, "-c", script, *words],
+        [*less, *TOOL, *words],
         cwd=scene.disks,
         env={**os.environ, "SNAPTREE_STATE": str(scene.state)},
         capture_output=True,

@@ -31,6 +31,7 @@ import pytest
 from tests.images import hostile
 from tests.kit import images
 from tests.kit.images import MiB
+from tests.kit.scene import TOOL
 
 from snaptree.cli import branching, looking, machines, snapshots, upkeep
 from snaptree.cli.main import run
@@ -43,7 +44,6 @@ STATUSES = {0, *(each.status for each in every_error_class())} - {1}
 SECONDS, MEMORY = 5, 512 << 20
 COUNT = int(os.environ.get("SNAPTREE_HOSTILE_COMMANDS", "40"))
 SEED = int(os.environ.get("SNAPTREE_SEED", "0") or "0") or 1
-TOOL = [sys.executable, "-c", "import sys; from snaptree.cli.main import run; sys.exit(run(sys.argv[1:]))"]
 PROGRAMS = {"qemu-img", "qemu-io", "qemu-storage-daemon"}
 ADDING = (
     "add web1 --disk vda={path}",

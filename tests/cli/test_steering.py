@@ -7,7 +7,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,13 +15,12 @@ from typing import Any
 import pytest
 from tests.kit import images
 from tests.kit.images import MiB
-from tests.kit.scene import Scene, command
+from tests.kit.scene import TOOL, Scene, command
 
 import snaptree
 from snaptree.errors import CancelledError, NotFoundError, RefusedError
 from snaptree.running import calling
 
-TOOL = [sys.executable, "-c", "import sys; from snaptree.cli.main import run; sys.exit(run(sys.argv[1:]))"]
 WRITTEN = 48 * MiB
 Started = Callable[..., "subprocess.Popen[str]"]
 

@@ -7,16 +7,13 @@ import os
 import pty
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from tests.kit import images
 from tests.kit.images import MiB
-from tests.kit.scene import Scene, command
-
-TOOL = [sys.executable, "-c", "import sys; from snaptree.cli.main import run; sys.exit(run(sys.argv[1:]))"]
+from tests.kit.scene import TOOL, Scene, command
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import pytest
 from tests.crash.matrix import DONE, REFUSED, UNFORESEEN, Matrix
 from tests.kit import shim
 from tests.kit.programs import stand_in
-from tests.kit.scene import Scene
+from tests.kit.scene import TOOL, Scene
 
 from snaptree.cli.main import run
 from snaptree.errors import SnaptreeError
@@ -168,11 +168,10 @@ def test_little_memory_from_the_start(web1: Scene) -> None:
     """A process that cannot even begin says nothing that is wrong and changes nothing that is kept."""
     web1("snapshot web1 s1")
     web1.write(".n")
-    script = "import sys; from snaptree.cli.main import run; sys.exit(run(sys.argv[1:]))"
     place = {**os.environ, "SNAPTREE_STATE": str(web1.state), "OPENBLAS_NUM_THREADS": "1"}
     for size in (*range(16, 128, 16), 160, 256, 4096):
         for line in ("delete web1 s1", "tree web1"):
-            words = ["/bin/sh", "-c", f'ulimit -v {size * KiB}; exec "$@"', "sh", sys.executable, "-c", script]
+            words = ["/bin/sh", "-c", f'ulimit -v {size * KiB}; exec "$@"', "sh", *TOOL]
             done = subprocess.run([*words, *line.split()], env=place, capture_output=True, text=True, check=False)
             assert "unforeseen" not in done.stderr, f"{line}, {size} MiB: {done.stderr}"
         web1("recover")

@@ -6,19 +6,17 @@ import itertools
 import os
 import random
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from tests.crash.cases import CASES
 from tests.kit import images
-from tests.kit.scene import Scene
+from tests.kit.scene import TOOL, Scene
 from tests.kit.world import World, request_done
 
 from snaptree.errors import BusyError
 from snaptree.planning.verbs import GcRequest
 
-TOOL = [sys.executable, "-c", "import sys; from snaptree.cli.main import run; sys.exit(run(sys.argv[1:]))"]
 GOOD = {0, 3, 4, 5, 6, 13}
 """Done, or refused clearly: somebody else was first."""
 

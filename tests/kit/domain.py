@@ -86,6 +86,10 @@ class DomainScene(Scene):
         with of_libvirt(self.own.uri):
             return super().__call__(line.replace("@", self.name), status=status)
 
+    def command(self, line: str, **environment: str) -> subprocess.Popen[str]:
+        """The same in a process of its own."""
+        return super().command(line.replace("@", self.name), **{URI: self.own.uri}, **environment)
+
     def virsh(self, *words: str | Path) -> str:
         """What virsh prints; ``@`` is the domain's name.
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from tests.kit import guest, images
-from tests.kit.domain import URI, DomainScene
+from tests.kit.domain import DomainScene
 from tests.kit.guest import DISKS, Guest
 from tests.kit.records import DISK_BYTES, read_records
 
@@ -61,15 +57,3 @@ class Written:
             found.append(read_records(images.read_unlocked(chain), DISKS.index(disk)).prefix)
         assert len(found) == 1 or 0 <= found[0] - found[1] <= 1, f"{name} is of two instants: {found}"
         return tuple(found)
-
-    def command(self, line: str) -> subprocess.Popen[str]:
-        """Run ``snaptree LINE`` in a process of its own."""
-        words = [sys.executable, "-c", "import sys; from snaptree.cli.main import run; sys.exit(run(sys.argv[1:]))"]
-        return subprocess.Popen(
-            [*words, *shlex.split(line.replace("@", self.web.name))],
-            env={**os.environ, URI: self.web.own.uri, "SNAPTREE_STATE": str(self.web.state)},
-            cwd=self.web.disks,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )

@@ -46,7 +46,7 @@ def test_snaptree_is_killed_while_libvirt_merges(written: Written, what: str, af
         written.guest.writes_on(200)
     kept = {name: written.holds(name) for name in ("s1", "s2", "s3")}
     gone = "s2" if what == "middle" else "s3"
-    process = written.command(f"delete @ {gone} --limit 2MiB/s")
+    process = written.web.command(f"delete @ {gone} --limit 2MiB/s")
     time.sleep(after)
     process.send_signal(signal.SIGKILL)
     process.communicate()

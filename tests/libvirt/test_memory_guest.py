@@ -157,7 +157,7 @@ def test_killed_at_some_moment(written: Written, line: str, after: float) -> Non
     web("snapshot @ m1 --memory")
     on(written)
     kept = written.holds("m1")
-    process = written.command(line)
+    process = written.web.command(line)
     time.sleep(after)
     process.kill()
     process.communicate()
@@ -221,7 +221,7 @@ def test_libvirtd_is_killed_at_some_moment(mortal: Written, line: str, after: fl
     inside = ["nsenter", "-t", str(daemon), "-m", "-p"]
     with subprocess.Popen([*inside, "sleep", "600"]) as anchor:
         try:
-            process = written.command(line)
+            process = written.web.command(line)
             time.sleep(after)
             os.kill(daemon, signal.SIGKILL)
             time.sleep(0.5)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.kit import images
+from tests.kit import images, scene
 from tests.kit.domain import URI, DomainScene, grown, of_libvirt
 from tests.kit.scene import SLOT, SLOTS, command
 
@@ -241,9 +241,8 @@ def test_who_may_not(web: DomainScene) -> None:
     socket = web.own.uri.split("socket=")[1]
     os.chmod(socket, 0o700)
     try:
-        words = [sys.executable, "-c", "import sys; from snaptree.cli.main import run; sys.exit(run(sys.argv[1:]))"]
         done = subprocess.run(
-            ["setpriv", "--reuid", "65534", "--clear-groups", *words, "tree", web.name],
+            ["setpriv", "--reuid", "65534", "--clear-groups", *scene.TOOL, "tree", web.name],
             env={**os.environ, URI: web.own.uri, "SNAPTREE_STATE": "/nonexistent/state"},
             capture_output=True,
             text=True,

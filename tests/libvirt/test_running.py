@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 from tests.kit import images
-from tests.kit.domain import URI, DomainScene, line, refused
+from tests.kit.domain import DomainScene, line, refused
 from tests.kit.images import MiB
 from tests.kit.stage import processes_of
 
@@ -136,14 +133,7 @@ def test_what_is_merged_waits_while_it_is_paused(web: DomainScene) -> None:
 @contextmanager
 def merging(web: DomainScene, line: str) -> Iterator[subprocess.Popen[str]]:
     """A command in a process of its own, as soon as libvirt is at work for it."""
-    words = [sys.executable, "-c", "import sys; from snaptree.cli.main import run; sys.exit(run(sys.argv[1:]))"]
-    process = subprocess.Popen(
-        [*words, *shlex.split(line.replace("@", web.name))],
-        env={**os.environ, URI: web.own.uri, "SNAPTREE_STATE": str(web.state)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = web.command(line)
     try:
         until = time.monotonic() + 30
         while not web.virsh("blockjob", "@", "vda", "--info").strip():

@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +13,11 @@ from pathlib import Path
 import pytest
 from tests.kit import images
 from tests.kit.domain import define_text
-from tests.kit.scene import SLOT, SLOTS, word_of
+from tests.kit.scene import SLOT, SLOTS, TOOL, word_of
 from tests.kit.stage import kill_and_wait
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 USER = 65534
-RUN = [sys.executable, "-c", "import sys; from snaptree.cli.main import run; sys.exit(run(sys.argv[1:]))"]
 AS_USER = ["setpriv", "--reuid", str(USER), "--regid", str(USER), "--clear-groups", "--pdeathsig", "KILL"]
 
 
@@ -53,7 +51,7 @@ class Session:
 
     def snaptree(self, line: str) -> str:
         """What ``snaptree LINE`` prints."""
-        return self(*RUN, *line.split())
+        return self(*TOOL, *line.split())
 
     def virsh(self, *words: str | Path) -> str:
         """What virsh prints."""
@@ -92,8 +90,9 @@ def session() -> Iterator[Session]:
     finally:
         with contextlib.suppress(OSError):
             kill_and_wait(home)
-        process.terminate()
-        process.wait(20)
+        # Told to end, it now and then does not.
+        process.kill()
+        process.wait()
         shutil.rmtree(home)
 
 

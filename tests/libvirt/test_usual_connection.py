@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 from tests.kit.domain import URI, DomainScene
+from tests.kit.scene import TOOL
 
 pytestmark = pytest.mark.root
-RUN = [sys.executable, "-c", "import sys; from snaptree.cli.main import run; sys.exit(run(sys.argv[1:]))"]
-NO_BINDING = [sys.executable, "-c", "import sys; sys.modules['libvirt'] = None; " + RUN[2].partition("; ")[2]]
+NO_BINDING = [sys.executable, "-c", "import sys; sys.modules['libvirt'] = None; " + TOOL[2].partition("; ")[2]]
 """Where libvirt's Python binding is not installed."""
 
 
 def said(
-    web: DomainScene, place: Path, *words: str, user: int = 0, run: Sequence[str] = RUN
+    web: DomainScene, place: Path, *words: str, user: int = 0, run: Sequence[str] = TOOL
 ) -> subprocess.CompletedProcess[str]:
     """What the command says to one for whom that folder is ``/run``, and who has named no connection."""
     private = ["unshare", "--mount", "sh", "-c", f'mount --bind {place} /run && exec "$@"', "sh"]

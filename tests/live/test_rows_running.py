@@ -369,15 +369,19 @@ def test_a4_b2_b12_c1_c12_gone_back_when_its_user_had_turned_it_off(stage: Stage
     stage.finish()
 
 
+def inner_and_outer(stage: Stage, who: str) -> dict[str, tuple[int, ...]]:
+    """An internal snapshot, an external one on it, with writing after each; what they hold."""
+    begin(stage, who, raw=False)
+    for line in ("inner --internal", "outer"):
+        stage(f"snapshot web1 {line}")
+        stage.guest.writes_on(60)
+    return {name: stage.holds(name) for name in ("inner", "outer")}
+
+
 def test_c2_an_internal_one_with_an_external_one_on_it(lasting: Stage) -> None:
     """Going back to it leaves what stands on it as it was."""
     stage = lasting
-    stage.start(raw=False)
-    stage("snapshot web1 inner --internal")
-    stage.guest.writes_on(60)
-    stage("snapshot web1 outer")
-    stage.guest.writes_on(60)
-    wanted = {name: stage.holds(name) for name in ("inner", "outer")}
+    wanted = inner_and_outer(stage, SNAPTREE)
     stage("revert web1 inner")
     stage.guest.go(at=min(wanted["inner"]))
     assert {name: stage.holds(name) for name in wanted} == wanted
@@ -392,12 +396,7 @@ def test_c2_an_internal_one_with_an_external_one_on_it(lasting: Stage) -> None:
 
 @pytest.mark.parametrize("who", WHO[1:])
 def test_c2_of_a_machine_that_its_user_had_turned_off(stage: Stage, who: str) -> None:
-    begin(stage, who, raw=False)
-    stage("snapshot web1 inner --internal")
-    stage.guest.writes_on(60)
-    stage("snapshot web1 outer")
-    stage.guest.writes_on(60)
-    wanted = {name: stage.holds(name) for name in ("inner", "outer")}
+    wanted = inner_and_outer(stage, who)
     stage.kill_qemu()
     stage("revert web1 inner")
     start(stage, who, min(wanted["inner"]))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from tests.kit import images
-from tests.kit.scene import Scene
+from tests.kit.scene import TOOL, Scene
 
 
 def forked(web1: Scene) -> None:
@@ -210,8 +209,7 @@ def test_b9_an_interrupted_delete_is_resumed(tmp_path: Path) -> None:
     scene.write(".1")
     images.io(scene.path("main", "vdb"), "qcow2", "write -P 2 4M 200M")
     wanted = images.read(scene.path("main", "vdb"))
-    script = "import sys; from snaptree.cli.main import run; sys.exit(run(sys.argv[1:]))"
-    words = [sys.executable, "-c", script, "delete", "web1", "s1", "--merge", "commit"]
+    words = [*TOOL, "delete", "web1", "s1", "--merge", "commit"]
     process = subprocess.Popen(words, env={"SNAPTREE_STATE": str(scene.state), "PATH": "/usr/bin:/bin"})
     while not (half := "half-merged" in scene("show web1").out) and process.poll() is None:
         time.sleep(0.005)
