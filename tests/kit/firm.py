@@ -5,6 +5,7 @@ Flash and TPM are QEMU's own devices, written to as a guest's firmware does it, 
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import shutil
 import socket
@@ -18,37 +19,33 @@ from tests.kit.still import COMMAND, Still
 BIOS_BYTES, FLASH_BYTES = 64 << 10, 64 << 10
 HALTS = bytes.fromhex("faf4ebfd")
 """What the processor finds where it begins (``cli; hlt; jmp``): a firmware that did more would use the TPM as well."""
-FLASH = (1 << 32) - BIOS_BYTES - FLASH_BYTES
-"""Where q35 has its second flash: just below the first, whose end is at 4 GiB."""
 PROGRAM, ERASE, CONFIRM, READ = 0x40, 0x20, 0xD0, 0xFF
 """Commands of a flash (CFI, the Intel set)."""
 
 
-class Firm(Still):
-    """The machine ``web1`` with one disk and UEFI variables, which runs without a guest that does anything."""
+@dataclasses.dataclass(frozen=True)
+class Flash:
+    """The flash with the variables of a q35: its file, where its QEMU listens, and how large the firmware is."""
+
+    file: Path
+    socket: Path
+    bios_bytes: int = BIOS_BYTES
 
     @property
-    def variables(self) -> Path:
-        """The file with the variables."""
-        return self.folder / "vars.fd"
+    def address(self) -> int:
+        """Where the machine has it: just below the firmware, whose end is at 4 GiB."""
+        return (1 << 32) - self.bios_bytes - FLASH_BYTES
 
-    def start_command(self) -> str:
-        flash = f"-drive if=pflash,unit=0,format=raw,readonly=on,file={self.folder}/bios "
-        flash += f"-drive if=pflash,unit=1,format=raw,file={self.variables}"
-        # What kills snaptree is not to kill it.
-        return (
-            f"env -u LD_PRELOAD {COMMAND} {flash} -qtest unix:{self.folder}/bus,server=on,wait=off -qtest-log /dev/null"
-        )
+    def words(self, bios: Path) -> list[str]:
+        """What gives a machine this flash and firmware, in QEMU's words."""
+        first = f"if=pflash,unit=0,format=raw,readonly=on,file={bios}"
+        second = f"if=pflash,unit=1,format=raw,file={self.file}"
+        listens = f"unix:{self.socket},server=on,wait=off"
+        return ["-drive", first, "-drive", second, "-qtest", listens, "-qtest-log", "/dev/null"]
 
-    def options(self) -> str:
-        self.variables.write_bytes(b"\xff" * FLASH_BYTES)
-        (self.folder / "bios").write_bytes((bytes(BIOS_BYTES - 16) + HALTS).ljust(BIOS_BYTES, b"\0"))
-        return f"--nvram {self.variables}"
-
-    @property
-    def socket(self) -> Path:
-        """Where its QEMU listens for what a processor would say to its devices."""
-        return self.folder / "bus"
+    def make(self) -> None:
+        """Make the file, without any variable."""
+        self.file.write_bytes(b"\xff" * FLASH_BYTES)
 
     def bus(self, *orders: str) -> list[int]:
         """Say orders of QEMU's qtest; the numbers that are answered."""
@@ -67,19 +64,63 @@ class Firm(Still):
 
     def set(self, word: str) -> None:
         """Set the variable, as firmware does: erase the flash's sector, and program it byte by byte."""
-        orders = [f"writeb {FLASH} {ERASE}", f"writeb {FLASH} {CONFIRM}"]
+        orders = [f"writeb {self.address} {ERASE}", f"writeb {self.address} {CONFIRM}"]
         for at, letter in enumerate(word.encode()):
-            orders += [f"writeb {FLASH + at} {PROGRAM}", f"writeb {FLASH + at} {letter}"]
-        self.bus(*orders, f"writeb {FLASH} {READ}")
+            orders += [f"writeb {self.address + at} {PROGRAM}", f"writeb {self.address + at} {letter}"]
+        self.bus(*orders, f"writeb {self.address} {READ}")
         assert self.variable() == word
 
     def variable(self) -> str:
         """The variable as the machine reads it."""
-        return _word(bytes(self.bus(*(f"readb {FLASH + at}" for at in range(16)))))
+        return _word(bytes(self.bus(*(f"readb {self.address + at}" for at in range(16)))))
+
+    def kept(self) -> str:
+        """The variable in the file."""
+        return _word(self.file.read_bytes()[:16])
+
+
+class Firm(Still):
+    """The machine ``web1`` with one disk and UEFI variables, which runs without a guest that does anything."""
+
+    @property
+    def variables(self) -> Path:
+        """The file with the variables."""
+        return self.folder / "vars.fd"
+
+    def start_command(self) -> str:
+        # What kills snaptree is not to kill it.
+        return f"env -u LD_PRELOAD {COMMAND} {shlex.join(self.flash.words(self.folder / 'bios'))}"
+
+    def options(self) -> str:
+        self.flash.make()
+        (self.folder / "bios").write_bytes((bytes(BIOS_BYTES - 16) + HALTS).ljust(BIOS_BYTES, b"\0"))
+        return f"--nvram {self.variables}"
+
+    @property
+    def socket(self) -> Path:
+        """Where its QEMU listens for what a processor would say to its devices."""
+        return self.folder / "bus"
+
+    @property
+    def flash(self) -> Flash:
+        """Its flash."""
+        return Flash(self.variables, self.socket)
+
+    def bus(self, *orders: str) -> list[int]:
+        """Say orders of QEMU's qtest; the numbers that are answered."""
+        return self.flash.bus(*orders)
+
+    def set(self, word: str) -> None:
+        """Set the variable."""
+        self.flash.set(word)
+
+    def variable(self) -> str:
+        """The variable as the machine reads it."""
+        return self.flash.variable()
 
     def kept(self) -> str:
         """The variable in the file that the machine's firmware has."""
-        return _word(self.variables.read_bytes()[:16])
+        return self.flash.kept()
 
     def copies(self) -> list[Path]:
         """The copies of firmware state that there are."""

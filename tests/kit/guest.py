@@ -146,6 +146,8 @@ class Boot:
     """Whether QEMU lives on when the guest reboots."""
     fill_mib: int = 0
     """So much of its memory it fills before it begins."""
+    more: tuple[str, ...] = ()
+    """What else the machine has, in QEMU's words. It is not what was saved, and has to be booted."""
 
     def words(self, folder: Path, *, saved: bool = True) -> list[str]:
         """QEMU's command line without disks, monitor and display; the console is in the folder."""
@@ -156,8 +158,8 @@ class Boot:
         words += [] if self.reboots else ["-no-reboot"]
         append = "console=ttyS0 quiet panic=1 no_timer_check" + (f" fill={self.fill_mib}" if self.fill_mib else "")
         words += ["-initrd", str(self.initramfs), "-append", append]
-        words += ["-chardev", console, "-serial", "chardev:console"]
-        return [*words, "-incoming", loaded_from(self.memory)] if saved else words
+        words += ["-chardev", console, "-serial", "chardev:console", *self.more]
+        return [*words, "-incoming", loaded_from(self.memory)] if saved and not self.more else words
 
     def command(self, folder: Path, *, saved: bool = True) -> str:
         """The command as ``snaptree add --start`` takes it, the disks where the saved boot has them."""

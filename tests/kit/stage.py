@@ -57,14 +57,14 @@ class Stage(Scene):
     def holds(self, name: str, *, killed: bool = False) -> tuple[int, ...]:
         """How many records the name holds on each of its disks: a prefix of what was written, on all at one instant.
 
-        A branch that the guest writes to cannot be read.
+        The guest writes to ``vda`` and ``vdb``, and to no other. A branch that the guest writes to cannot be read.
 
         :param killed: QEMU was killed: what had not been flushed may be lost on one disk and there on the other.
         """
         points: dict[str, Any] = self.names()[name].get("points") or self.names()[name]["tips"]
         layers = {each["path"]: each for each in self.show()["layers"]}
         found = []
-        for disk, point in sorted(points.items()):
+        for disk, point in sorted((disk, point) for disk, point in points.items() if disk in DISKS):
             chain, at = [], point["path"]
             while at is not None:
                 chain.append((at, layers[at]["format"]))

@@ -19,14 +19,16 @@ from pathlib import Path
 import pytest
 from tests.kit import guest, images
 from tests.kit.by_hand import SNAPTREE, WHO, add, begin, start
+from tests.kit.firm import Flash
 from tests.kit.images import MiB
 from tests.kit.records import DISK_BYTES, read_records
 from tests.kit.space import filled, mounted
 from tests.kit.stage import Stage
 from tests.live.test_delete import kept, snapshots
-from tests.live.test_disks import SCSI, plug, unplug
+from tests.live.test_disks import plug, unplug
 
 LONG = pytest.mark.slow
+SEABIOS = Path("/usr/share/seabios/bios-256k.bin")
 TESTS = Path(__file__).parents[1]
 ELSEWHERE = {
     "a2": "live/test_delete.py::test_a_snapshot_is_deleted_while_the_guest_writes",
@@ -42,7 +44,6 @@ ELSEWHERE = {
     "c5": "live/test_memory_going_back.py::test_a_memory_file_that_is_not_what_it_was",
     "c6": "live/test_memory_going_back.py::test_without_its_memory",
     "c9": "live/test_steering.py::test_cancelled",
-    "c11": "running/test_firmware.py::test_variables_go_with_memory_and_back_again",
     "c12": "live/test_going_back.py::test_going_back_parks_the_work_of_now_and_the_machine_runs_on_the_old_disks",
 }
 NOT_RUNNING = {"c10": "it is of a machine that is off"}
@@ -59,8 +60,8 @@ BY_A_PERSON = {
     "c9": "live/test_steering.py::test_cancelled",
 }
 """The tests elsewhere in which a person has started the machine as well."""
-BY_SNAPTREE = {"a3", "a5", "a6", "a7", "b10", "c5", "c6", "c10", "c11"}
-"""Rows for which snaptree starts the machine: it loads memory, or there is no guest that could tell who did."""
+BY_SNAPTREE = {"a5", "c10"}
+"""Rows for which snaptree starts the machine: it loads memory, or does not run."""
 
 
 def test_every_row_is_tried_with_a_machine_that_a_person_started_where_it_can_be() -> None:
@@ -135,6 +136,51 @@ def test_a1_b8_the_name_goes_and_the_files_stay_until_gc(stage: Stage, who: str)
     stage.finish()
 
 
+@pytest.mark.parametrize("who", WHO[1:])
+def test_a3_c5_c6_memory_that_is_no_longer_wanted_or_missing(stage: Stage, who: str) -> None:
+    """Snaptree cannot load it, but everything else is as it is of a machine that it has started."""
+    begin(stage, who, raw=False)
+    stage("snapshot web1 m --memory")
+    wanted = stage.holds("m")
+    (memory,) = (path for path in stage.disks.iterdir() if path.suffix == ".memory")
+    stage.guest.writes_on()
+    away = memory.rename(stage.folder / "away")
+    for missing in (True, False):
+        assert "you start" in stage("revert web1 m", status=6).err
+        stage.guest.writes_on()
+        if missing:
+            away.rename(memory)
+    stage("delete web1 m --memory-only")
+    assert not memory.exists() and stage.names()["m"]["memory"] is None and stage.holds("m") == wanted
+    stage.guest.writes_on()
+    stage.kill_qemu()
+    stage("revert web1 m")
+    start(stage, who, min(wanted))
+    assert stage.holds("m") == wanted and stage.holds("main.1", killed=True) > wanted
+    stage.finish()
+
+
+@pytest.mark.parametrize("who", WHO[1:])
+def test_a6_two_lines_of_a_machine_that_its_user_turns_off_to_switch(stage: Stage, who: str) -> None:
+    begin(stage, who, raw=False)
+    stage("snapshot web1 fork")
+    first = stage.holds("fork")
+    stage("branch web1 feature --from fork --file vda=feature-a.qcow2 --file vdb=feature-b.qcow2")
+    assert {stage.path("feature", disk).name for disk in guest.DISKS} == {"feature-a.qcow2", "feature-b.qcow2"}
+    stage.guest.writes_on()
+    stage.kill_qemu()
+    main = stage.holds("main", killed=True)
+    stage("switch web1 feature")
+    start(stage, who, min(first))
+    assert stage.holds("main", killed=True) == main and stage.holds("fork") == first
+    stage.kill_qemu()
+    feature = stage.holds("feature", killed=True)
+    stage("switch web1 main")
+    start(stage, who, min(main))
+    assert stage.holds("feature", killed=True) == feature > first
+    stage.finish()
+
+
 @LONG
 def test_a7_the_fork_goes_when_the_last_line_goes(lasting: Stage) -> None:
     """No sibling's layer is committed into; layers and the memory go with the last that needs them."""
@@ -158,6 +204,31 @@ def test_a7_the_fork_goes_when_the_last_line_goes(lasting: Stage) -> None:
     stage("delete web1 --branch main")
     stage.guest.writes_on()
     assert len(stage.show()["layers"]) == 2 and not [each for each in stage.files() if each.endswith(".memory")]
+    stage.finish()
+
+
+@pytest.mark.parametrize("who", WHO[1:])
+def test_a7_forks_of_a_machine_that_its_user_turns_off_to_switch(stage: Stage, who: str) -> None:
+    begin(stage, who, raw=False)
+    stage("snapshot web1 fork")
+    first = stage.holds("fork")
+    stage.guest.writes_on()
+    for name in ("other", "third"):
+        stage(f"branch web1 {name} --from fork")
+    stage("delete web1 fork --merge pull")
+    stage.guest.writes_on()
+    assert stage.holds("other") == stage.holds("third") == first
+    assert "shared" not in {each["role"] for each in stage.show()["layers"]}, "each has got its own copy"
+    stage("delete web1 --branch third")
+    assert "start" in stage("switch web1 other", status=6).err
+    stage.guest.writes_on()
+    stage.kill_qemu()
+    stage("switch web1 other")
+    start(stage, who, min(first))
+    assert stage.holds("main", killed=True) > first
+    stage("delete web1 --branch main")
+    stage.guest.writes_on()
+    assert len(stage.show()["layers"]) == 2
     stage.finish()
 
 
@@ -263,15 +334,16 @@ def test_b6_an_external_one_that_has_an_internal_parent(stage: Stage, who: str) 
     assert read_records(content, 0).prefix == 0
 
 
-def test_b10_a_disk_that_is_no_longer_there(stage: Stage) -> None:
-    stage.add("--start", SCSI, raw=False)
-    stage("start web1")
+@LONG
+def test_b10_a_disk_that_is_no_longer_there(stage: Stage, who: str) -> None:
+    """It is plugged in and unplugged while the guest writes to the others."""
+    stage.boot = dataclasses.replace(stage.boot, more=("-device", "virtio-scsi-pci,id=scsi,addr=0x8"))
+    begin(stage, who, raw=False)
     disk = images.create(stage.disks / "vdc.qcow2", 32 * MiB)
     with stage.qmp() as qmp:
         plug(qmp, str(disk))
     stage(f"disk attach web1 vdc={disk}")
-    stage("snapshot web1 s1")
-    stage("snapshot web1 s2")
+    wanted = snapshots(stage, 2)
     with stage.qmp() as qmp:
         unplug(qmp)
     stage("disk detach web1 vdc")
@@ -279,12 +351,14 @@ def test_b10_a_disk_that_is_no_longer_there(stage: Stage) -> None:
         # What snaptree had opened of it is closed; the node that it was plugged in with is its user's.
         assert not [each for each in qmp("query-named-block-nodes", flat=True) if "vdc.s" in each["file"]]
         qmp("blockdev-del", node_name="n-vdc")
+    stage.guest.writes_on()
     assert set(stage.names()["s1"]["points"]) == {"vda", "vdb", "vdc"}
     stage("delete web1 s1")
-    assert stage.show()["state"] == "running"
+    stage.guest.writes_on()
+    assert stage.holds("s2") == wanted["s2"]
     stage("delete web1 s2")
     stage("delete web1 --branch main-vdc")
-    stage("stop web1 --force")
+    stage.finish()
     stage("gc web1")
     assert {each for each in stage.files() if each.startswith("vd")} == {"vda.qcow2", "vdb.qcow2"}
     stage.sound()
@@ -528,6 +602,44 @@ def test_c8_a_full_disk_leaves_all_disks_of_one_time(small_disk: Stage, way: str
     stage("stop web1")
     flushed = stage.guest.flushed()
     assert stage.holds("main") == (flushed, flushed)
+
+
+@LONG
+def test_c11_variables_go_with_disks_and_memory(lasting: Stage, who: str) -> None:
+    """They are written to the machine's flash as its firmware does it, while the guest writes to its disks."""
+    stage = lasting
+    flash = Flash(stage.folder / "vars.fd", stage.folder / "bus", SEABIOS.stat().st_size)
+    flash.make()
+    stage.boot = dataclasses.replace(stage.boot, more=tuple(flash.words(SEABIOS)))
+    stage.make(raw=False)
+    add(stage, who, f"--disk vda=vda.qcow2 --disk vdb=vdb.qcow2 --nvram {flash.file}")
+    start(stage, who)
+    wanted = {}
+    for number, memory in enumerate(("", "--memory"), 1):
+        flash.set(f"at s{number}")
+        stage(f"snapshot web1 s{number} {memory}")
+        stage.guest.writes_on()
+        wanted[f"s{number}"] = stage.holds(f"s{number}")
+    flash.set("now")
+    stage.guest.writes_on()
+    if who == SNAPTREE:
+        stage("revert web1 s2")
+        stage.guest.went_over()
+        assert flash.variable() == flash.kept() == "at s2"
+        stage.guest.writes_on()
+        stage("revert web1 s1 --running")
+        stage.guest.go(at=min(wanted["s1"]))
+    else:
+        stage.kill_qemu()
+        stage("revert web1 s1")
+        start(stage, who, min(wanted["s1"]))
+    assert flash.variable() == flash.kept() == "at s1"
+    assert {name: stage.holds(name) for name in wanted} == wanted
+    stage("stop web1")
+    stage("switch web1 main.1 --no-memory")
+    assert flash.kept() == "now"
+    stage.forgiven.add("leaks")
+    stage.sound()
 
 
 @LONG
