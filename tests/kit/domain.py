@@ -271,7 +271,8 @@ class DomainScene(Scene):
             assert record.findall(".//backingStore") == [], name
             assert schema.validate(record), schema.error_log
         assert self.definition().findall("devices/disk/backingStore") == []
-        assert _without_what_is_remembered(shown) == _without_what_is_remembered(self.forgotten())
+        one, other = map(_without_what_is_remembered, (shown, self.forgotten()))
+        assert one == other, {key: (one[key], other[key]) for key in one if one[key] != other.get(key)}
         noted = self.virsh("dominfo", "@").replace(AS_THE_TESTS_HAVE_IT, "")
         assert "tainted" not in noted, noted
 

@@ -37,7 +37,7 @@ BOTH = {
         *(REFUSES + "test_b8_after_a_manual_blockcommit", REFUSES + "test_b8_after_a_metadata_only_deletion"),
         *(BY_HAND + "test_a_domain_was_pulled_up", BY_HAND + "test_a_branch_was_made"),
     ],
-    "b9": [REFUSES + "test_b9_a_deletion_that_was_interrupted"],
+    "b9": [REFUSES + "test_b9_a_deletion_that_was_interrupted", "test_interrupted.py::test_b9_snaptree_finishes_it"],
     "b10": [REFUSES + "test_b10_a_disk_that_was_unplugged", BY_HAND + "test_b10_virsh_goes_on"],
     "b12": [REFUSES + "test_b12_twice_within_a_second", BY_HAND + "test_b12_virsh_cannot_go_back_so_often"],
     "b13": [REFUSES + "test_b13_a_disk_that_was_left_out"],

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from msgspec.structs import replace
+
 from snaptree.errors import BusyError, SnaptreeError
 from snaptree.images import gate, qemu_img
 from snaptree.machines.findings import SEVERITIES, Finding
 from snaptree.model.invariants import violations
-from snaptree.model.layer import LayerId
+from snaptree.model.layer import Layer, LayerId, Point
 from snaptree.model.sizes import readable
 from snaptree.model.survey import LayerFacts, Survey
 from snaptree.model.tree import Tree
@@ -23,7 +25,6 @@ _HINTS = {
     "snaptree verify {machine} --accept {path}",
     "damaged": "restore the file from a backup, or try 'qemu-img check -r all' on a copy",
     "corrupt": "try 'qemu-img check -r all' on a copy",
-    "half-merged": "",
 }
 
 _LOOKS = 10
@@ -41,11 +42,11 @@ def verify(tree: Tree, survey: Survey, unfinished: Iterable[str] = ()) -> tuple[
     sick = ailments(tree, survey)
     for number, ailment in sick.items():
         layer = tree.layers[number]
-        severity = "error" if ailment.blocks else "warning"
-        hint = _HINTS.get(ailment.word, "repair the image first").format(machine=tree.machine, path=layer.path)
         if ailment.word == "half-merged":
-            hint = f"'snaptree gc {tree.machine}' goes on"
-        found.append(Finding(ailment.word, layer.path, ailment.detail, affected(tree, number), hint, severity))
+            found.append(_half_merged(tree, layer, ailment.detail))
+            continue
+        hint = _HINTS.get(ailment.word, "repair the image first").format(machine=tree.machine, path=layer.path)
+        found.append(Finding(ailment.word, layer.path, ailment.detail, affected(tree, number), hint))
     for layer in tree.layers.values():
         facts = survey.layers[layer.id]
         blocked = layer.id in sick and sick[layer.id].blocks
@@ -67,7 +68,8 @@ def verify(tree: Tree, survey: Survey, unfinished: Iterable[str] = ()) -> tuple[
         who = tuple(sorted(each.name for each in tree.named if each.memory == memory))
         hint = "put the file back as it was, or go on without it: 'snaptree delete {} {} --memory-only'"
         found.append(Finding("memory", tree.memories[memory].path, detail, who, hint.format(tree.machine, who[0])))
-    for sentence in violations(tree, frozenset(each.layer for each in survey.outsiders)):
+    told = [replace(layer, half_merged=False) for layer in tree.layers.values() if layer.half_merged]
+    for sentence in violations(tree.with_layers(*told), frozenset(each.layer for each in survey.outsiders)):
         found.append(Finding("tree", "", sentence, (), "run 'snaptree recover', then tell the authors"))
     for outsider in survey.outsiders:
         path = tree.layers[outsider.layer].path
@@ -81,6 +83,19 @@ def verify(tree: Tree, survey: Survey, unfinished: Iterable[str] = ()) -> tuple[
     for sentence in unfinished:
         found.append(Finding("unfinished", "", sentence, (), f"run 'snaptree recover {tree.machine}'", "warning"))
     return tuple(sorted(found, key=lambda each: (SEVERITIES.index(each.severity), each.path)))
+
+
+def _half_merged(tree: Tree, layer: Layer, detail: str) -> Finding:
+    """Snaptree takes the name away before it merges; whoever does not leaves a name that shows a mixture."""
+    names = tree.names_on.get(Point(layer.id), ())
+    if not names:
+        hint = f"'snaptree gc {tree.machine}' goes on"
+        return Finding("half-merged", layer.path, detail, affected(tree, layer.id), hint, "warning")
+    first, *more = sorted(names)
+    detail = f"while {first!r} was being deleted by others, a commit into {layer.path} was interrupted: that name"
+    detail += " shows a mixture by now; what stands on it is whole"
+    hint = f"'snaptree delete {tree.machine} {first}' finishes it"
+    return Finding("half-merged", layer.path, detail, (first, *more), hint)
 
 
 def settled(database: Database, look: Callable[[], Iterable[Finding]]) -> tuple[Finding, ...]:

@@ -19,7 +19,7 @@ from snaptree.model.memory import LIBVIRT, Memory
 from snaptree.model.snapshot import Snapshot
 from snaptree.model.survey import LayerFacts
 from snaptree.model.tree import MAX_CHAIN, Tree
-from snaptree.planning.settle import is_frozen
+from snaptree.planning.settle import has_merged, is_frozen
 
 _CONSISTENCY = {"shutoff": "off", "shutdown": "off", "crashed": "off"}
 
@@ -306,6 +306,7 @@ def _with_looks(tree: Tree, known: Tree | None, merging: set[str]) -> Tree:
         before = known.layers.get(layer.id) if known is not None else None
         kept = known is not None and before is not None and _same_place(tree, known, layer.id)
         half = layer.path in merging or (kept and before is not None and before.half_merged)
+        half = half and not has_merged(tree, layer.id)
         looks = before.identity if kept and before is not None and is_frozen(tree, layer.id) else None
         if half or looks is not None:
             changed.append(replace(layer, identity=looks, half_merged=half))

@@ -15,7 +15,8 @@ def settle(tree: Tree, outsiders: Collection[LayerId] = ()) -> Tree:
 
     A layer goes when no name needs it or a point in it, nothing of the tree stands on it, and nothing from outside does
     (``outsiders``); its parent may then be the next. Tips lose the identity that they had as frozen layers, but for
-    those of branches that wait with their memory: it goes on from just what they show.
+    those of branches that wait with their memory: it goes on from just what they show. A half-merged layer is whole
+    again as soon as it can be told (see :func:`has_merged`).
     """
     standing = {layer: len(children) for layer, children in tree.children.items()}
     wanted = {point.layer for point in tree.names_on} | set(outsiders)
@@ -41,7 +42,18 @@ def settle(tree: Tree, outsiders: Collection[LayerId] = ()) -> Tree:
         for layer in settled.layers.values()
         if layer.identity is not None and not is_frozen(settled, layer.id)
     ]
-    return settled.with_layers(*tips) if tips else settled
+    settled = settled.with_layers(*tips) if tips else settled
+    merged = [layer for layer in settled.layers.values() if layer.half_merged and has_merged(settled, layer.id)]
+    return settled.with_layers(*(replace(layer, half_merged=False) for layer in merged)) if merged else settled
+
+
+def has_merged(tree: Tree, layer: LayerId) -> bool:
+    """Whether what was being committed into the layer is there, as more than what was being committed stands on it.
+
+    That is so only when the commit is over. libvirt, interrupted after that, leaves the upper layer where it was; a
+    name on the lower one shows then what the upper one did, and has to go first.
+    """
+    return len(tree.children.get(layer, ())) > 1 and not tree.names_on.get(Point(layer))
 
 
 def with_moved_roots(before: Tree, after: Tree) -> Tree:
