@@ -40,6 +40,26 @@ def at_command(
     return lambda: bool(done)
 
 
+def answering(patched: pytest.MonkeyPatch, which: int, value: object) -> Callable[[], str]:
+    """Have the answer to the n-th command be this one; the command is carried out.
+
+    :return: which command it was, if it has come to that.
+    """
+    execute, counted = QmpSession.execute, itertools.count(1)
+    done: list[str] = []
+
+    async def executed(self: QmpSession, command: str, **arguments: Any) -> Any:
+        number = next(counted)
+        answer = await execute(self, command, **arguments)
+        if number != which:
+            return answer
+        done.append(command)
+        return value
+
+    patched.setattr(QmpSession, "execute", executed)
+    return lambda: "".join(done)
+
+
 def hanging_up(patched: pytest.MonkeyPatch) -> Callable[[], None]:
     """What ends snaptree's sessions with monitors, while QEMU lives on."""
     attach, sessions = RunningQemu.attach, list[RunningQemu]()

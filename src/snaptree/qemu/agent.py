@@ -18,6 +18,7 @@ from typing import Any
 from snaptree.errors import BusyError, NotFoundError, SnaptreeError, ToolError
 from snaptree.qemu.dialling import dial
 from snaptree.qemu.running import RunningQemu
+from snaptree.qemu.session import sense
 
 CHANNEL = "org.qemu.guest_agent.0"
 """The name that a guest's agent looks for among its serial ports."""
@@ -47,11 +48,9 @@ async def find(qemu: RunningQemu) -> str:
     if not isinstance(label, str):
         raise NotFoundError(f"{qemu.qmp.name} has no channel for a guest agent", hint)
     told = await qemu.qmp.execute("query-chardev")
-    try:
+    with sense(qemu.qmp.name, "channels", told):
         (found,) = [each for each in told if each["label"] == label]
         name, listens = str(found["filename"]), bool(found["frontend-open"])
-    except (TypeError, KeyError, ValueError) as error:
-        raise ToolError(f"{qemu.qmp.name} gave no channels that make sense: {str(told)[:200]}") from error
     name = name.removeprefix("disconnected:")
     if not name.startswith("unix:") or ",server" not in name:
         hint = "let the channel be a -chardev socket,path=…,server=on,wait=off, or name its socket with --agent"
@@ -64,10 +63,8 @@ async def find(qemu: RunningQemu) -> str:
 
 async def _listed(qemu: RunningQemu, place: str) -> list[str]:
     told = await qemu.qmp.execute("qom-list", path=place)
-    try:
+    with sense(qemu.qmp.name, "devices", told):
         return [str(each["name"]) for each in told if each["type"] == "child<virtserialport>"]
-    except (TypeError, KeyError) as error:
-        raise ToolError(f"{qemu.qmp.name} gave no devices that make sense: {str(told)[:200]}") from error
 
 
 class GuestAgent:

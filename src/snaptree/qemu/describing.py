@@ -40,23 +40,26 @@ async def describe(qemu: RunningQemu) -> dict[str, str]:
 
     :raise ToolError: an answer makes no sense.
     """
-    qmp = qemu.qmp
     try:
-        size = await qmp.execute("query-memory-size-summary")
-        backends = await qmp.execute("query-memdev")
-        processors = await qmp.execute("query-cpus-fast")
-        target = await qmp.execute("query-target")
-        first = str(processors[0]["qom-path"])
-        found = {
-            "machine type": str(await qmp.execute("qom-get", path="/machine", property="type")),
-            "architecture": str(target["arch"]),
-            "RAM": f"{int(size['base-memory']) + int(size.get('plugged-memory', 0))} bytes",
-            "memory backends": ", ".join(sorted(f"{each.get('id', '')} {each['size']}" for each in backends)),
-            "processors": json.dumps([each["props"] for each in processors], sort_keys=True),
-            "processor model": str(await qmp.execute("qom-get", path=first, property="type")),
-        }
+        return await _described(qemu.qmp)
     except (TypeError, KeyError, IndexError, ValueError) as error:
-        raise ToolError(f"{qmp.name} does not say what it is like: {type(error).__name__} {error}") from error
+        raise ToolError(f"{qemu.qmp.name} does not say what it is like: {type(error).__name__} {error}") from error
+
+
+async def _described(qmp: QmpSession) -> dict[str, str]:
+    size = await qmp.execute("query-memory-size-summary")
+    backends = await qmp.execute("query-memdev")
+    processors = await qmp.execute("query-cpus-fast")
+    target = await qmp.execute("query-target")
+    first = str(processors[0]["qom-path"])
+    found = {
+        "machine type": str(await qmp.execute("qom-get", path="/machine", property="type")),
+        "architecture": str(target["arch"]),
+        "RAM": f"{int(size['base-memory']) + int(size.get('plugged-memory', 0))} bytes",
+        "memory backends": ", ".join(sorted(f"{each.get('id', '')} {each['size']}" for each in backends)),
+        "processors": json.dumps([each["props"] for each in processors], sort_keys=True),
+        "processor model": str(await qmp.execute("qom-get", path=first, property="type")),
+    }
     with suppress(SnaptreeError):
         words = await qmp.execute("qom-get", path=first, property="feature-words")
         text = json.dumps(sorted(json.dumps(each, sort_keys=True) for each in words))

@@ -12,8 +12,9 @@ from typing import Any
 
 from msgspec import Struct, field
 
-from snaptree.errors import ToolError, UnhealthyError
+from snaptree.errors import UnhealthyError
 from snaptree.qemu.jobs import PREFIX
+from snaptree.qemu.session import sense
 
 Inode = tuple[int, int]
 FORMATS = ("qcow2", "raw")
@@ -157,10 +158,8 @@ def read_graph(
     :param folder: QEMU's working folder, which relative names start from.
     :raise ToolError: the answers make no sense.
     """
-    try:
+    with sense("QEMU", "block graph", told):
         return _read(told, edges, devices, folder)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ToolError(f"QEMU gave no block graph that makes sense: {type(error).__name__} {error}") from error
 
 
 def _read(

@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from snaptree.errors import CancelledError, SnaptreeError, ToolError
 from snaptree.images.mover.limiting import Limiter
-from snaptree.qemu.session import QmpSession, explain
+from snaptree.qemu.session import QmpSession, explain, sense
 
 PREFIX = "snaptree-"
 """What the names of our jobs begin with."""
@@ -132,11 +132,9 @@ async def query(qmp: QmpSession, names: Collection[str], *, seconds: float | Non
     :raise ToolError: the answer is not one.
     """
     answer = await qmp.execute("query-jobs", seconds=seconds)
-    try:
+    with sense(qmp.name, "jobs", answer):
         found = [_job_of(each) for each in answer if each["id"] in names]
-    except (TypeError, KeyError, ValueError) as error:
-        raise ToolError(f"{qmp.name} gave no answer to query-jobs that makes sense: {str(answer)[:200]}") from error
-    return {each.id: each for each in found}
+        return {each.id: each for each in found}
 
 
 def _job_of(info: dict[str, Any]) -> Job:
@@ -285,10 +283,8 @@ async def standing(qmp: QmpSession) -> list[str]:
     :raise ToolError: the answer is not one.
     """
     answer = await qmp.execute("query-jobs")
-    try:
+    with sense(qmp.name, "jobs", answer):
         known = [(str(each["id"]), each["type"], each["status"]) for each in answer]
-    except (TypeError, KeyError) as error:
-        raise ToolError(f"{qmp.name} gave no answer to query-jobs that makes sense: {str(answer)[:200]}") from error
     theirs = (each for each in known if not each[0].startswith(PREFIX))
     return [name for name, kind, status in theirs if kind in _DRAINING and status in ("waiting", "pending")]
 

@@ -14,7 +14,7 @@ from msgspec import Struct, field
 from snaptree.errors import CancelledError, SnaptreeError, ToolError
 from snaptree.model.memory import BACKGROUND, FINISHING, MAPPED, PLAIN, SLEEPING
 from snaptree.qemu.running import RunningQemu, run_state
-from snaptree.qemu.session import QmpSession, explain
+from snaptree.qemu.session import QmpSession, explain, sense
 
 CAPABILITIES = {BACKGROUND: "background-snapshot", MAPPED: "mapped-ram"}
 """QEMU's name for each form; the plain one has none."""
@@ -94,12 +94,10 @@ async def settings(qmp: QmpSession) -> Settings:
     """
     capabilities = await qmp.execute("query-migrate-capabilities")
     parameters = await qmp.execute("query-migrate-parameters")
-    try:
+    with sense(qmp.name, "migration settings", [capabilities, parameters]):
         known = {str(each["capability"]): bool(each["state"]) for each in capabilities}
         ours = {name: parameters[name] for name in ("max-bandwidth", "direct-io") if name in parameters}
-    except (TypeError, KeyError) as error:
-        raise ToolError(f"{qmp.name} gave no migration settings that make sense") from error
-    return Settings(known, ours)
+        return Settings(known, ours)
 
 
 def forms_known(found: Settings) -> tuple[str, ...]:
@@ -176,7 +174,9 @@ async def quiet(qemu: RunningQemu, *, seconds: float = QUIET_SECONDS) -> None:
     while True:
         state = await query(qemu.qmp)
         left = await qemu.qmp.execute("query-yank") if "query-yank" in commands else []
-        if state.status in _OVER and not any(each.get("type") == "migration" for each in left):
+        with sense(qemu.qmp.name, "list of what can be yanked", left):
+            migrates = any(each.get("type") == "migration" for each in left)
+        if state.status in _OVER and not migrates:
             return
         if time.monotonic() > deadline:
             raise ToolError(f"{qemu.qmp.name} is migrating ({state.status})", "wait until that has ended")
@@ -189,12 +189,10 @@ async def query(qmp: QmpSession) -> State:
     :raise ToolError: the answer makes no sense.
     """
     answer = await qmp.execute("query-migrate")
-    try:
+    with sense(qmp.name, "state of its migration", answer):
         ram = answer.get("ram", {})
         pages, written = int(ram.get("normal", 0)) + int(ram.get("duplicate", 0)), int(ram.get("transferred", 0))
         return State(str(answer.get("status", "none")), pages, written, str(answer.get("error-desc", "")))
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ToolError(f"{qmp.name} gave no answer to query-migrate that makes sense") from error
 
 
 def _require_no_failure(qmp: QmpSession, state: State) -> None:
@@ -280,15 +278,13 @@ async def load(qmp: QmpSession, uri: str, form: str) -> None:
         await qmp.execute("migrate-incoming", uri=uri)
     since, seen = time.monotonic(), -1
     while True:
-        answer = await qmp.execute("query-migrate")
-        status = str(answer.get("status", "none"))
-        if status == "failed":
-            raise ToolError(f"the memory cannot be loaded: {answer.get('error-desc', 'QEMU does not say why')}")
-        if status == "completed" and await run_state(qmp) != "inmigrate":
+        state = await query(qmp)
+        if state.status == "failed":
+            raise ToolError(f"the memory cannot be loaded: {state.error or 'QEMU does not say why'}")
+        if state.status == "completed" and await run_state(qmp) != "inmigrate":
             return
-        done = int(answer.get("ram", {}).get("transferred", 0))
-        if done != seen:
-            since, seen = time.monotonic(), done
+        if state.written != seen:
+            since, seen = time.monotonic(), state.written
         elif time.monotonic() - since > LOAD_SECONDS:
             raise ToolError(
                 f"QEMU has loaded nothing for {LOAD_SECONDS:.0f} s", "look at the kernel's log for the disk"
@@ -320,7 +316,9 @@ async def lend(qemu: RunningQemu, descriptor: int, known: Sequence[str]) -> Lent
     """
     qemu.pass_descriptor(descriptor)
     if MAPPED in known:
-        number = int((await qemu.qmp.execute("add-fd", opaque="snaptree"))["fdset-id"])
+        answer = await qemu.qmp.execute("add-fd", opaque="snaptree")
+        with sense(qemu.qmp.name, "number of a file", answer):
+            number = int(answer["fdset-id"])
         return Lent(qemu.qmp, f"file:/dev/fdset/{number}", ("remove-fd", {"fdset_id": number}))
     await qemu.qmp.execute("getfd", fdname="snaptree")
     return Lent(qemu.qmp, "fd:snaptree", ("closefd", {"fdname": "snaptree"}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -14,7 +15,7 @@ from snaptree.model.live import PAUSED, RUNNING
 from snaptree.qemu import jobs
 from snaptree.qemu.dialling import dial, peer_of
 from snaptree.qemu.graph import BlockGraph, Inode, Node, read_graph
-from snaptree.qemu.session import GREETING_SECONDS, QmpSession, not_negotiated
+from snaptree.qemu.session import GREETING_SECONDS, QmpSession, not_negotiated, sense
 
 ATTEMPTS = 3
 """So often a session is begun: an event that QEMU sends just then comes before its answer, as when a guest starts."""
@@ -26,10 +27,8 @@ async def run_state(qmp: QmpSession) -> str:
     :raise ToolError: the answer makes no sense.
     """
     answer = await qmp.execute("query-status")
-    try:
+    with sense(qmp.name, "status", answer):
         return str(answer["status"])
-    except (TypeError, KeyError) as error:
-        raise ToolError(f"{qmp.name} gave no status that makes sense: {str(answer)[:200]}") from error
 
 
 def state_of(word: str) -> str:
@@ -46,6 +45,8 @@ class RunningQemu:
     def __init__(self, qmp: QmpSession, connection: socket.socket, pid: int, path: str) -> None:
         self.qmp = qmp
         self._connection = connection
+        # The session closes its own when it comes apart.
+        self._line = connection.dup()
         self.pid = pid
         self.path = path
         self._folder: str | None = None
@@ -107,6 +108,14 @@ class RunningQemu:
     async def close(self) -> None:
         """Give the monitor back; the machine runs on."""
         await self.qmp.close()
+        self._line.close()
+
+    async def hang_up(self) -> None:
+        """End a session that has come apart on our side: others share the socket, and QEMU hears nobody else until it
+        is shut."""
+        with suppress(OSError):
+            self._line.shutdown(socket.SHUT_RDWR)
+        await self.close()
 
     async def run_state(self) -> str:
         """What the machine does, in QEMU's word."""
@@ -127,10 +136,8 @@ class RunningQemu:
     async def commands(self) -> frozenset[str]:
         """What the monitor can be asked for."""
         answer = await self.qmp.execute("query-commands")
-        try:
+        with sense(self.qmp.name, "commands", answer):
             return frozenset(str(each["name"]) for each in answer)
-        except (TypeError, KeyError) as error:
-            raise ToolError(f"{self.qmp.name} gave no commands that make sense: {str(answer)[:200]}") from error
 
     async def graph(self) -> BlockGraph:
         """The block graph as it is now.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError, Runstate
@@ -87,6 +89,19 @@ def not_negotiated(error: ToolError) -> bool:
     """Whether somebody greeted us and then said something else than that the session has begun."""
     cause = error.__cause__
     return isinstance(cause, ConnectError) and isinstance(cause.exc, NegotiationError)
+
+
+@contextmanager
+def sense(name: str, what: str, answer: object) -> Iterator[None]:
+    """Read an answer in the block.
+
+    :param name: who gave it, ``what`` is what was asked for; both for the message.
+    :raise ToolError: it is not of the shape that it is read as.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ToolError(f"{name} gave no {what} to make sense of: {str(answer)[:200]}") from error
 
 
 def explain(doing: str, reason: str) -> SnaptreeError:

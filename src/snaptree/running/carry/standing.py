@@ -88,7 +88,7 @@ async def with_firmware(qemu: RunningQemu, copies: Iterable[Kept], about: str, c
 
 @asynccontextmanager
 async def answering(qemu: RunningQemu) -> AsyncIterator[RunningQemu]:
-    """A session with the same QEMU: another one, where that has hung up and lives on.
+    """A session with the same QEMU: another one, where that has come apart and QEMU lives on.
 
     :raise ToolError: there is none.
     """
@@ -97,6 +97,7 @@ async def answering(qemu: RunningQemu) -> AsyncIterator[RunningQemu]:
         return
     if qemu.qmp.connected:
         raise ToolError(f"{qemu.qmp.name} does not answer")
+    await qemu.hang_up()
     again = await RunningQemu.attach(qemu.path)
     if again is None:
         raise ToolError(f"{qemu.qmp.name} went away")

@@ -1,0 +1,120 @@
+"""What stands between snaptree and the monitor of a QEMU that runs, and answers nonsense for it, once.
+
+QEMU is real, has done what it was told, and goes on: only what snaptree hears of it is not what it said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+AT_MOST = 16
+"""So many descriptors may come with one message."""
+
+
+def line_of(way: str, number: Any) -> bytes:
+    """What is said instead of the answer to the command of that number."""
+    lines = {
+        "no JSON": b"what?\n",
+        "an array": b"[]\n",
+        "nested": b"[" * 100_000 + b"\n",
+        "binary": b"\xff\x00\xfe\n",
+        "no end of line": b"x" * (11 << 20),
+        "a huge answer": json.dumps({"return": "x" * (9 << 20), "id": number}).encode() + b"\n",
+        "another id": b'{"return":{},"id":"another"}\n',
+        "no id": b'{"return":{}}\n',
+        "an error without id": b'{"error":{"class":"GenericError","desc":"no"}}\n',
+        "an id that is a list": b'{"return":{},"id":[]}\n',
+        "no answer in it": json.dumps({"id": number}).encode() + b"\n",
+        "an error that is a number": json.dumps({"error": 5, "id": number}).encode() + b"\n",
+        "an event that is none": b'{"event":5}\n',
+    }
+    return lines[way]
+
+
+class StrangeMonitor:
+    """What listens in the place of a monitor, until :meth:`close`.
+
+    :param place: the monitor's socket.
+    :param way: in which way it is strange, as :func:`line_of` has them.
+    :param number: to which command, counted over all sessions from 1; 0 for none.
+    """
+
+    def __init__(self, place: Path, way: str = "", number: int = 0) -> None:
+        self.place, self.real = place, place.with_name(f"{place.name}.real")
+        self.way, self.number = way, number
+        self.said: list[str] = []
+        """The commands that were said so far."""
+        self.came = False
+        place.rename(self.real)
+        self._listens = socket.socket(socket.AF_UNIX)
+        self._listens.bind(str(place))
+        self._listens.listen()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        """The monitor is itself again; sessions end."""
+        self._listens.shutdown(socket.SHUT_RDWR)
+        self._listens.close()
+        if self.real.exists():
+            self.real.rename(self.place)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listens.accept()
+                threading.Thread(target=self._serve, args=[client], daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client, socket.socket(socket.AF_UNIX) as qemu:
+            try:
+                qemu.connect(str(self.real))
+            except OSError:
+                return
+            wrong: list[Any] = []
+            answers = threading.Thread(target=self._answers, args=[qemu, client, wrong], daemon=True)
+            answers.start()
+            with contextlib.suppress(OSError):
+                for text, descriptors in received(client):
+                    command = json.loads(text)
+                    self.said.append(command["execute"])
+                    if len(self.said) == self.number:
+                        wrong.append(command.get("id"))
+                    socket.send_fds(qemu, [text], descriptors)
+                    for each in descriptors:
+                        os.close(each)
+                qemu.shutdown(socket.SHUT_RDWR)
+            answers.join()
+
+    def _answers(self, qemu: socket.socket, client: socket.socket, wrong: list[Any]) -> None:
+        with contextlib.suppress(OSError), qemu.makefile("rb") as lines:
+            for line in lines:
+                said = line
+                if wrong and json.loads(line).get("id", wrong) == wrong[-1]:
+                    said, self.came = line_of(self.way, wrong.pop()), True
+                client.sendall(said)
+        with contextlib.suppress(OSError):
+            client.shutdown(socket.SHUT_RDWR)
+
+
+def received(client: socket.socket) -> Iterator[tuple[bytes, list[int]]]:
+    """The commands that come, and the descriptors with them; nothing stands between the commands."""
+    text, decoder, descriptors = "", json.JSONDecoder(), list[int]()
+    while True:
+        data, more, _, _ = socket.recv_fds(client, 65536, AT_MOST)
+        if not data:
+            return
+        text, descriptors = text + data.decode(), descriptors + more
+        while text:
+            try:
+                _, end = decoder.raw_decode(text)
+            except ValueError:
+                break
+            yield text[:end].encode(), descriptors
+            text, descriptors = text[end:].lstrip(), []
