@@ -9,7 +9,7 @@ import pytest
 from tests.kit.points import tried
 from tests.kit.stage import Stage, killed_at
 
-STALL_SECONDS = 1.5
+STALL_SECONDS = 1.0
 """A record may take no longer, whatever is killed: a second, and what an emulated guest on a busy machine adds."""
 
 

@@ -60,7 +60,7 @@ def test_killed_while_the_guests_requests_wait(stage: Stage, before: bool, also:
     assert process.returncode == -signal.SIGKILL, process.stderr
     # The guard has let the guest go on, and QEMU says where.
     guest.writes_on()
-    assert guest.stall(since) < 1.5
+    assert guest.stall(since) < 1.0
     with stage.qmp() as qmp:
         disks = {each["qdev"].split("/")[-2]: each["inserted"]["file"] for each in qmp("query-block")}
     over = [disk for disk, path in sorted(disks.items()) if path == str(stage.disks / f"{disk}.qcow2")]

@@ -150,7 +150,12 @@ async def _carry_out(machine: str, plan: Plan, context: Context, report: Report)
         if context.left:
             _add_hint(error, f"the guest goes on when QEMU does; 'snaptree recover {machine}' does the rest then")
         elif journal.step < plan.point_of_no_return and not await _happened(plan, context) and _turned_back(journal):
-            await undo_all(plan.steps[: journal.step + 1], context, str(error))
+            try:
+                await undo_all(plan.steps[: journal.step + 1], context, str(error))
+            except BaseException as another:
+                # Of a quota that is used up, btrfs gives nothing to write over what is there, either.
+                _add_hint(another, f"everything kept is whole; 'snaptree recover {machine}' undoes what was begun")
+                raise
             for each in context.said:
                 _add_hint(error, each)
             if plan.way is not None:
