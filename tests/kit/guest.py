@@ -297,6 +297,9 @@ def launch(words: Sequence[str], folder: Path, within: Path | None = None) -> Gu
     :param within: QEMU's working folder.
     """
     folder.mkdir(exist_ok=True)
+    if not any("logappend=on" in word for word in words):
+        # What the one before has said is not for this one's.
+        (folder / "console.log").unlink(missing_ok=True)
     with (folder / "qemu.log").open("wb") as log:
         process = subprocess.Popen(list(words), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=within)
     return Guest(folder, process)

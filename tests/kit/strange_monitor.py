@@ -59,7 +59,7 @@ class StrangeMonitor:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
-        """The monitor is itself again; sessions end."""
+        """The monitor is itself again for whoever comes."""
         self._listens.shutdown(socket.SHUT_RDWR)
         self._listens.close()
         if self.real.exists():
@@ -89,6 +89,7 @@ class StrangeMonitor:
                     socket.send_fds(qemu, [text], descriptors)
                     for each in descriptors:
                         os.close(each)
+            with contextlib.suppress(OSError):
                 qemu.shutdown(socket.SHUT_RDWR)
             answers.join()
 
@@ -96,7 +97,9 @@ class StrangeMonitor:
         with contextlib.suppress(OSError), qemu.makefile("rb") as lines:
             for line in lines:
                 said = line
-                if wrong and json.loads(line).get("id", wrong) == wrong[-1]:
+                # What ends the negotiation has no name.
+                answer = json.loads(line)
+                if wrong and "event" not in answer and answer.get("id") == wrong[-1]:
                     said, self.came = line_of(self.way, wrong.pop()), True
                 client.sendall(said)
         with contextlib.suppress(OSError):

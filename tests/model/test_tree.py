@@ -72,6 +72,29 @@ def test_roles() -> None:
     assert without_names(tree, ["s2"]).branches["other"].parent == "s1"
 
 
+@pytest.mark.parametrize(
+    ("gone", "branches", "whole"),
+    [
+        (["s2"], [], True),  # two stand on it
+        ([], [], False),  # a snapshot shows what it shows
+        (["s2"], ["other"], False),  # what was being committed may be what stands on it
+    ],
+)
+def test_a_half_merged_layer_is_whole_when_nothing_is_left_to_be_committed(
+    gone: list[str], branches: list[str], *, whole: bool
+) -> None:
+    tree = forked().with_layers(replace(layer(3, 2), half_merged=True))
+    assert settle(without_names(tree, gone, branches)).layers[3].half_merged != whole
+
+
+def test_a_half_merged_tip_is_whole() -> None:
+    """It was gone over to, and what was being committed into it has gone."""
+    tree = without_names(forked(), ["s2"], ["other"]).with_branches(Branch("main", "s1", {"vda": Point(3)}, 3.0))
+    tree = tree.with_layers(replace(layer(3, 2), half_merged=True))
+    left = settle(tree)
+    assert set(left.layers) == {1, 2, 3} and not left.layers[3].half_merged
+
+
 def test_what_nothing_needs_goes_with_all_beneath_that_only_it_needed() -> None:
     tree = forked()
     left = settle(without_names(tree, ["s1", "s2"], ["other"]))

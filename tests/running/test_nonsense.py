@@ -9,7 +9,7 @@ import pytest
 from tests.kit.steps import answering
 from tests.kit.still import placed
 from tests.kit.strange_monitor import StrangeMonitor
-from tests.running.test_in_the_middle import JOBS, TwoMonitors, looked_after, made
+from tests.running.test_in_the_middle import JOBS, SEED, TwoMonitors, looked_after, made
 from tests.running.test_no_answer import WAITS
 
 LONG = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -67,14 +67,15 @@ def wrong_answer(job: str, value: object, number: int) -> str:
 
 
 def at_each(job: str, whats: Sequence[object], attempt: Callable[[str, object, int], str], only: int | None) -> None:
-    """Try it at each command, in one way after the other; or at one alone."""
+    """Try it at each command, each time in the next way; or at one alone."""
     for number in range(1, 400) if only is None else (only,):
-        what = whats[number % len(whats)]
+        what = whats[(number + SEED) % len(whats)]
         try:
             came = attempt(job, what, number)
         except BaseException as error:
             error.add_note(f"{what!r} at command {number}")
             raise
+        assert came or only is None, "it has come to its end before"
         if not came:
             break
     assert only is not None or number > 20

@@ -10,7 +10,7 @@ from snaptree.errors import BusyError, SnaptreeError
 from snaptree.images import gate, qemu_img
 from snaptree.machines.findings import SEVERITIES, Finding
 from snaptree.model.invariants import violations
-from snaptree.model.layer import Layer, LayerId, Point
+from snaptree.model.layer import Layer, LayerId
 from snaptree.model.sizes import readable
 from snaptree.model.survey import LayerFacts, Survey
 from snaptree.model.tree import Tree
@@ -86,16 +86,18 @@ def verify(tree: Tree, survey: Survey, unfinished: Iterable[str] = ()) -> tuple[
 
 
 def _half_merged(tree: Tree, layer: Layer, detail: str) -> Finding:
-    """Snaptree takes the name away before it merges; whoever does not leaves a name that shows a mixture."""
-    names = tree.names_on.get(Point(layer.id), ())
+    """What is to be said of a layer into which a commit has begun.
+
+    Snaptree takes the names away before it merges; whoever does not leaves some that show a mixture.
+    """
+    names = sorted(tree.snapshots_on(layer.id))
     if not names:
         hint = f"'snaptree gc {tree.machine}' goes on"
         return Finding("half-merged", layer.path, detail, affected(tree, layer.id), hint, "warning")
-    first, *more = sorted(names)
-    detail = f"while {first!r} was being deleted by others, a commit into {layer.path} was interrupted: that name"
-    detail += " shows a mixture by now; what stands on it is whole"
-    hint = f"'snaptree delete {tree.machine} {first}' finishes it"
-    return Finding("half-merged", layer.path, detail, (first, *more), hint)
+    what = " and ".join(map(repr, names))
+    detail = f"a commit into {layer.path} was interrupted while {what} was being deleted, and shows a mixture by now"
+    hint = f"'snaptree delete {tree.machine} {' '.join(names)}' finishes it"
+    return Finding("half-merged", layer.path, detail, tuple(names), hint)
 
 
 def settled(database: Database, look: Callable[[], Iterable[Finding]]) -> tuple[Finding, ...]:

@@ -98,6 +98,10 @@ class Tree(Struct, frozen=True, dict=True):
         """How many things of this tree stand on the layer: each child once, and once for every internal point in it."""
         return sum(1 + len(self.internals.get(child, ())) for child in self.children.get(layer, ()))
 
+    def snapshots_on(self, layer: LayerId) -> tuple[str, ...]:
+        """The snapshots whose point is the layer as a whole."""
+        return tuple(name for name in self.names_on.get(Point(layer), ()) if name in self.snapshots)
+
     def chain(self, layer: LayerId) -> Iterator[Layer]:
         """The layer, its parent, and so on down to the lowest; a loop ends where it would repeat."""
         seen: set[LayerId] = set()

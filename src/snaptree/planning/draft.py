@@ -205,8 +205,8 @@ class Draft:
         self.require_whole(parent, purpose)
         below = self.tree.layers[parent]
         if below.half_merged:
-            lost = self.tree.names_on.get(Point(parent))
-            verb = f"delete {self.tree.machine} {min(lost)}" if lost else f"gc {self.tree.machine}"
+            lost = " ".join(sorted(self.tree.snapshots_on(parent)))
+            verb = f"delete {self.tree.machine} {lost}" if lost else f"gc {self.tree.machine}"
             raise RefusedError(
                 f"cannot {purpose}: {below.path} is half-merged", f"finish the merge with 'snaptree {verb}'"
             )

@@ -48,12 +48,13 @@ def settle(tree: Tree, outsiders: Collection[LayerId] = ()) -> Tree:
 
 
 def has_merged(tree: Tree, layer: LayerId) -> bool:
-    """Whether what was being committed into the layer is there, as more than what was being committed stands on it.
+    """Whether nothing is left that could be committed into the layer: more than one thing stands on it, or none.
 
-    That is so only when the commit is over. libvirt, interrupted after that, leaves the upper layer where it was; a
-    name on the lower one shows then what the upper one did, and has to go first.
+    QEMU has something stand on a layer beside what is being committed only when the commit is over. libvirt,
+    interrupted after that, leaves the upper layer where it was. A snapshot on the lower one shows then what the upper
+    one did, and has to go first.
     """
-    return len(tree.children.get(layer, ())) > 1 and not tree.names_on.get(Point(layer))
+    return len(tree.children.get(layer, ())) != 1 and not tree.snapshots_on(layer)
 
 
 def with_moved_roots(before: Tree, after: Tree) -> Tree:

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from snaptree.errors import SnaptreeError, ToolError
+from snaptree.errors import SnaptreeError
 from snaptree.model.memory import SLEEPING, Saveable
 from snaptree.qemu import memory
 from snaptree.qemu.running import RunningQemu
-from snaptree.qemu.session import QmpSession
+from snaptree.qemu.session import QmpSession, sense
 
 _SHELVES = ("/machine/peripheral", "/machine/peripheral-anon")
 _ASPECTS = (
@@ -40,32 +40,30 @@ async def describe(qemu: RunningQemu) -> dict[str, str]:
 
     :raise ToolError: an answer makes no sense.
     """
-    try:
-        return await _described(qemu.qmp)
-    except (TypeError, KeyError, IndexError, ValueError) as error:
-        raise ToolError(f"{qemu.qmp.name} does not say what it is like: {type(error).__name__} {error}") from error
-
-
-async def _described(qmp: QmpSession) -> dict[str, str]:
+    qmp = qemu.qmp
     size = await qmp.execute("query-memory-size-summary")
     backends = await qmp.execute("query-memdev")
     processors = await qmp.execute("query-cpus-fast")
     target = await qmp.execute("query-target")
-    first = str(processors[0]["qom-path"])
-    found = {
-        "machine type": str(await qmp.execute("qom-get", path="/machine", property="type")),
-        "architecture": str(target["arch"]),
-        "RAM": f"{int(size['base-memory']) + int(size.get('plugged-memory', 0))} bytes",
-        "memory backends": ", ".join(sorted(f"{each.get('id', '')} {each['size']}" for each in backends)),
-        "processors": json.dumps([each["props"] for each in processors], sort_keys=True),
-        "processor model": str(await qmp.execute("qom-get", path=first, property="type")),
-    }
+    with sense(qmp.name, "description of its machine", [size, backends, processors, target]):
+        first = str(processors[0]["qom-path"])
+        found = {
+            "architecture": str(target["arch"]),
+            "RAM": f"{int(size['base-memory']) + int(size.get('plugged-memory', 0))} bytes",
+            "memory backends": ", ".join(sorted(f"{each.get('id', '')} {each['size']}" for each in backends)),
+            "processors": json.dumps([each["props"] for each in processors], sort_keys=True),
+        }
+    found["machine type"] = str(await qmp.execute("qom-get", path="/machine", property="type"))
+    found["processor model"] = str(await qmp.execute("qom-get", path=first, property="type"))
     with suppress(SnaptreeError):
         words = await qmp.execute("qom-get", path=first, property="feature-words")
-        text = json.dumps(sorted(json.dumps(each, sort_keys=True) for each in words))
+        with sense(qmp.name, "features of its processor", words):
+            text = json.dumps(sorted(json.dumps(each, sort_keys=True) for each in words))
         found["processor features"] = hashlib.sha256(text.encode()).hexdigest()
     with suppress(SnaptreeError):
-        found["accelerator"] = "kvm" if (await qmp.execute("query-kvm"))["enabled"] else "other"
+        accelerator = await qmp.execute("query-kvm")
+        with sense(qmp.name, "accelerator", accelerator):
+            found["accelerator"] = "kvm" if accelerator["enabled"] else "other"
     found["devices"] = "; ".join(await _devices(qmp))
     return found
 
@@ -74,18 +72,25 @@ async def _devices(qmp: QmpSession) -> list[str]:
     """Every device that was asked for, with where it is and what a guest sees of it; sorted."""
     found: dict[str, dict[str, str]] = {}
     for shelf in _SHELVES:
-        for each in await qmp.execute("qom-list", path=shelf):
-            if not str(each["type"]).startswith("child<"):
+        for child, kind in await _listed(qmp, shelf):
+            if not kind.startswith("child<"):
                 continue
-            path = f"{shelf}/{each['name']}"
-            aspects = {"type": str(each["type"])[6:-1]}
-            has = {str(one["name"]) for one in await qmp.execute("qom-list", path=path)}
+            path = f"{shelf}/{child}"
+            aspects = {"type": kind[6:-1]}
+            has = {name for name, _ in await _listed(qmp, path)}
             for name in (*_ASPECTS, "parent_bus"):
                 if name in has:
                     with suppress(SnaptreeError):
                         aspects[name] = str(await qmp.execute("qom-get", path=path, property=name))
             found[path] = aspects
     return sorted(_told(found, path) for path in found)
+
+
+async def _listed(qmp: QmpSession, path: str) -> list[tuple[str, str]]:
+    """The properties of an object, each with its type."""
+    answer = await qmp.execute("qom-list", path=path)
+    with sense(qmp.name, f"properties of {path}", answer):
+        return [(str(each["name"]), str(each["type"])) for each in answer]
 
 
 def _told(devices: Mapping[str, Mapping[str, str]], path: str) -> str:

@@ -201,7 +201,10 @@ def _read(
             internals=tuple(str(one["name"]) for one in each.get("image", {}).get("snapshots", ())),
             jobs=tuple(at_work.get(name, ())),
         )
-    return BlockGraph(nodes, frozenset(each["inserted"]["node-name"] for each in devices if "inserted" in each))
+    tops = frozenset(each["inserted"]["node-name"] for each in devices if "inserted" in each)
+    if tops and not tops & known:
+        raise ValueError(f"there are disks, as {min(tops)}, and none of their nodes")
+    return BlockGraph(nodes, tops)
 
 
 def _inode(path: str) -> Inode | None:

@@ -295,13 +295,13 @@ async def dismiss_streams(qmp: QmpSession) -> None:
     :raise ToolError: there is one of somebody else's.
     """
     answer = await qmp.execute("query-jobs")
-    with suppress(TypeError, KeyError, AttributeError):
+    with sense(qmp.name, "jobs", answer):
         ended = [str(each["id"]) for each in answer if (each["type"], each["status"]) == ("stream", "concluded")]
-        for name in ended:
-            if not name.startswith(PREFIX):
-                hint = f"tell its monitor: job-dismiss, with id {name!r}"
-                raise ToolError(f"{qmp.name} has a finished block-stream job, {name}, that nobody has dismissed", hint)
-            await qmp.execute("job-dismiss", id=name)
+    for name in ended:
+        if not name.startswith(PREFIX):
+            hint = f"tell its monitor: job-dismiss, with id {name!r}"
+            raise ToolError(f"{qmp.name} has a finished block-stream job, {name}, that nobody has dismissed", hint)
+        await qmp.execute("job-dismiss", id=name)
 
 
 async def abandon(qmp: QmpSession, names: Sequence[str]) -> bool:

@@ -42,11 +42,12 @@ class RunningQemu:
     Made by :meth:`attach`.
     """
 
-    def __init__(self, qmp: QmpSession, connection: socket.socket, pid: int, path: str) -> None:
+    def __init__(self, qmp: QmpSession, connection: socket.socket, line: socket.socket, pid: int, path: str) -> None:
         self.qmp = qmp
         self._connection = connection
-        # The session closes its own when it comes apart.
-        self._line = connection.dup()
+        self._line = line
+        """The same connection: the session closes its own when it comes apart, and QEMU hears nobody else until all are
+        closed."""
         self.pid = pid
         self.path = path
         self._folder: str | None = None
@@ -66,15 +67,19 @@ class RunningQemu:
                 return None
             pid = peer_of(found).process
             qmp = QmpSession(f"the QEMU at {path}")
+            line = None
             try:
+                line = found.dup()
                 found.setblocking(False)
                 await qmp.connect(found, seconds)
             except BaseException as error:
                 found.close()
+                if line is not None:
+                    line.close()
                 if left and isinstance(error, ToolError) and not_negotiated(error):
                     continue
                 raise
-            return cls(qmp, found, pid, path)
+            return cls(qmp, found, line, pid, path)
 
     @property
     def descriptor(self) -> int:
@@ -111,8 +116,10 @@ class RunningQemu:
         self._line.close()
 
     async def hang_up(self) -> None:
-        """End a session that has come apart on our side: others share the socket, and QEMU hears nobody else until it
-        is shut."""
+        """End a session that has come apart on our side, for all who share its socket: QEMU hears nobody else before.
+
+        A guard among them can then do no more than when QEMU has hung up itself.
+        """
         with suppress(OSError):
             self._line.shutdown(socket.SHUT_RDWR)
         await self.close()

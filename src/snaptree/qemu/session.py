@@ -101,7 +101,8 @@ def sense(name: str, what: str, answer: object) -> Iterator[None]:
     try:
         yield
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise ToolError(f"{name} gave no {what} to make sense of: {str(answer)[:200]}") from error
+        why = f"{type(error).__name__} {error}"
+        raise ToolError(f"{name} gave no {what} to make sense of ({why}): {str(answer)[:200]}") from error
 
 
 def explain(doing: str, reason: str) -> SnaptreeError:
