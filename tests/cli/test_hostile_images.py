@@ -397,7 +397,7 @@ def test_what_is_carried_out_on_hostile_images(tmp_path: Path, monkeypatch: pyte
     memory = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else tmp_path
     place = memory / f"snaptree-acted-{os.getpid()}"
     statuses: Counter[int] = Counter()
-    for number in range(COUNT // 2):
+    for number in range(COUNT // 3):
         chance = random.Random(f"{SEED} act {number}")
         try:
             folder = Folder(place, "snapshot other i3 --internal", f"set other --start {shlex.quote(MACHINE)}")
@@ -408,7 +408,7 @@ def test_what_is_carried_out_on_hostile_images(tmp_path: Path, monkeypatch: pyte
         finally:
             shutil.rmtree(place, ignore_errors=True)
     print(dict(statuses))
-    assert len(statuses) > 3 and 0 in statuses
+    assert len(statuses) > 2 and 0 in statuses
 
 
 def test_a_check_that_would_take_all_memory_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

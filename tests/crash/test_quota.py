@@ -38,8 +38,13 @@ def allow(volume: Path, mebibytes: int) -> None:
     subprocess.run(["btrfs", "qgroup", "limit", f"{mebibytes}M", volume], check=True)
 
 
-@pytest.mark.parametrize("compressed", [False, True], ids=["by snaptree", "by QEMU"])
-@pytest.mark.parametrize("way", ["commit", "pull"])
+@pytest.mark.parametrize(
+    ("way", "compressed"),
+    [
+        *(("commit", False), ("pull", True)),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("commit", True), ("pull", False))),
+    ],
+)
 def test_a_quota_is_used_up_in_a_merge(tmp_path: Path, volume: Path, way: str, *, compressed: bool) -> None:
     """What is moved comes from elsewhere, as within btrfs it would be shared. QEMU moves what is compressed."""
     scene = Scene(tmp_path)

@@ -85,7 +85,7 @@ def at_each(job: str, whats: Sequence[object], attempt: Callable[[str, object, i
 @pytest.mark.parametrize(
     ("job", "only"),
     [
-        *(("external snapshot", 26), ("commit", 26), ("memory saved in the background", 15), ("memory loaded", 60)),
+        *(("external snapshot", 26), ("commit", 26), ("memory saved in the background", 15)),
         *(pytest.param(job, None, marks=LONG) for job in JOBS),
     ],
 )
