@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import pytest
+from tests.kit.stage import processes_of
 from tests.kit.steps import answering
 from tests.kit.still import placed
 from tests.kit.strange_monitor import StrangeMonitor
@@ -51,6 +52,7 @@ def no_answer(job: str, way: object, number: int) -> str:
             strange.close()
         assert strange.came or status == 0
         looked_after(still, "")
+        assert len(processes_of(folder)) == 1, "one that was to take over is there still"
         return strange.said[number - 1] if strange.came else ""
 
 
@@ -63,6 +65,7 @@ def wrong_answer(job: str, value: object, number: int) -> str:
             status = carried_out(still, JOBS[job].line)
         assert came() or status == 0
         looked_after(still, "")
+        assert len(processes_of(folder)) == 1, "one that was to take over is there still"
         return came()
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 
 from snaptree.errors import CancelledError, RefusedError, SnaptreeError, ToolError, UnhealthyError
 from snaptree.images import durable, memory_file
@@ -32,14 +32,17 @@ async def go_over(step: GoOver, context: Context) -> None:
         await _finish(step, context, await _survivor(step, context))
         return
     _keep_sockets(context)
+    new: RunningQemu | None = None
     try:
         if step.load is not None:
             firmware.bring(step.load.firmware, context)
-        new = await _loaded(step.load, context) if step.load is not None else None
+            new = await _loaded(step.load, context)
         if step.load is not None and new is not None and context.qemu is not None:
             await _hold(new, step.load.firmware)
             firmware.give_names_back(step.load.firmware, context)
     except BaseException:
+        if new is not None:
+            await _drop(new)
         _as_before(step, context)
         raise
     try:
@@ -54,6 +57,9 @@ async def go_over(step: GoOver, context: Context) -> None:
             if new is not None:
                 await _drop(new)
             _as_before(step, context)
+        elif new is not None:
+            # For recovery: it serves one client.
+            await new.close()
         raise
     await _finish(step, context, new)
 
@@ -228,7 +234,15 @@ async def _save(save: Save, context: Context, old: RunningQemu, before: memory.S
 
 
 async def _finish(step: GoOver, context: Context, new: RunningQemu | None) -> None:
-    """End the old QEMU, and let the new one have its place."""
+    """End the old QEMU, and let the new one have its place. Where that fails it is given back, for recovery."""
+    async with AsyncExitStack() as stack:
+        if new is not None and new is not context.qemu:
+            stack.push_async_callback(new.close)
+        await _take_its_place(step, context, new)
+        stack.pop_all()
+
+
+async def _take_its_place(step: GoOver, context: Context, new: RunningQemu | None) -> None:
     old = context.qemu
     if old is not None and (new is None or old.pid != new.pid):
         if new is not None and "blockdev-set-active" in await old.commands():
@@ -271,8 +285,13 @@ async def _survivor(step: GoOver, context: Context) -> RunningQemu | None:
     if new is None:
         durable.remove_small(load.monitor)
         context.said.append("the machine died when it had just gone over, and is off")
-    elif step.after == RUNNING and await new.run_state() != "running":
-        await new.qmp.execute("cont")
+    elif step.after == RUNNING:
+        try:
+            if await new.run_state() != "running":
+                await new.qmp.execute("cont")
+        except BaseException:
+            await new.close()
+            raise
     return new
 
 
