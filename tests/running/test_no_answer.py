@@ -17,11 +17,11 @@ from tests.running.test_in_the_middle import TwoMonitors, made, right
 
 from snaptree.machines import asking, standalone
 from snaptree.qemu import live_jobs, memory, running, session
+from snaptree.running.carry import live, standing
 from snaptree.running.carry import memory as saving
-from snaptree.running.carry import standing
 
 WAITS = (
-    *((module, "FLUSH_SECONDS") for module in (live_jobs, saving, standing)),
+    *((module, "FLUSH_SECONDS") for module in (live, live_jobs, saving, standing)),
     *((module, "GREETING_SECONDS") for module in (session, running)),
     *((module, "WORK_SECONDS") for module in (asking, standalone)),
     *((memory, name) for name in ("CANCEL_SECONDS", "QUIET_SECONDS")),
