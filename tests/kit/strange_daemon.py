@@ -17,9 +17,29 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-WAY, AT, REAL, TOLD = (os.environ[f"STRANGE_{name}"] for name in ("WAY", "AT", "REAL", "TOLD"))
+WAY, AT, REAL, TOLD = (os.environ.get(f"STRANGE_{name}", "") for name in ("WAY", "AT", "REAL", "TOLD"))
 EVENT = b'{"timestamp":{"seconds":1,"microseconds":1},"event":"JOB_STATUS_CHANGE","data":{"status":"null","id":"x"}}\n'
 STARTS = ("block-commit", "block-stream")
+
+
+def nonsense(way: str, number: Any) -> bytes | None:
+    """What is said instead of the answer to the command of that number; ``None`` for what is strange otherwise."""
+    lines = {
+        "no JSON": b"what?\n",
+        "an array": b"[]\n",
+        "nested": b"[" * 100_000 + b"\n",
+        "binary": b"\xff\x00\xfe\n",
+        "no end of line": b"x" * (11 << 20),
+        "a huge answer": json.dumps({"return": "x" * (9 << 20), "id": number}).encode() + b"\n",
+        "another id": b'{"return":{},"id":"another"}\n',
+        "no id": b'{"return":{}}\n',
+        "an error without id": b'{"error":{"class":"GenericError","desc":"no"}}\n',
+        "an id that is a list": b'{"return":{},"id":[]}\n',
+        "no answer in it": json.dumps({"id": number}).encode() + b"\n",
+        "an error that is a number": json.dumps({"error": 5, "id": number}).encode() + b"\n",
+        "an event that is none": b'{"event":5}\n',
+    }
+    return lines.get(way)
 
 
 def told(process: int) -> None:
@@ -96,21 +116,6 @@ class Strange:
 
     def strange(self, name: str, number: Any, command: dict[str, Any]) -> bool:
         """Whether the command has been dealt with; some ways are strange about jobs only."""
-        nonsense = {
-            "no JSON": b"what?\n",
-            "an array": b"[]\n",
-            "nested": b"[" * 100_000 + b"\n",
-            "binary": b"\xff\x00\xfe\n",
-            "no end of line": b"x" * (11 << 20),
-            "a huge answer": json.dumps({"return": "x" * (9 << 20), "id": number}).encode() + b"\n",
-            "another id": b'{"return":{},"id":"another"}\n',
-            "no id": b'{"return":{}}\n',
-            "an error without id": b'{"error":{"class":"GenericError","desc":"no"}}\n',
-            "an id that is a list": b'{"return":{},"id":[]}\n',
-            "no answer in it": json.dumps({"id": number}).encode() + b"\n",
-            "an error that is a number": json.dumps({"error": 5, "id": number}).encode() + b"\n",
-            "an event that is none": b'{"event":5}\n',
-        }
         errors = {"refuses everything": "no", "is out of room": "No space left on device"}
         values: dict[str, Any] = {
             "a number": 5,
@@ -120,8 +125,8 @@ class Strange:
             "an empty job": [{}],
             "a job of odd types": [{"id": [], "status": 7, "current-progress": "x", "total-progress": None}],
         }
-        if WAY in nonsense:
-            self.say(nonsense[WAY])
+        if (said := nonsense(WAY, number)) is not None:
+            self.say(said)
             return True
         if WAY in errors:
             fields = {"error": {"class": "GenericError", "desc": errors[WAY]}, "id": number}
@@ -185,6 +190,7 @@ class Strange:
 
 
 def main() -> None:
+    assert WAY and AT and REAL and TOLD
     told(os.getpid())
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     words = " ".join(sys.argv)

@@ -14,35 +14,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.kit.strange_daemon import nonsense
+
 AT_MOST = 16
 """So many descriptors may come with one message."""
-
-
-def line_of(way: str, number: Any) -> bytes:
-    """What is said instead of the answer to the command of that number."""
-    lines = {
-        "no JSON": b"what?\n",
-        "an array": b"[]\n",
-        "nested": b"[" * 100_000 + b"\n",
-        "binary": b"\xff\x00\xfe\n",
-        "no end of line": b"x" * (11 << 20),
-        "a huge answer": json.dumps({"return": "x" * (9 << 20), "id": number}).encode() + b"\n",
-        "another id": b'{"return":{},"id":"another"}\n',
-        "no id": b'{"return":{}}\n',
-        "an error without id": b'{"error":{"class":"GenericError","desc":"no"}}\n',
-        "an id that is a list": b'{"return":{},"id":[]}\n',
-        "no answer in it": json.dumps({"id": number}).encode() + b"\n",
-        "an error that is a number": json.dumps({"error": 5, "id": number}).encode() + b"\n",
-        "an event that is none": b'{"event":5}\n',
-    }
-    return lines[way]
 
 
 class StrangeMonitor:
     """What listens in the place of a monitor, until :meth:`close`.
 
     :param place: the monitor's socket.
-    :param way: in which way it is strange, as :func:`line_of` has them.
+    :param way: in which way it is strange, as :func:`nonsense` has them.
     :param number: to which command, counted over all sessions from 1; 0 for none.
     """
 
@@ -100,7 +82,9 @@ class StrangeMonitor:
                 # What ends the negotiation has no name.
                 answer = json.loads(line)
                 if wrong and "event" not in answer and answer.get("id") == wrong[-1]:
-                    said, self.came = line_of(self.way, wrong.pop()), True
+                    instead = nonsense(self.way, wrong.pop())
+                    assert instead is not None, self.way
+                    said, self.came = instead, True
                 client.sendall(said)
         with contextlib.suppress(OSError):
             client.shutdown(socket.SHUT_RDWR)

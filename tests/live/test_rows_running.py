@@ -177,12 +177,9 @@ def test_a6_two_lines_of_a_machine_that_its_user_turns_off_to_switch(stage: Stag
     stage.finish()
 
 
-@LONG
-def test_a7_the_fork_goes_when_the_last_line_goes(lasting: Stage) -> None:
-    """No sibling's layer is committed into; layers and the memory go with the last that needs them."""
-    stage = lasting
-    stage.start(raw=False)
-    stage("snapshot web1 fork --memory")
+def merged_into_each(stage: Stage, words: str = "") -> tuple[int, ...]:
+    """A fork with three lines, which is then pulled up into each of them; what it held."""
+    stage(f"snapshot web1 fork {words}")
     first = stage.holds("fork")
     stage.guest.writes_on()
     for name in ("other", "third"):
@@ -191,6 +188,15 @@ def test_a7_the_fork_goes_when_the_last_line_goes(lasting: Stage) -> None:
     stage.guest.writes_on()
     assert stage.holds("other") == stage.holds("third") == first
     assert "shared" not in {each["role"] for each in stage.show()["layers"]}, "each has got its own copy"
+    return first
+
+
+@LONG
+def test_a7_the_fork_goes_when_the_last_line_goes(lasting: Stage) -> None:
+    """No sibling's layer is committed into; layers and the memory go with the last that needs them."""
+    stage = lasting
+    stage.start(raw=False)
+    first = merged_into_each(stage, "--memory")
     assert "web1.fork.memory" in stage.files()
     stage("delete web1 --branch third")
     stage("switch web1 other")
@@ -206,15 +212,7 @@ def test_a7_the_fork_goes_when_the_last_line_goes(lasting: Stage) -> None:
 @pytest.mark.parametrize("who", WHO[1:])
 def test_a7_forks_of_a_machine_that_its_user_turns_off_to_switch(stage: Stage, who: str) -> None:
     begin(stage, who, raw=False)
-    stage("snapshot web1 fork")
-    first = stage.holds("fork")
-    stage.guest.writes_on()
-    for name in ("other", "third"):
-        stage(f"branch web1 {name} --from fork")
-    stage("delete web1 fork --merge pull")
-    stage.guest.writes_on()
-    assert stage.holds("other") == stage.holds("third") == first
-    assert "shared" not in {each["role"] for each in stage.show()["layers"]}, "each has got its own copy"
+    first = merged_into_each(stage)
     stage("delete web1 --branch third")
     assert "you start" in stage("switch web1 other", status=6).err
     stage.guest.writes_on()
