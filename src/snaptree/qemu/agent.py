@@ -18,7 +18,7 @@ from typing import Any
 from snaptree.errors import BusyError, NotFoundError, SnaptreeError, ToolError
 from snaptree.qemu.dialling import dial
 from snaptree.qemu.running import RunningQemu
-from snaptree.qemu.session import sense
+from snaptree.qemu.session import properties, sense
 
 CHANNEL = "org.qemu.guest_agent.0"
 """The name that a guest's agent looks for among its serial ports."""
@@ -40,8 +40,10 @@ async def find(qemu: RunningQemu) -> str:
     """
     label = None
     for place in ("/machine/peripheral", "/machine/peripheral-anon"):
-        for each in await _listed(qemu, place):
-            path = f"{place}/{each}"
+        for child, kind in await properties(qemu.qmp, place):
+            if kind != "child<virtserialport>":
+                continue
+            path = f"{place}/{child}"
             if await qemu.qmp.execute("qom-get", path=path, property="name") == CHANNEL:
                 label = await qemu.qmp.execute("qom-get", path=path, property="chardev")
     hint = f"give QEMU a virtserialport with name={CHANNEL} on a -chardev socket,…,server=on,wait=off"
@@ -59,12 +61,6 @@ async def find(qemu: RunningQemu) -> str:
         hint = "start qemu-guest-agent in the guest, or leave out --quiesce"
         raise ToolError("no agent listens in the guest: its port is not open", hint)
     return os.path.join(qemu.folder(), name.removeprefix("unix:").rpartition(",server")[0])
-
-
-async def _listed(qemu: RunningQemu, place: str) -> list[str]:
-    told = await qemu.qmp.execute("qom-list", path=place)
-    with sense(qemu.qmp.name, "devices", told):
-        return [str(each["name"]) for each in told if each["type"] == "child<virtserialport>"]
 
 
 class GuestAgent:

@@ -16,7 +16,7 @@ from snaptree.errors import SnaptreeError
 from snaptree.model.memory import SLEEPING, Saveable
 from snaptree.qemu import memory
 from snaptree.qemu.running import RunningQemu
-from snaptree.qemu.session import QmpSession, sense
+from snaptree.qemu.session import QmpSession, properties, sense
 
 _SHELVES = ("/machine/peripheral", "/machine/peripheral-anon")
 _ASPECTS = (
@@ -72,25 +72,18 @@ async def _devices(qmp: QmpSession) -> list[str]:
     """Every device that was asked for, with where it is and what a guest sees of it; sorted."""
     found: dict[str, dict[str, str]] = {}
     for shelf in _SHELVES:
-        for child, kind in await _listed(qmp, shelf):
+        for child, kind in await properties(qmp, shelf):
             if not kind.startswith("child<"):
                 continue
             path = f"{shelf}/{child}"
             aspects = {"type": kind[6:-1]}
-            has = {name for name, _ in await _listed(qmp, path)}
+            has = {name for name, _ in await properties(qmp, path)}
             for name in (*_ASPECTS, "parent_bus"):
                 if name in has:
                     with suppress(SnaptreeError):
                         aspects[name] = str(await qmp.execute("qom-get", path=path, property=name))
             found[path] = aspects
     return sorted(_told(found, path) for path in found)
-
-
-async def _listed(qmp: QmpSession, path: str) -> list[tuple[str, str]]:
-    """The properties of an object, each with its type."""
-    answer = await qmp.execute("qom-list", path=path)
-    with sense(qmp.name, f"properties of {path}", answer):
-        return [(str(each["name"]), str(each["type"])) for each in answer]
 
 
 def _told(devices: Mapping[str, Mapping[str, str]], path: str) -> str:

@@ -105,6 +105,16 @@ def sense(name: str, what: str, answer: object) -> Iterator[None]:
         raise ToolError(f"{name} gave no {what} to make sense of ({why}): {str(answer)[:200]}") from error
 
 
+async def properties(qmp: QmpSession, path: str) -> list[tuple[str, str]]:
+    """The properties of an object of QEMU's, each with its type.
+
+    :raise ToolError: there is no such object, or the answer makes no sense.
+    """
+    answer = await qmp.execute("qom-list", path=path)
+    with sense(qmp.name, f"properties of {path}", answer):
+        return [(str(each["name"]), str(each["type"])) for each in answer]
+
+
 def explain(doing: str, reason: str) -> SnaptreeError:
     """The error of ours that says what QEMU's words mean."""
     if "No space left" in reason or "Disk quota exceeded" in reason:
