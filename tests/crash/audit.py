@@ -34,6 +34,7 @@ from tests.kit import shim
 
 from snaptree.images.holes import punch_free
 from snaptree.images.locks import OWN_BYTE, probe
+from snaptree.images.qemu_img import NO_KEYS, Keys
 from snaptree.planning.steps import Step
 from snaptree.planning.verbs import Request
 from snaptree.qemu.daemon import StorageDaemon
@@ -98,9 +99,9 @@ def marked(log: Path) -> Iterator[None]:
             tell(*(f"fault 0 {path} is not lent to {words[0]}" for path in not_lent(" ".join(map(str, words)), lent)))
             super().__init__(words, *rest, **named)
 
-    async def adding(self: StorageDaemon, blockdev: dict[str, Any]) -> None:
+    async def adding(self: StorageDaemon, blockdev: dict[str, Any], keys: Keys = NO_KEYS) -> None:
         tell(*(f"fault 0 {path} is not lent to the daemon" for path in not_lent(json.dumps(blockdev), lent)))
-        await add(self, blockdev)
+        await add(self, blockdev, keys)
 
     def punching(path: str) -> int:
         tell(f"punch {os.stat(path).st_ino} {path}")

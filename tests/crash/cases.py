@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from msgspec.structs import replace
-from tests.kit import images
+from tests.kit import images, luks
 from tests.kit.images import KiB
 from tests.kit.world import World
 
@@ -155,6 +155,23 @@ def in_subclusters(world: World) -> None:
         world.write("vda", f"write -P {number + 1} {number * 36}k 8k", f"write -z {number * 140}k 12k")
 
 
+def locked(world: World) -> None:
+    """An encrypted disk with an internal point between external ones, and a plain one."""
+    root = images.create(world.images / "vda.qcow2", SIZE, **luks.OPTIONS)
+    images.io(root, "qcow2", "write -P 1 0 128k")
+    raw = images.create(world.images / "vdb.img", SIZE, "raw")
+    world.add({"vda": (root, "qcow2"), "vdb": (raw, "raw")}, keys=(str(luks.key_file(world.folder)),))
+    for number in (1, 2, 3):
+        world.run(SnapshotRequest(f"s{number}", number == 2))
+        write(world, number + 10)
+
+
+def locked_line(world: World) -> None:
+    """Encrypted layers alone."""
+    locked(world)
+    world.run(DeleteRequest(("s2",)))
+
+
 def let_go(world: World) -> None:
     """A machine whose files stay when it is forgotten."""
     forked(world)
@@ -266,6 +283,15 @@ CASES: Mapping[str, Case] = {
         for name in ("s1", "s2")
         for way in ("commit", "pull", "reflink")
     },
+    **{
+        f"delete {name} of encrypted layers by {way}": _of(locked_line, DeleteRequest((name,), way))
+        for name, way in (("s1", "commit"), ("s1", "pull"), ("s3", "commit"), ("s3", "pull"))
+    },
+    "snapshot of an encrypted disk": _of(locked, SnapshotRequest("new")),
+    "internal snapshot of an encrypted disk": _of(locked, SnapshotRequest("new", True)),
+    "delete an internal one of an encrypted disk": _of(locked, DeleteRequest(("s2",))),
+    "revert to an encrypted internal one": _of(locked, RevertRequest("s2", True)),
+    "branch from an encrypted internal one": _of(locked, BranchRequest("new", "s2")),
     "delete under a shorter layer by commit": _of(resized, DeleteRequest(("s1",), "commit")),
     "delete under a shorter layer by reflink": _of(resized, DeleteRequest(("s1",), "reflink"), shares=True),
     "delete with children": _of(forked, DeleteRequest(("s1",), children=True, with_branches=True)),

@@ -101,8 +101,11 @@ ROWS: dict[str, tuple[str, ...]] = {
     "zero clusters": (f"{MERGING}::test_zero_clusters_hide_what_is_below",),
     "extended L2, other cluster sizes": (f"{MERGING}::test_overlays_have_the_options_of_their_base",),
     "LUKS": (
-        "images/test_encrypted.py::test_no_plain_overlay_on_an_encrypted_image",
-        "images/test_encrypted.py::test_an_image_that_was_encrypted_later_gets_no_plain_overlay",
+        "scenarios/test_encrypted.py::test_overlays_need_no_key",
+        "scenarios/test_encrypted.py::test_layers_are_merged",
+        "scenarios/test_encrypted.py::test_nothing_goes_down_into_a_plain_layer",
+        "running/test_encrypted.py::test_layers_are_merged_while_it_runs",
+        "images/test_aes.py::test_an_image_that_was_encrypted_later_gets_no_plain_overlay",
     ),
     "an interrupted commit": (
         "scenarios/test_b_what_libvirt_refuses.py::test_b9_an_interrupted_delete_is_resumed",

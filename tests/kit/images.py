@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.kit import luks
+
 KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
 SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
@@ -36,8 +38,9 @@ def create(
     backing: tuple[str | Path, str] | None = None,
     **options: Any,
 ) -> Path:
-    """Make an image; options as QEMU's (``cluster_size``, ``compat``, ``extended_l2`` …)."""
+    """Make an image; options as QEMU's (``cluster_size``, ``compat``, ``extended_l2``, ``luks.OPTIONS`` …)."""
     words: list[str | Path] = ["qemu-img", "create", "-q", "-f", image_format]
+    words += luks.KEY if "encrypt.key-secret" in options else []
     if options:
         words += ["-o", ",".join(f"{key}={value}" for key, value in options.items())]
     if backing is not None:
@@ -48,10 +51,10 @@ def create(
 
 def io(path: str | Path, image_format: str, *commands: str) -> None:
     """Give qemu-io commands such as ``write -P 0x41 0 64k``."""
-    words: list[str | Path] = ["qemu-io", "-f", image_format, "-d", "unmap"]
+    words: list[str | Path] = ["qemu-io", "-d", "unmap"]
     for command in commands:
         words += ["-c", command]
-    said = run(*words, path)
+    said = run(*words, *luks.opened(path, image_format))
     assert "failed" not in said, said
 
 
@@ -59,19 +62,21 @@ def read(path: str | Path, image_format: str = "qcow2", tag: str | None = None) 
     """All that the image shows the guest, or showed when the internal snapshot was taken."""
     with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
         raw = os.path.join(folder, "raw")
+        opened = luks.opened(path, image_format)
         if tag is not None:
             # QEMU reads an internal snapshot at the size that the disk has now: go back to it in a copy instead.
             image = os.path.join(folder, "copy")
             shutil.copy(path, image)
             facts = info(path)
             backing = facts.get("full-backing-filename")
-            if backing is not None:
+            if opened[0] == "-f" and backing is not None:
                 run("qemu-img", "rebase", "-q", "-u", "-b", backing, "-F", facts["backing-filename-format"], image)
-            words = ["qemu-img", "snapshot", "-a", tag, image]
+            there = luks.opened(path, image_format, at=image) if opened[0] != "-f" else [image]
+            words = ["qemu-img", "snapshot", "-a", tag, *there]
             if subprocess.run(words, capture_output=True, check=False).returncode == 0:
-                path, tag = image, None
+                opened, tag = there, None
         # Where an interrupted program has left reference counts between, it can be read but not gone back to.
-        run("qemu-img", "convert", "-f", image_format, *_point(tag), "-O", "raw", path, raw)
+        run("qemu-img", "convert", *_point(tag), "-O", "raw", *opened, raw)
         return Path(raw).read_bytes()
 
 
@@ -87,13 +92,12 @@ def read_unlocked(chain: Sequence[tuple[str, str]], tag: str | None = None) -> b
     """
     graph: dict[str, Any] | None = None
     for path, image_format in reversed(chain):
-        device = os.path.exists(path) and not os.path.isfile(path)
-        file = {"driver": "host_device" if device else "file", "filename": path, "locking": "off"}
         below = {"backing": graph} if image_format == "qcow2" else {}
-        graph = {"driver": image_format, "file": file, **below}
+        graph = {**luks.graph_of(path, image_format, alone=True, locking=False), **below}
     with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
         raw = os.path.join(folder, "raw")
-        run("qemu-img", "convert", *_point(tag), "-O", "raw", "json:" + json.dumps(graph), raw)
+        key = luks.KEY if luks.is_locked(graph) else []
+        run("qemu-img", "convert", *key, *_point(tag), "-O", "raw", "json:" + json.dumps(graph), raw)
         return Path(raw).read_bytes()
 
 
@@ -110,23 +114,23 @@ def own_data(path: str | Path, image_format: str = "qcow2") -> int:
 
 def map_of(path: str | Path) -> list[dict[str, Any]]:
     """Where in the one qcow2 file its data lies: ``start`` (in the disk), ``offset`` (in the file), ``length``."""
-    graph = {"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": str(path)}}
-    extents: list[dict[str, Any]] = json.loads(run("qemu-img", "map", "--output=json", "json:" + json.dumps(graph)))
+    extents: list[dict[str, Any]] = json.loads(run("qemu-img", "map", "--output=json", *_alone(path, "qcow2")))
     return [each for each in extents if each.get("offset") is not None and each["data"]]
 
 
 def own_extents(path: str | Path, image_format: str = "qcow2") -> list[tuple[int, int]]:
     """Where the file has data (not zeroes) of its own, ``(start, length)``: ``qemu-img map`` of it alone."""
-    graph: dict[str, Any] = {"driver": image_format, "file": {"driver": "file", "filename": str(path)}}
-    if image_format == "qcow2":
-        graph["backing"] = None
-    extents = json.loads(run("qemu-img", "map", "--output=json", "json:" + json.dumps(graph)))
+    extents = json.loads(run("qemu-img", "map", "--output=json", *_alone(path, image_format)))
     return [(each["start"], each["length"]) for each in extents if each["data"]]
+
+
+def _alone(path: str | Path, image_format: str) -> list[str]:
+    """The words that have a file opened by itself."""
+    return luks.opened(path, image_format, alone=True)
 
 
 def problems(path: str | Path) -> dict[str, int]:
     """What ``qemu-img check`` finds wrong in the one file (what it stands on is not opened); empty when it is sound."""
-    graph = {"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": str(path)}}
-    said = run("qemu-img", "check", "--output=json", "json:" + json.dumps(graph), good=(0, 2, 3))
+    said = run("qemu-img", "check", "--output=json", *_alone(path, "qcow2"), good=(0, 2, 3))
     found = json.loads(said)
     return {key: found[key] for key in ("corruptions", "leaks", "check-errors") if found.get(key)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.crash.matrix import Matrix
@@ -163,11 +164,11 @@ def test_an_operation_that_goes_on_meanwhile_is_no_fault(web1: Scene, monkeypatc
     three(web1)
     check, lines = qemu_img.check, iter(["delete web1 --branch other", "delete web1 s1"])
 
-    def checking(graph: qemu_img.Graph) -> qemu_img.CheckResult:
+    def checking(graph: qemu_img.Graph, **more: Any) -> qemu_img.CheckResult:
         for line in lines:
             web1(line)
             break
-        return check(graph)
+        return check(graph, **more)
 
     monkeypatch.setattr(qemu_img, "check", checking)
     assert web1.findings() == []

@@ -31,6 +31,13 @@ _qmp = click.option("--qmp", metavar="SOCKET", help="The QMP socket of a QEMU th
 _agent = click.option(
     "--agent", metavar="SOCKET", help="The socket of the guest's agent; without it QEMU is asked which it is."
 )
+_key = click.option(
+    "--key",
+    "keys",
+    multiple=True,
+    metavar="FILE",
+    help="A file with the passphrase of encrypted (LUKS) layers, to the last byte; may be repeated.",
+)
 _start = click.option(
     "--start",
     metavar="COMMAND",
@@ -50,6 +57,7 @@ _start = click.option(
 @_tpm
 @_qmp
 @_agent
+@_key
 @_start
 @click.option("--adopt", is_flag=True, help="Own the chain beneath the disks too, and overlays found beside it.")
 @click.option("--from-xml", metavar="DIR", help="A folder of libvirt's snapshot XML to take the snapshots from.")
@@ -62,6 +70,7 @@ def add_command(
     tpm: str | None,
     qmp: str | None,
     agent: str | None,
+    keys: tuple[str, ...],
     start: str | None,
     adopt: bool,
     from_xml: str | None,
@@ -80,6 +89,7 @@ def add_command(
         tpm=absolute(tpm),
         qmp=absolute(qmp),
         agent=absolute(agent),
+        keys=tuple(absolute(key) or "" for key in keys),
         start=start,
         folder=os.getcwd() if start is not None else None,
         adopt=adopt or from_xml is not None,
@@ -99,6 +109,7 @@ def add_command(
 @_tpm
 @_qmp
 @_agent
+@_key
 @_start
 @click.option("--adopt", is_flag=True, help="Of a domain of libvirt's: own what its disks stand on.")
 @changing
@@ -109,6 +120,7 @@ def set_command(
     tpm: str | None,
     qmp: str | None,
     agent: str | None,
+    keys: tuple[str, ...],
     start: str | None,
     adopt: bool,
     only_plan: bool,
@@ -117,7 +129,7 @@ def set_command(
 ) -> None:
     """Change what is remembered of a machine. An empty value forgets it."""
     if adopt:
-        if bases or any(each is not None for each in (nvram, tpm, qmp, agent, start)):
+        if bases or keys or any(each is not None for each in (nvram, tpm, qmp, agent, start)):
             raise UsageError("--adopt is for libvirt's domains, and the other options are not", "give one of them")
         domain = connection().machine(machine)
         carry_out(domain, OwnRequest(), only_plan=only_plan, as_json=as_json, wait=wait)
@@ -132,12 +144,14 @@ def set_command(
     for key, socket in (("qmp", qmp), ("agent", agent)):
         if socket is not None:
             changes[key] = absolute(socket) if socket else None
+    if keys:
+        changes["keys"] = found.keys_with(absolute(key) or "" for key in keys) if all(keys) else {}
     if start is not None:
         changes |= (
             {"start": checked_command(start), "folder": os.getcwd()} if start else {"start": None, "folder": None}
         )
     if not changes:
-        raise UsageError("nothing to set", "give --base, --nvram, --tpm, --qmp, --agent, --start or --adopt")
+        raise UsageError("nothing to set", "give --base, --nvram, --tpm, --qmp, --agent, --key, --start or --adopt")
     request = SetRequest(replace(found.config, **changes))
     carry_out(found, request, only_plan=only_plan, as_json=as_json, wait=wait)
 

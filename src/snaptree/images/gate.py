@@ -17,12 +17,16 @@ from msgspec.structs import replace
 
 from snaptree.errors import NotFoundError, RefusedError, UnhealthyError, UsageError
 from snaptree.images.facts import guess_format, open_to_read, read_facts
-from snaptree.images.header import MAX_BACKING_NAME, is_qcow2, read_header
+from snaptree.images.header import CRYPT_LUKS, MAX_BACKING_NAME, is_qcow2, read_header
+from snaptree.images.luks import LuksHeader, lock_of, read_luks
 from snaptree.model.survey import LayerFacts
 from snaptree.model.tree import MAX_CHAIN
 from snaptree.paths import canonical, device_at
 
 TEMPORARY_PREFIX = ".snaptree-"
+SECRET_PREFIX = "snaptree-key-"
+_CRYPT_METHOD = 32
+"""Where a header says how the image is encrypted."""
 MAX_FILES = 20_000
 """So many files of a folder are looked at for overlays."""
 
@@ -85,7 +89,7 @@ def read_chain(
     :param formats: formats of backing files by path, where a header does not say it.
     :raise NotFoundError: the image is not there.
     :raise RefusedError: a backing file is somewhere that the user did not allow, or is not a plain file; an image is
-        encrypted.
+        encrypted in another way than with LUKS.
     :raise UsageError: the image's format is not known and has to be said.
     :raise UnhealthyError: an image is damaged, missing, in a loop, or of another format than it should be.
     """
@@ -160,8 +164,8 @@ def _require_sound(facts: LayerFacts, above: str | None, wanted: str | None) -> 
         raise UnhealthyError(facts.detail, f"if it is a raw disk, say so with --disk vda={path},format=raw")
     if facts.problem:
         raise UnhealthyError(facts.detail, "it cannot be looked after as it is; see 'qemu-img check'")
-    if facts.encrypted:
-        raise RefusedError(f"{path} is encrypted", "encrypted images are not supported yet")
+    if facts.encrypted and not facts.lock:
+        raise RefusedError(f"{path} is encrypted in qcow2's old way (AES)", "convert it to LUKS with qemu-img")
     if facts.format not in ("qcow2", "raw"):
         raise RefusedError(f"{path} is {facts.format}, and only qcow2 and raw are handled", "convert it with qemu-img")
     if facts.dirty and above is not None:
@@ -261,7 +265,8 @@ def blockdev(
 ) -> dict[str, Any]:
     """One image as QEMU's ``BlockdevOptions``, with every driver named; ``backing`` overrides what the header says.
 
-    Of a qcow2 image's clusters that become free the file's blocks are kept (see ``images/holes.py``).
+    Of a qcow2 image's clusters that become free the file's blocks are kept (see ``images/holes.py``). To one that is
+    encrypted QEMU needs the key, as the object that :func:`secret_id` names.
 
     :param locking: whether QEMU locks the file itself; not where it inherits our locks.
     """
@@ -280,7 +285,44 @@ def blockdev(
         file["node-name"] = f"{node}-file"
     if image_format == "qcow2":
         found["backing"] = backing
+        if lock := lock_at(path):
+            found["encrypt"] = {"format": "luks", "key-secret": secret_id(lock)}
     return found
+
+
+def secret_id(lock: str) -> str:
+    """What the object of QEMU's is called that has the key to the images with this lock."""
+    return f"{SECRET_PREFIX}{lock}"
+
+
+def lock_at(path: str) -> str:
+    """The lock of a qcow2 image (see ``images/luks.py``); empty where it has none, or cannot be read."""
+    try:
+        descriptor = open_to_read(path)
+    except OSError:
+        return ""
+    try:
+        # All but a few images have none, for which the first bytes are enough.
+        if int.from_bytes(os.pread(descriptor, 4, _CRYPT_METHOD), "big") != CRYPT_LUKS:
+            return ""
+        return lock_of(descriptor, read_header(descriptor, path), path)
+    except (OSError, UnhealthyError):
+        return ""
+    finally:
+        os.close(descriptor)
+
+
+def luks_at(path: str) -> LuksHeader:
+    """The LUKS header of a qcow2 image.
+
+    :raise UnhealthyError: it has none, or is damaged.
+    :raise OSError: it cannot be read.
+    """
+    descriptor = open_to_read(path)
+    try:
+        return read_luks(descriptor, read_header(descriptor, path), path)
+    finally:
+        os.close(descriptor)
 
 
 def graph(chain: Sequence[tuple[str, str]], *, read_only: bool = True, locking: bool = True) -> dict[str, Any]:

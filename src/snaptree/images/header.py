@@ -39,6 +39,7 @@ INCOMPATIBLE_COMPRESSION = 1 << 3
 INCOMPATIBLE_EXTENDED_L2 = 1 << 4
 COMPATIBLE_LAZY = 1 << 0
 AUTOCLEAR_BITMAPS = 1 << 0
+CRYPT_LUKS = 2
 
 _V2 = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3 = struct.Struct(">QQQII")
@@ -162,7 +163,7 @@ def read_header(descriptor: int, path: str) -> Header:
         raise _bad(path, f"a header of {header_length} bytes")
     if compression == "unknown":
         raise UnhealthyError(f"{path} has a compression type that is not known", "use a newer version")
-    if crypt > 2:
+    if crypt > CRYPT_LUKS:
         raise UnhealthyError(f"{path} is encrypted in a way that is not known ({crypt})", "use a newer version")
     _check_tables(path, cluster, size, l1_size, l1_offset, rt_offset, rt_clusters, extended=bool(incompatible & 16))
     if nb_snapshots > MAX_SNAPSHOTS or (

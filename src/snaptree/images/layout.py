@@ -1,7 +1,7 @@
 """A new, empty qcow2 image, as bytes.
 
 Source: the qcow2 specification, ``docs/interop/qcow2.txt`` of QEMU. The clusters are, in this order: header, refcount
-table, refcount blocks, L1 table.
+table, refcount blocks, L1 table, and a LUKS header where there is one.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import struct
 from snaptree.errors import UsageError
 from snaptree.images.header import (
     COMPATIBLE_LAZY,
+    CRYPT_LUKS,
     EXTENSION_BACKING_FORMAT,
+    EXTENSION_ENCRYPTION,
     INCOMPATIBLE_COMPRESSION,
     INCOMPATIBLE_EXTENDED_L2,
     MAGIC,
     MAX_BACKING_NAME,
     MAX_L1_BYTES,
 )
+from snaptree.images.luks import LuksHeader
 
 HEADER_LENGTH = 112
 
@@ -33,6 +36,7 @@ def empty_overlay(
     lazy_refcounts: bool = False,
     extended_l2: bool = False,
     compression: str = "zlib",
+    luks: LuksHeader | None = None,
 ) -> tuple[list[tuple[int, bytes]], int]:
     """The writes (``(offset, bytes)``) that make an empty qcow2 version 3 file, and its length in bytes.
 
@@ -59,11 +63,13 @@ def empty_overlay(
             f"a disk of {virtual_size} bytes is too large for clusters of {cluster} bytes", "use larger clusters"
         )
     l1_clusters = -(-l1_entries * 8 // cluster)
-    table_clusters, blocks = _refcounts(cluster, refcount_bits, 1 + l1_clusters)
+    luks_clusters = -(-luks.length // cluster) if luks is not None else 0
+    table_clusters, blocks = _refcounts(cluster, refcount_bits, 1 + l1_clusters + luks_clusters)
     table_at = cluster
     blocks_at = table_at + table_clusters * cluster
     l1_at = blocks_at + blocks * cluster
-    used = 1 + table_clusters + blocks + l1_clusters
+    luks_at = l1_at + l1_clusters * cluster
+    used = 1 + table_clusters + blocks + l1_clusters + luks_clusters
 
     extensions = b""
     if backing_format is not None:
@@ -71,6 +77,8 @@ def empty_overlay(
         extensions += struct.pack(">II", EXTENSION_BACKING_FORMAT, len(data)) + data.ljust(
             -(-len(data) // 8) * 8, b"\0"
         )
+    if luks is not None:
+        extensions += struct.pack(">IIQQ", EXTENSION_ENCRYPTION, 16, luks_at, luks.length)
     extensions += bytes(8)
     name = os.fsencode(backing_name) if backing_name is not None else b""
     name_at = HEADER_LENGTH + len(extensions)
@@ -90,7 +98,7 @@ def empty_overlay(
         len(name),
         cluster_bits,
         virtual_size,
-        0,
+        0 if luks is None else CRYPT_LUKS,
         l1_entries,
         l1_at,
         table_at,
@@ -108,6 +116,8 @@ def empty_overlay(
     table = b"".join(struct.pack(">Q", blocks_at + number * cluster) for number in range(blocks))
     writes.append((table_at, table))
     writes.append((blocks_at, _ones(used, refcount_bits)))
+    if luks is not None:
+        writes += [(luks_at + at, piece) for at, piece in luks.pieces]
     return writes, used * cluster
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from msgspec import Struct
 
-from snaptree.errors import BusyError, CancelledError, NoSpaceError, ToolError
+from snaptree.errors import BusyError, CancelledError, NoSpaceError, RefusedError, ToolError
 from snaptree.images.child import run_program
+from snaptree.images.gate import secret_id
 from snaptree.images.mover.limiting import Limiter
 
 Graph = dict[str, Any]
+Keys = Mapping[str, str]
+"""The files with the keys of encrypted images, by the images' locks."""
+NO_KEYS: Keys = {}
 
 
 _LOCKED = re.compile(r'Failed to get (shared )?".*" lock')
@@ -22,6 +26,63 @@ _LOCKED = re.compile(r'Failed to get (shared )?".*" lock')
 def image_name(graph: Graph) -> str:
     """The graph as a file name for qemu-img."""
     return "json:" + json.dumps(graph)
+
+
+def secrets(keys: Keys, *graphs: Graph) -> list[str]:
+    """The words that give QEMU's programs the keys that they need for the graphs.
+
+    What the file has is the passphrase, as QEMU's ``secret`` object reads it.
+
+    :raise RefusedError: one of them is not known.
+    """
+    words: list[str] = []
+    for graph in graphs:
+        for name, path in needed(graph, keys).items():
+            word = f"secret,id={name},file={path.replace(',', ',,')}"
+            words += [] if word in words else ["--object", word]
+    return words
+
+
+def needed(graph: Graph, keys: Keys) -> dict[str, str]:
+    """The objects that have the keys for a graph, by name, and the files of these keys.
+
+    :raise RefusedError: one of them is not known.
+    """
+    found: dict[str, str] = {}
+    paths = {secret_id(lock): path for lock, path in keys.items()}
+    for path, name in _locked(graph):
+        if name not in paths:
+            raise key_unknown(path)
+        found[name] = paths[name]
+    return found
+
+
+def key_unknown(path: str) -> RefusedError:
+    """Why nothing can be done with an encrypted image."""
+    return RefusedError(f"{path} is encrypted, and its key is not known", "give it: snaptree set MACHINE --key FILE")
+
+
+def _locked(graph: Graph) -> Iterator[tuple[str, str]]:
+    """The encrypted images of a graph, and the names of the objects that have their keys."""
+    at: Any = graph
+    while isinstance(at, dict):
+        if "encrypt" in at:
+            yield at["file"]["filename"], at["encrypt"]["key-secret"]
+        at = at.get("backing")
+
+
+def opens(graph: Graph, key: str) -> bool:
+    """Whether the key in the file opens an encrypted image.
+
+    :raise ToolError: the image or the file cannot be read.
+    """
+    keys = {name.removeprefix(secret_id("")): key for _, name in _locked(graph)}
+    done = run_program(["qemu-io", "-r", *secrets(keys, graph), "-c", "quit", image_name(graph)])
+    if "Invalid password" in done.err:
+        return False
+    if done.status != 0 or done.err:
+        raise _fail(["open"], done.err)
+    return True
 
 
 def _fail(arguments: Sequence[str], said: str) -> Exception:
@@ -79,7 +140,7 @@ errors again, some millions of lines."""
 _COUNTED = ("corruptions", "leaks", "corruptions-fixed", "leaks-fixed")
 
 
-def check(graph: Graph, *, repair: str | None = None) -> CheckResult:
+def check(graph: Graph, *, repair: str | None = None, keys: Keys = NO_KEYS) -> CheckResult:
     """Check an image's reference counts and tables, and repair ``leaks`` or ``all`` if told so.
 
     :raise BusyError: somebody has it open.
@@ -95,7 +156,7 @@ def check(graph: Graph, *, repair: str | None = None) -> CheckResult:
     def hopeless() -> bool:
         return repair is None and seen > MOST_ERRORS
 
-    arguments = ["check", "--output=json", *repairing, image_name(graph)]
+    arguments = ["check", *secrets(keys, graph), "--output=json", *repairing, image_name(graph)]
     try:
         said = run(arguments, good=(0, 2, 3), complained=complained, cancelled=hopeless)
     except CancelledError:
@@ -109,33 +170,34 @@ def check(graph: Graph, *, repair: str | None = None) -> CheckResult:
     return CheckResult(errors, counts["leaks"], counts["corruptions-fixed"] + counts["leaks-fixed"])
 
 
-def snapshot_create(graph: Graph, tag: str) -> None:
+def snapshot_create(graph: Graph, tag: str, keys: Keys = NO_KEYS) -> None:
     """Take an internal snapshot."""
-    run(["snapshot", "-c", tag, image_name(graph)])
+    run(["snapshot", *secrets(keys, graph), "-c", tag, image_name(graph)])
 
 
-def snapshot_apply(graph: Graph, number: str) -> None:
+def snapshot_apply(graph: Graph, number: str, keys: Keys = NO_KEYS) -> None:
     """Make the active state what the internal snapshot of that id shows, its size too."""
-    run(["snapshot", "-a", number, image_name(graph)])
+    run(["snapshot", *secrets(keys, graph), "-a", number, image_name(graph)])
 
 
-def snapshot_delete(graph: Graph, tag: str) -> None:
+def snapshot_delete(graph: Graph, tag: str, keys: Keys = NO_KEYS) -> None:
     """Delete the internal snapshot of that name."""
-    run(["snapshot", "-d", tag, image_name(graph)])
+    run(["snapshot", *secrets(keys, graph), "-d", tag, image_name(graph)])
 
 
-def resize(graph: Graph, size: int, *, shrink: bool = False) -> None:
+def resize(graph: Graph, size: int, *, shrink: bool = False, keys: Keys = NO_KEYS) -> None:
     """Give an image another size, in bytes; what a longer backing file would show past the old end is zeroed."""
-    run(["resize", "-q", *(["--shrink"] if shrink else []), image_name(graph), str(size)])
+    words = ["-q", *(["--shrink"] if shrink else []), image_name(graph), str(size)]
+    run(["resize", *secrets(keys, graph), *words])
 
 
-def write_zeroes(graph: Graph, ranges: Sequence[tuple[int, int]]) -> None:
+def write_zeroes(graph: Graph, ranges: Sequence[tuple[int, int]], keys: Keys = NO_KEYS) -> None:
     """Write zeroes into an image, given as ``(start, length)`` in bytes, with ``qemu-io``.
 
     :raise ToolError: it failed.
     """
     commands = "".join(f"write -q -z {start} {length}\n" for start, length in ranges)
-    done = run_program(["qemu-io", image_name(graph)], commands)
+    done = run_program(["qemu-io", *secrets(keys, graph), image_name(graph)], commands)
     # It prints what failed and goes on with the next command.
     if done.status != 0 or "failed" in done.out or done.err:
         raise _fail(["zeroes"], done.err or done.out)
@@ -146,6 +208,7 @@ def convert_point(
     point: tuple[str, str],
     target: Graph,
     *,
+    keys: Keys = NO_KEYS,
     progress: Callable[[float], None] = lambda done: None,
     cancelled: Callable[[], bool] = lambda: False,
     limiter: Limiter | None = None,
@@ -159,7 +222,16 @@ def convert_point(
     """
     backing = source.get("backing")
     number, tag = (each.replace(",", ",,") for each in point)
-    arguments = ["convert", "-p", "-n", "-O", "qcow2", "-l", f"snapshot.id={number},snapshot.name={tag}"]
+    arguments = [
+        "convert",
+        *secrets(keys, source, target),
+        "-p",
+        "-n",
+        "-O",
+        "qcow2",
+        "-l",
+        f"snapshot.id={number},snapshot.name={tag}",
+    ]
     if limiter is not None and limiter.speed > 0:
         arguments += ["-r", str(max(1, int(limiter.speed)))]
     if backing is not None:

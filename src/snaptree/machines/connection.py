@@ -11,6 +11,7 @@ from snaptree.errors import BusyError, ExistsError, NotFoundError, RefusedError,
 from snaptree.images.locks import MachineLock
 from snaptree.machines.finding import find_disk
 from snaptree.machines.free import require_free, without_others
+from snaptree.machines.keys import with_keys
 from snaptree.machines.machine import Machine
 from snaptree.machines.options import AddOptions
 from snaptree.machines.standalone import Standalone, existing
@@ -132,6 +133,8 @@ class Connection:
         disks = tuple(without_others(self.database, disk) for disk in found)
         for disk in disks:
             require_free(self.database, disk, adopt=options.adopt, monitor=options.qmp)
+        chains = (chain for disk in disks for chain in (disk.chain, *disk.siblings))
+        layers = dict.fromkeys(each.path for chain in chains for each in chain if each.lock)
         records: tuple[FoundSnapshot, ...] = ()
         if options.from_xml is not None:
             from snaptree.machines.libvirt_xml import read_folder
@@ -147,6 +150,7 @@ class Connection:
             folder=options.folder,
             created=time.time(),
             agent=options.agent,
+            keys=with_keys({}, options.keys, layers),
         )
         survey = read_survey(self.database, config, empty(options.name), beside=False)
         return add(survey, AddRequest(config, disks, options.adopt, records))

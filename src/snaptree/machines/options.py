@@ -16,7 +16,7 @@ class DiskOption(Struct, frozen=True):
 class AddOptions(Struct, frozen=True):
     """The options of ``snaptree add``; paths are absolute. ``from_xml`` is a folder of libvirt's domainsnapshot XML.
 
-    ``start`` is run in ``folder``.
+    ``start`` is run in ``folder``, and ``keys`` are files with keys of encrypted layers.
     """
 
     name: str
@@ -30,3 +30,4 @@ class AddOptions(Struct, frozen=True):
     adopt: bool = False
     from_xml: str | None = None
     agent: str | None = None
+    keys: tuple[str, ...] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING
@@ -290,11 +290,18 @@ class Standalone(Machine):
             require_plugged_in(self.name, found, monitor)
         return AttachRequest(found, adopt)
 
+    def keys_with(self, files: Iterable[str]) -> Mapping[str, str]:
+        """The keys of the machine's encrypted layers, with those in these files: see ``keys.with_keys``."""
+        from snaptree.machines.keys import with_keys
+
+        layers = (layer.path for layer in self.tree().layers.values() if layer.format == "qcow2")
+        return with_keys(self.config.keys, files, layers)
+
     def _findings(self) -> tuple[Finding, ...]:
         from snaptree.machines.verify import verify
 
         tree = self.tree()
-        return verify(tree, self.survey(tree, self.power(tree)), self.unfinished())
+        return verify(tree, self.survey(tree, self.power(tree)), self.unfinished(), self.config.keys)
 
     def snapshot_xml(self, name: str) -> str:
         """One snapshot as libvirt's domainsnapshot XML.

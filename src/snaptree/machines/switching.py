@@ -47,7 +47,7 @@ def command_line(config: MachineConfig, tree: Tree) -> list[str]:
         disk: [(each.id, each.path, each.format) for each in tree.chain(point.layer)]
         for disk, point in sorted(tree.active_branch.tips.items())
     }
-    return launching.command_line(config.start, disks, secrets.token_hex(6))
+    return launching.command_line(config.start, disks, secrets.token_hex(6), config.keys)
 
 
 def start_plan(machine: Standalone) -> Plan:

@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from snaptree.errors import BusyError, SnaptreeError
 from snaptree.images import gate, qemu_img
+from snaptree.images.qemu_img import NO_KEYS, Keys
 from snaptree.machines.findings import SEVERITIES, Finding
 from snaptree.model.invariants import violations
 from snaptree.model.layer import Layer, LayerId
@@ -33,10 +34,11 @@ _CHECKED = 64 << 20
 """Bytes of reference counts; those of an image of 2 TiB as QEMU makes it."""
 
 
-def verify(tree: Tree, survey: Survey, unfinished: Iterable[str] = ()) -> tuple[Finding, ...]:
+def verify(tree: Tree, survey: Survey, unfinished: Iterable[str] = (), keys: Keys = NO_KEYS) -> tuple[Finding, ...]:
     """Everything in which files and tree differ, worst first.
 
     :param unfinished: a sentence for each operation that is under way or was killed.
+    :param keys: the files with the keys of encrypted layers.
     """
     found: list[Finding] = []
     sick = ailments(tree, survey)
@@ -50,9 +52,10 @@ def verify(tree: Tree, survey: Survey, unfinished: Iterable[str] = ()) -> tuple[
     for layer in tree.layers.values():
         facts = survey.layers[layer.id]
         blocked = layer.id in sick and sick[layer.id].blocks
-        if facts.encrypted:
-            detail = f"{layer.path} is encrypted, and was not checked"
-            found.append(Finding("encrypted", layer.path, detail, (), "", "note"))
+        if facts.encrypted and facts.lock not in survey.keys:
+            detail = f"{layer.path} is encrypted, its key is not known, and it was not checked"
+            hint = f"give it: 'snaptree set {tree.machine} --key FILE'"
+            found.append(Finding("encrypted", layer.path, detail, (), hint if facts.lock else "", "note"))
         elif survey.live is not None and layer.id in survey.live.open and is_tip(tree, layer.id):
             detail = f"the guest writes to {layer.path}, which was not checked"
             found.append(Finding("unchecked", layer.path, detail, (), "verify again when the machine is off", "note"))
@@ -63,7 +66,7 @@ def verify(tree: Tree, survey: Survey, unfinished: Iterable[str] = ()) -> tuple[
             detail = f"{layer.path} has so many holes for its size that checking it takes too much, and was not checked"
             found.append(Finding("unchecked", layer.path, detail, (), "run 'qemu-img check' on it yourself", "note"))
         elif layer.format == "qcow2" and facts.exists and not blocked:
-            found += _check(tree, layer.id, dirty=facts.dirty)
+            found += _check(tree, layer.id, keys, dirty=facts.dirty)
     for memory, detail in survey.memories.items():
         who = tuple(sorted(each.name for each in tree.named if each.memory == memory))
         hint = "put the file back as it was, or go on without it: 'snaptree delete {} {} --memory-only'"
@@ -127,11 +130,11 @@ def _needs_too_much(facts: LayerFacts) -> bool:
     return counts > _CHECKED and facts.allocated < facts.file_size // 8
 
 
-def _check(tree: Tree, number: LayerId, *, dirty: bool) -> list[Finding]:
+def _check(tree: Tree, number: LayerId, keys: Keys, *, dirty: bool) -> list[Finding]:
     layer = tree.layers[number]
     who = affected(tree, number)
     try:
-        result = qemu_img.check(gate.blockdev(layer.path, "qcow2", None, None))
+        result = qemu_img.check(gate.blockdev(layer.path, "qcow2", None, None), keys=keys)
     except BusyError:
         detail = f"{layer.path} is open in another process, and was not checked"
         hint = "verify again when nobody has it open"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from msgspec import Struct
+from collections.abc import Mapping
+
+from msgspec import Struct, field
 
 STANDALONE, LIBVIRT = "standalone", "libvirt"
 """Who runs a machine: its user, or snaptree for them, with a QEMU of its own; or libvirt."""
@@ -29,7 +31,8 @@ class MachineConfig(Struct, frozen=True):
     are the machine's firmware state, ``qmp`` the monitor socket of a machine that somebody else starts, ``start`` the
     command that starts it, and ``folder`` the folder that it is run in. ``agent`` is the socket of its guest's
     agent, where its QEMU does not tell it. Of a libvirt domain ``uri`` is the connection that has it, and ``uuid`` says
-    which it is. ``due`` is what it is to do, while it is off only for an operation.
+    which it is. ``due`` is what it is to do, while it is off only for an operation. ``keys`` are the files with
+    the keys of encrypted layers, by their locks (see ``LayerFacts.lock``).
     """
 
     name: str
@@ -45,6 +48,7 @@ class MachineConfig(Struct, frozen=True):
     uri: str | None = None
     uuid: str | None = None
     due: Due | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def firmware(self) -> tuple[tuple[str, str], ...]:

@@ -52,6 +52,8 @@ class LayerFacts(Struct, frozen=True):
     dirty: bool = False
     corrupt: bool = False
     encrypted: bool = False
+    lock: str = ""
+    """What tells the LUKS header of an encrypted image from all others (``images/luks.py``); the key to it opens it."""
     external_data: bool = False
     extended_l2: bool = False
     lazy_refcounts: bool = False
@@ -190,6 +192,8 @@ class Survey(Struct, frozen=True):
     busy: frozenset[LayerId] = frozenset()
     """Layers that an operation writes to, or did when it was killed: what they look like is known when it has ended."""
     start: Start | None = None
+    keys: frozenset[str] = frozenset()
+    """The locks of encrypted layers to which a key is known."""
     libvirt: bool = False
     """Whether libvirt has the machine: each snapshot needs layers of its own then, for virsh would merge into one that
     two have together, and while it runs data is pulled into the tips only."""

@@ -91,7 +91,7 @@ def add(survey: Survey, request: AddRequest) -> Plan:
     if not request.disks:
         raise NotFoundError("a machine needs at least one disk", "name it with --disk vda=PATH")
     for disk in request.disks:
-        tree, said = _with_disk(tree, disk, adopt=request.adopt, now=survey.now)
+        tree, said = _with_disk(tree, disk, adopt=request.adopt, survey=survey)
         notes += said
     tree = _with_records(tree, request, notes) if request.records else tree
     tree = _with_internals(tree, request.disks, notes)
@@ -132,7 +132,7 @@ def attach(tree: Tree, survey: Survey, request: AttachRequest) -> Plan:
             "choose another target, or delete those first",
         )
     draft = Draft(tree, survey)
-    draft.tree, notes = _with_disk(tree, request.disk, adopt=request.adopt, now=survey.now)
+    draft.tree, notes = _with_disk(tree, request.disk, adopt=request.adopt, survey=survey)
     draft.notes += notes
     return draft.conclude("attach", f"look after disk {target!r}", f"disk {target!r} is known")
 
@@ -241,7 +241,7 @@ def _frozen(tree: Tree) -> tuple[LayerId, ...]:
     return tuple(layer.id for layer in tree.layers.values() if layer.owned and not is_tip(tree, layer.id))
 
 
-def _with_disk(tree: Tree, disk: FoundDisk, *, adopt: bool, now: float) -> tuple[Tree, list[str]]:
+def _with_disk(tree: Tree, disk: FoundDisk, *, adopt: bool, survey: Survey) -> tuple[Tree, list[str]]:
     check_target(disk.target)
     if disk.target in tree.roots:
         raise ExistsError(f"disk {disk.target!r} is given twice", "give each disk a target of its own")
@@ -250,10 +250,14 @@ def _with_disk(tree: Tree, disk: FoundDisk, *, adopt: bool, now: float) -> tuple
         raise ExistsError(f"{top.path} is given for two disks", "give each disk a file of its own")
     tree, tip = _with_chain(tree, disk.target, disk.chain, adopt=adopt)
     notes = [f"{facts.path} is foreign: it is read and never written to" for facts in disk.chain[1:] if not adopt]
+    if any(facts.encrypted and facts.lock not in survey.keys for facts in disk.chain):
+        notes.append(
+            f"{disk.target} is encrypted: to merge its layers, or start the machine, takes its key (--key FILE)"
+        )
     active = tree.active_branch
     tree = tree.with_branches(replace(active, tips={**active.tips, disk.target: Point(tip)}))
     if adopt:
-        tree, said = _with_siblings(tree, disk, now)
+        tree, said = _with_siblings(tree, disk, survey.now)
         notes += said
     root = tree.owned_root(tip)
     assert root is not None

@@ -10,6 +10,7 @@ from snaptree.model.memory import Memory
 from snaptree.model.snapshot import FirmwareFile
 from snaptree.model.tree import Tree
 from snaptree.planning.memory_steps import GoOver
+from snaptree.planning.sealing import require_keys
 from snaptree.planning.steps import DeleteInternal, RemoveFirmware, Step, Unlink
 
 if TYPE_CHECKING:
@@ -53,12 +54,9 @@ def cleared(draft: Draft, after: Tree) -> tuple[list[Step], int]:
         kept = set(after.internals.get(layer_id, ()))
         path = after.layers[layer_id].path
         going = [tag for tag in tags if tag not in kept]
-        if going and draft.facts(layer_id).encrypted:
-            raise RefusedError(
-                f"cannot delete the internal snapshot {going[0]!r} in {path}: it is encrypted",
-                "encrypted layers are not supported yet",
-            )
         live = draft.survey.live
+        if going:
+            require_keys(draft, (after.layers[layer_id],), f"delete the internal snapshot {going[0]!r} in {path}")
         if going and live is not None and live.let_go and layer_id in live.open:
             raise RefusedError(
                 f"cannot delete the internal snapshot {going[0]!r} in {path}: "

@@ -20,6 +20,7 @@ from snaptree.planning import firmware, remembering
 from snaptree.planning.draft import Draft
 from snaptree.planning.live_steps import Cut, LiveSnapshot, Mark
 from snaptree.planning.plan import Plan
+from snaptree.planning.sealing import require_keys
 from snaptree.planning.steps import MakeInternal
 
 CUT_SECONDS = 0.01
@@ -130,7 +131,7 @@ def snapshot(tree: Tree, survey: Survey, request: SnapshotRequest) -> Plan:
         layer = tree.layers[tip]
         draft.require_whole(tip, f"take a snapshot of {disk}")
         if request.internal and layer.format == "qcow2":
-            draft.require_readable(tip, f"take an internal snapshot in {layer.path}")
+            require_keys(draft, (layer,), f"take an internal snapshot in {layer.path}")
             require_plain(draft.facts(tip), f"take an internal snapshot in {layer.path}")
             tag = draft.new_tag(tip, request.name)
             if survey.live is None:

@@ -18,6 +18,7 @@ from snaptree.planning.health import Ailment, ailments, require_whole
 from snaptree.planning.live_steps import LiveOpen
 from snaptree.planning.memory_steps import GoOver
 from snaptree.planning.plan import Plan
+from snaptree.planning.sealing import LUKS_BYTES, require_keys, seal
 from snaptree.planning.settle import is_frozen, settle, with_moved_roots
 from snaptree.planning.steps import (
     BuildFromPoint,
@@ -59,6 +60,8 @@ class Draft:
         self.notes: list[str] = []
         self.touches: set[str] = set()
         self.made: set[str] = set()
+        self.sealed: dict[LayerId, str] = {}
+        """New layers that are encrypted, and the path of the layer whose LUKS header they have."""
         self.spared: set[LayerId] = set()
         self.fresh: frozenset[LayerId] = frozenset()
         """Layers that an operation before this one makes, which nobody has read."""
@@ -114,18 +117,6 @@ class Draft:
     def require_whole(self, layer: LayerId, purpose: str) -> None:
         """Refuse to build on an unhealthy chain."""
         require_whole(self.tree, self.ailments, layer, purpose)
-
-    def require_readable(self, layer: LayerId, purpose: str) -> None:
-        """Refuse a chain that QEMU does not open without a key.
-
-        :raise RefusedError: one of its layers is encrypted.
-        """
-        for each in self.tree.chain(layer):
-            if self.facts(each.id).encrypted:
-                raise RefusedError(
-                    f"cannot {purpose}: {each.path} is encrypted, and an overlay made without its key would not be",
-                    "encrypted layers are not supported yet",
-                )
 
     # ---- new layers -----------------------------------------------------------------------------------------------
 
@@ -220,10 +211,10 @@ class Draft:
                 f"cannot {purpose}: the chain under {below.disk} has {len(chain)} layers already",
                 f"delete a snapshot first, for instance {oldest!r}" if oldest else "merge some with 'snaptree squash'",
             )
-        self.require_readable(parent, purpose)
+        luks = seal(self, parent, purpose)
         path = self.new_path(below.disk, label)
         like = below.path if below.owned else self._owner_like(below.disk)
-        self._make_overlay(path, below, below.virtual_size, like, self.facts(parent))
+        self._make_overlay(path, below, below.virtual_size, like, self.facts(parent), luks)
         return self._add(below.disk, path, parent, below.virtual_size)
 
     def twin(self, layer: LayerId, purpose: str) -> str:
@@ -233,7 +224,7 @@ class Draft:
         """
         known = self.tree.layers[layer]
         self.require_whole(layer, purpose)
-        self.require_readable(layer, purpose)
+        luks = seal(self, layer, purpose)
         assert known.parent is not None
         below = self.tree.layers[known.parent]
         folder, base = posixpath.split(known.path)
@@ -241,12 +232,15 @@ class Draft:
         front, _, number = label.rpartition("-")
         label = front if front and number.isdigit() else label
         path = self.free_path(folder, stem or "disk", label or "tip", ".qcow2", "layer")
-        self._make_overlay(path, below, known.virtual_size, known.path, self.facts(layer))
+        self._make_overlay(path, below, known.virtual_size, known.path, self.facts(layer), luks)
         self.touches.add(known.path)
         return path
 
-    def _make_overlay(self, path: str, below: Layer, size: int, like: str, options: LayerFacts) -> None:
-        """Have an empty overlay made that belongs to whom ``like`` belongs, with a layer's options."""
+    def _make_overlay(self, path: str, below: Layer, size: int, like: str, options: LayerFacts, luks: str) -> None:
+        """Have an empty overlay made that belongs to whom ``like`` belongs, with a layer's options.
+
+        :param luks: the path of the layer whose LUKS header it gets; empty for one that is not encrypted.
+        """
         qcow2 = options.format == "qcow2"
         self.prepare.append(
             MakeOverlay(
@@ -260,10 +254,11 @@ class Draft:
                 lazy_refcounts=qcow2 and options.lazy_refcounts,
                 extended_l2=qcow2 and options.extended_l2,
                 compression=options.compression if qcow2 else "zlib",
+                luks=luks,
             )
         )
         self.touches.add(below.path)
-        self.extra += OVERLAY_BYTES
+        self.extra += OVERLAY_BYTES + (LUKS_BYTES if luks else 0)
 
     def build(self, point: Point, label: str, purpose: str) -> Layer:
         """A new layer made out of an internal snapshot, on the same backing file, added to the tree.
@@ -273,7 +268,7 @@ class Draft:
         assert point.internal is not None
         source = self.tree.layers[point.layer]
         self.require_whole(source.id, purpose)
-        self.require_readable(source.id, purpose)
+        require_keys(self, self.tree.chain(source.id), purpose, running=False)
         facts = self.facts(source.id)
         size = next(
             (each.virtual_size for each in facts.internals if each.name == point.internal),
@@ -309,13 +304,16 @@ class Draft:
             )
         )
         self.touches.add(source.path)
-        need = copied + found.tables + OVERLAY_BYTES
+        need = copied + found.tables + OVERLAY_BYTES + (LUKS_BYTES if facts.encrypted else 0)
         self.extra += need
         self.bytes += copied
         if facts.identity is not None and beside:
             device = facts.identity.device
             self.needs[device] = self.needs.get(device, 0) + need
-        return self._add(source.disk, path, source.parent, size)
+        made = self._add(source.disk, path, source.parent, size)
+        if facts.encrypted:
+            self.sealed[made.id] = source.path
+        return made
 
     def _owner_like(self, disk: str) -> str:
         """An owned file of the disk, to take owner and mode from when the layer below is foreign (it may be root's)."""

@@ -184,6 +184,8 @@ def new_memory(draft: Draft, label: str, chosen: str | None = None) -> Memory:
     draft.tree = replace(draft.tree, memories={**draft.tree.memories, memory.id: memory})
     draft.bytes += found.used
     draft.extra += found.used
+    if any(draft.facts(tip.layer).encrypted for tip in draft.before.active_branch.tips.values()):
+        draft.notes.append(f"{path} is not encrypted: what the guest has in its memory can be read there")
     return memory
 
 

@@ -30,6 +30,7 @@ from snaptree.planning.remembering import (
     require_open,
     saveable,
 )
+from snaptree.planning.sealing import require_keys
 from snaptree.planning.settle import settle, without_names
 from snaptree.planning.steps import ApplyInternal, MakeInternal
 from snaptree.planning.sweep import follow
@@ -112,7 +113,7 @@ def _go_to(draft: Draft, base: Tree, point: Point, label: str, purpose: str, *, 
         return Point(draft.stack(point.layer, label, purpose).id)
     if not beside and (point.layer not in base.layers or _whole(base, point.layer, draft.outsiders)):
         draft.require_whole(point.layer, purpose)
-        draft.require_readable(point.layer, purpose)
+        require_keys(draft, draft.tree.chain(point.layer), purpose)
         require_plain(draft.facts(point.layer), f"{purpose} within {layer.path}")
         for branch in [each for each in draft.tree.branches.values() if each.tips.get(layer.disk) == Point(layer.id)]:
             tag = draft.new_tag(layer.id, branch.name)

@@ -24,7 +24,10 @@ File: TypeAlias = tuple[str, str]
 
 
 class MakeOverlay(Struct, frozen=True):
-    """Make an empty qcow2 file on a backing file, with owner, mode and labels of ``like``."""
+    """Make an empty qcow2 file on a backing file, with owner, mode and labels of ``like``.
+
+    ``luks`` is the layer whose LUKS header it gets; empty where none of those beneath is encrypted.
+    """
 
     kind: ClassVar[str] = "make-overlay"
     crash: ClassVar[str] = "a hidden temporary file or the new empty overlay; nothing refers to it; recovery removes it"
@@ -39,6 +42,7 @@ class MakeOverlay(Struct, frozen=True):
     lazy_refcounts: bool = False
     extended_l2: bool = False
     compression: str = "zlib"
+    luks: str = ""
 
     @property
     def summary(self) -> str:

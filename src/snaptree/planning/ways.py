@@ -13,6 +13,7 @@ from snaptree.model.sizes import readable
 from snaptree.model.survey import LayerFacts, RowFacts
 from snaptree.model.tree import Tree
 from snaptree.planning.draft import Draft
+from snaptree.planning.sealing import hint, locked
 from snaptree.planning.settle import is_loose
 
 Row = tuple[LayerId, ...]
@@ -136,17 +137,18 @@ def _common_obstacle(draft: Draft, row: Row, written: Layer) -> str:
         if ailment is not None and ailment.blocks:
             return f"{ailment.detail} ({ailment.word})"
         facts = draft.facts(layer.id)
-        if facts.encrypted:
-            return f"{layer.path} is encrypted"
         if facts.bitmaps:
             return f"{layer.path} has persistent bitmaps ({', '.join(facts.bitmaps)}), which a merge would drop"
         if layer.id not in draft.survey.layers:
             return f"{layer.path} has only just been made"
         if not facts.removable:
             return f"the folder of {layer.path} may not be changed"
+    for layer in (*(tree.layers[each] for each in row[1:]), *tree.chain(row[0])):
+        if reason := locked(draft, layer.id):
+            return f"{reason} ({hint(draft, layer.id)})"
+        if draft.facts(layer.id).encrypted and not draft.facts(written.id).encrypted:
+            return f"{layer.path} is encrypted, and {written.path} is not, where its data would come to lie"
     for layer in tree.chain(row[0]):
-        if draft.facts(layer.id).encrypted:
-            return f"{layer.path}, beneath, is encrypted"
         ailment = draft.ailments.get(layer.id)
         if ailment is not None and ailment.blocks:
             return f"{ailment.detail} ({ailment.word})"

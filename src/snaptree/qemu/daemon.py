@@ -12,6 +12,7 @@ from typing import Any
 from snaptree.errors import SnaptreeError
 from snaptree.images import child
 from snaptree.images.child import ends_with_us, find_tool
+from snaptree.images.qemu_img import NO_KEYS, Keys, needed
 from snaptree.qemu import jobs
 from snaptree.qemu.session import QmpSession
 
@@ -29,6 +30,8 @@ class StorageDaemon:
     def __init__(self) -> None:
         self.qmp = QmpSession("qemu-storage-daemon")
         self._process: subprocess.Popen[bytes] | None = None
+        self._given: set[str] = set()
+        """The objects with keys that it has."""
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the daemon
 
     @property
@@ -86,8 +89,15 @@ class StorageDaemon:
         if self._process is not None:
             child.kill(self._process, self.qmp.name)
 
-    async def add(self, blockdev: dict[str, Any]) -> None:
-        """Open an image, given as ``BlockdevOptions``."""
+    async def add(self, blockdev: dict[str, Any], keys: Keys = NO_KEYS) -> None:
+        """Open an image, given as ``BlockdevOptions``.
+
+        :raise RefusedError: it is encrypted, and its key is not among these.
+        """
+        for name, path in needed(blockdev, keys).items():
+            if name not in self._given:
+                await self.qmp.execute("object-add", qom_type="secret", id=name, file=path)
+                self._given.add(name)
         await self.qmp.execute("blockdev-add", **blockdev)
 
     async def settle(self, blockdev: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ file than they have open once header and graph differ.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,7 +31,8 @@ class Node(Struct, frozen=True):
 
     ``path`` and ``inode`` are of the file that a protocol node has open. ``cache`` has ``direct`` and ``no-flush``,
     ``bitmaps`` the names of the dirty bitmaps that QEMU keeps of it; those of jobs have none. ``internals`` are the
-    names of an image's internal snapshots, ``jobs`` those of the jobs that work on the node.
+    names of an image's internal snapshots, ``jobs`` those of the jobs that work on the node. ``secret`` is the object
+    that has the key of an image that is ``encrypted``, where QEMU tells it.
     """
 
     name: str
@@ -46,6 +48,8 @@ class Node(Struct, frozen=True):
     bitmaps: tuple[str, ...] = ()
     internals: tuple[str, ...] = ()
     jobs: tuple[str, ...] = ()
+    encrypted: bool = False
+    secret: str = ""
 
 
 class BlockGraph(Struct, frozen=True):
@@ -200,11 +204,27 @@ def _read(
             bitmaps=tuple(str(one["name"]) for one in each.get("dirty-bitmaps", ()) if one.get("name")),
             internals=tuple(str(one["name"]) for one in each.get("image", {}).get("snapshots", ())),
             jobs=tuple(at_work.get(name, ())),
+            encrypted=bool(each.get("encrypted")),
+            secret=_secret(each["file"]) if each.get("encrypted") else "",
         )
     tops = frozenset(each["inserted"]["node-name"] for each in devices if "inserted" in each)
     if tops and not tops & known:
         raise ValueError(f"there are disks, as {min(tops)}, and none of their nodes")
     return BlockGraph(nodes, tops)
+
+
+def _secret(name: str) -> str:
+    """The object with the key that an image was opened with: its name tells, where that says how it was opened.
+
+    Of a chain that is deep QEMU tells only the beginning.
+    """
+    if not name.startswith("json:"):
+        return ""
+    try:
+        options = json.loads(name.removeprefix("json:"))
+        return str(options.get("encrypt.key-secret") or options.get("encrypt", {}).get("key-secret") or "")
+    except (ValueError, AttributeError, RecursionError):
+        return ""
 
 
 def _inode(path: str) -> Inode | None:

@@ -10,9 +10,11 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 from snaptree.errors import RefusedError, ToolError, UsageError
-from snaptree.images import child, durable, gate
+from snaptree.images import child, durable, gate, qemu_img
+from snaptree.images.qemu_img import NO_KEYS, Keys
 from snaptree.model.layer import LayerId
 from snaptree.planning.launch import split_command
 from snaptree.qemu import dialling
@@ -37,15 +39,18 @@ def is_ours(node: str) -> bool:
     return OWN.match(node) is not None
 
 
-def command_line(command: str, disks: Mapping[str, Chain], token: str, *, loads: bool = False) -> list[str]:
+def command_line(
+    command: str, disks: Mapping[str, Chain], token: str, keys: Keys = NO_KEYS, *, loads: bool = False
+) -> list[str]:
     """QEMU's command line: the stored one, with the disks filled in.
 
     ``{vda}`` stands for the node of the disk ``vda``, to be given to a device (``drive={vda}``). Where no disk has a
     place in the command each gets a ``virtio-blk-pci`` device.
 
+    :param keys: the files with the keys of encrypted layers.
     :param loads: it is to be told by its monitor what memory to load, and to wait afterwards.
     :raise UsageError: only some of the disks have a place in the command, or it names one that there is not.
-    :raise RefusedError: it opens an image of the machine itself.
+    :raise RefusedError: it opens an image of the machine itself, or a layer's key is not known.
     """
     words = split_command(command)
     if loads:
@@ -65,14 +70,14 @@ def command_line(command: str, disks: Mapping[str, Chain], token: str, *, loads:
         )
     for disk, node in tips.items():
         words = [word.replace(f"{{{disk}}}", node) for word in words]
-    found: list[str] = []
+    opened: list[dict[str, Any]] = []
     for chain in disks.values():
         below: str | None = None
         for layer, path, image_format in reversed(chain):
             node = node_name(layer, token)
-            options = gate.blockdev(path, image_format, node, below, read_only=layer != chain[0][0])
-            found += ["-blockdev", json.dumps(options)]
+            opened.append(gate.blockdev(path, image_format, node, below, read_only=layer != chain[0][0]))
             below = node
+    found = [*qemu_img.secrets(keys, *opened), *(word for each in opened for word in ("-blockdev", json.dumps(each)))]
     for disk in disks if not used else ():
         found += ["-device", f"virtio-blk-pci,drive={tips[disk]},id={disk}"]
     # At the end, whatever runs QEMU for the user (nice, taskset).

@@ -60,6 +60,7 @@ _OF_IMAGE = frozenset(
         "pass-discard-snapshot",
         "pass-discard-other",
         "discard-no-unref",
+        "encrypt",
     }
 )
 _SIZE = re.compile(r"(\d+)([bkmgt]?)", re.IGNORECASE)
@@ -89,6 +90,11 @@ def options_of(graph: BlockGraph, node: Node, words: Sequence[str]) -> dict[str,
         options["cache"] = dict(each.cache)
         if like is None or like[0] != _DRIVE or options is not found:
             options["detect-zeroes"] = each.detect_zeroes
+    if node.encrypted:
+        secret = found.get("encrypt", {}).get("key-secret") or node.secret
+        if not secret:
+            return None
+        found["encrypt"] = {"format": "luks", "key-secret": secret}
     found["read-only"] = node.read_only
     return found
 

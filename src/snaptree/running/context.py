@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from msgspec import Struct, field
@@ -23,7 +23,8 @@ class Context(Struct):
 
     ``lock`` is snaptree's own lock on the machine, ``moved`` is told how many bytes of the step's total have moved,
     ``limiter`` says how fast, and whether, they may. ``recovering`` says that the step may have been begun before, by a
-    process that was killed. ``qemu`` is the monitor of a machine that runs.
+    process that was killed. ``qemu`` is the monitor of a machine that runs. ``keys`` are the files with the keys of its
+    encrypted layers, by their locks.
 
     A step adds to ``said`` what the user is to be told of how it went, and sets ``paused`` to the seconds that the
     guest stood still. ``failed`` is set by a step that did not do what it should, where the operation is brought to
@@ -39,6 +40,7 @@ class Context(Struct):
     moved: Callable[[int, int], None] = lambda done, total: None
     recovering: bool = False
     qemu: RunningQemu | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
     paused: float | None = None
     failed: SnaptreeError | None = None

@@ -24,7 +24,7 @@ from snaptree.running.holding import Holding, changed_by, written_by
 from snaptree.running.journal import Journal
 from snaptree.running.pace import kept
 from snaptree.running.progress import Progress, Report, silent
-from snaptree.store import operations
+from snaptree.store import operations, trees
 from snaptree.store.database import Database
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ async def run(
     control.begin(plan)
     require_free(plan, await qemu.open_files() if qemu is not None else spared())
     outcome = Outcome(qemu=qemu)
+    keys = trees.keys(database, machine)
     for number, each in enumerate(plan.every()):
         if not each.steps:
             continue
@@ -88,7 +89,7 @@ async def run(
         try:
             journal = Journal.begin(database, machine, each)
             control.take(number, journal.operation)
-            context = Context(journal, holding, lock, control.limiter, stop, qemu=qemu)
+            context = Context(journal, holding, lock, control.limiter, stop, qemu=qemu, keys=keys)
             with kept(control.pace):
                 await _carry_out(machine, each, context, _both(report, control.report))
             outcome.add(context)

@@ -20,7 +20,7 @@ from snaptree.running.executor import close, take, undo_all
 from snaptree.running.holding import Holding, written_by
 from snaptree.running.journal import Journal
 from snaptree.running.progress import Progress
-from snaptree.store import operations
+from snaptree.store import operations, trees
 from snaptree.store.database import Database
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ async def _settle(
     journal = Journal.resume(database, operation)
     holding = Holding(patience=DYING_SECONDS, spared=await qemu.open_files() if qemu is not None else spared)
     control.take(0, operation.id)
-    context = Context(journal, holding, lock, control.limiter, recovering=True, qemu=qemu)
+    keys = trees.keys(database, operation.machine)
+    context = Context(journal, holding, lock, control.limiter, recovering=True, qemu=qemu, keys=keys)
     try:
         if operation.step < operation.no_return and not await carry.happened(steps, context):
             begun = steps[: operation.step + 1]

@@ -44,6 +44,12 @@ def find_config(database: Database, name: str) -> MachineConfig | None:
     return config
 
 
+def keys(database: Database, name: str) -> Mapping[str, str]:
+    """The files with the keys of a machine's encrypted layers, by their locks."""
+    config = find_config(database, name)
+    return config.keys if config is not None else {}
+
+
 def known_as(database: Database, uuid: str) -> str | None:
     """Under which name a domain is remembered, whatever it is called now; ``None`` when it is not."""
     rows = database.rows("SELECT name, config FROM machine WHERE instr(config, ?) ORDER BY name", (uuid,))

@@ -100,6 +100,8 @@ def _beyond_the_mover(row: Sequence[Allocation]) -> str:
     for each in row:
         if isinstance(each, Qcow2Allocation) and each.header.extended_l2:
             return f"{each.path} has extended L2 entries"
+        if isinstance(each, Qcow2Allocation) and each.header.encrypted:
+            return f"{each.path} is encrypted"
     return ""
 
 
@@ -211,7 +213,7 @@ def _packed_beneath(mapping: Mapping, window: Window, below: Sequence[Allocation
     if not below or not len(wanted):
         return False
     for each in below:
-        if isinstance(each, Qcow2Allocation) and each.header.extended_l2:
+        if isinstance(each, Qcow2Allocation) and (each.header.extended_l2 or each.header.encrypted):
             return True
         for number in wanted.tolist():
             start = (window.start + number * mapping.unit) // each.cluster * each.cluster

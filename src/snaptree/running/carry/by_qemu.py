@@ -7,6 +7,7 @@ from typing import Any
 
 from snaptree.images import gate
 from snaptree.images.mover.limiting import Limiter
+from snaptree.images.qemu_img import Keys
 from snaptree.planning.steps import MoveJob
 from snaptree.qemu.daemon import StorageDaemon
 from snaptree.qemu.jobs import Commit, JobProgress, Pull, run_jobs
@@ -14,12 +15,17 @@ from snaptree.running.carry.finishing import moved_of
 
 
 async def merge(
-    jobs: Sequence[MoveJob], tell: Callable[[str, int], None], cancelled: Callable[[], bool], limiter: Limiter
+    jobs: Sequence[MoveJob],
+    tell: Callable[[str, int], None],
+    cancelled: Callable[[], bool],
+    limiter: Limiter,
+    keys: Keys,
 ) -> int:
     """Have QEMU's jobs move the data of all of them at once; how many bytes that was.
 
     :param tell: is told of each job how many bytes it has moved so far.
     :param limiter: how many bytes a second may move in all; it may change.
+    :param keys: the files with the keys of layers that are encrypted.
     """
 
     def report(state: dict[str, JobProgress]) -> None:
@@ -27,7 +33,7 @@ async def merge(
             tell(job.name, bytes_moved(job, state.get(job.name)))
 
     async with StorageDaemon() as daemon:
-        opened = [await _open(daemon, job, number) for number, job in enumerate(jobs)]
+        opened = [await _open(daemon, job, number, keys) for number, job in enumerate(jobs)]
         started = [_job(job, nodes) for job, nodes in zip(jobs, opened, strict=True)]
         ended = await run_jobs(daemon.qmp, started, progress=report, cancelled=cancelled, limiter=limiter)
         for job, nodes in zip(jobs, opened, strict=True):
@@ -37,13 +43,13 @@ async def merge(
     return sum(counted[job.name] if job.way == "commit" else job.bytes for job in jobs)
 
 
-async def _open(daemon: StorageDaemon, job: MoveJob, number: int) -> list[dict[str, Any]]:
+async def _open(daemon: StorageDaemon, job: MoveJob, number: int, keys: Keys) -> list[dict[str, Any]]:
     """Open the job's chain, lowest first, with nodes of its own; what each was opened with."""
     nodes: list[dict[str, Any]] = []
     for place, (path, image_format) in enumerate([*reversed(job.below), *job.row]):
         below = nodes[-1]["node-name"] if nodes else None
         nodes.append(gate.blockdev(path, image_format, f"j{number}n{place}", below, locking=False))
-        await daemon.add(nodes[-1])
+        await daemon.add(nodes[-1], keys)
     return nodes
 
 

@@ -98,7 +98,7 @@ async def _loaded(load: Load, context: Context) -> RunningQemu:
     :raise RefusedError: it is not like the machine whose memory it is.
     :raise ToolError: it does not start, or cannot load.
     """
-    words = launching.command_line(load.command, load.disks, context.token, loads=True)
+    words = launching.command_line(load.command, load.disks, context.token, context.keys, loads=True)
     log = load.monitor.removesuffix(".sock") + ".log"
     try:
         new = await launching.launch(words, load.monitor, load.folder, log, loads=True)

@@ -8,6 +8,7 @@ from snaptree.errors import NotFoundError, ToolError
 from snaptree.images import durable, gate, qemu_img
 from snaptree.images.facts import read_facts, shows_point
 from snaptree.images.holes import punch_free
+from snaptree.images.qemu_img import Keys
 from snaptree.planning.steps import ApplyInternal, DeleteInternal, MakeInternal
 from snaptree.running.context import Context
 
@@ -33,7 +34,7 @@ def id_of(path: str, tag: str) -> str:
     raise NotFoundError(f"{path} has no internal snapshot {tag!r}", "see 'snaptree verify'")
 
 
-def mend(path: str) -> bool:
+def mend(path: str, keys: Keys) -> bool:
     """Put right the reference counts that a killed or failed program of QEMU's has left between.
 
     The tables are the truth, and are not changed but for the flags that repeat what the counts say. QEMU 10.0.2 empties
@@ -45,7 +46,7 @@ def mend(path: str) -> bool:
     facts = read_facts(path, "qcow2")
     if facts.internals and (facts.bitmaps or facts.autoclear):
         return False
-    return qemu_img.check(_node(path), repair="all").errors == 0
+    return qemu_img.check(_node(path), repair="all", keys=keys).errors == 0
 
 
 def require(done: bool, what: str, path: str) -> None:
@@ -60,7 +61,7 @@ def require(done: bool, what: str, path: str) -> None:
 def make(step: MakeInternal, context: Context) -> None:
     """Take an internal snapshot."""
     with context.holding.lent([step.path]):
-        qemu_img.snapshot_create(_node(step.path), step.tag)
+        qemu_img.snapshot_create(_node(step.path), step.tag, context.keys)
     require(step.tag in tags_of(step.path), f"has no internal snapshot {step.tag!r}", step.path)
     durable.sync_file(step.path)
 
@@ -68,9 +69,9 @@ def make(step: MakeInternal, context: Context) -> None:
 def unmake(step: MakeInternal, context: Context) -> None:
     """Take an internal snapshot back; whether it was taken, half taken or not at all."""
     with context.holding.lent([step.path]):
-        mend(step.path)
+        mend(step.path, context.keys)
         if step.tag in tags_of(step.path):
-            qemu_img.snapshot_delete(_node(step.path), step.tag)
+            qemu_img.snapshot_delete(_node(step.path), step.tag, context.keys)
             require(step.tag not in tags_of(step.path), f"still has the internal snapshot {step.tag!r}", step.path)
 
 
@@ -79,17 +80,17 @@ def apply(step: ApplyInternal, context: Context) -> None:
     files = [step.path, *(path for path, _ in step.below)]
     with context.holding.lent(files):
         if context.recovering:
-            mend(step.path)
+            mend(step.path, context.keys)
         graph = gate.graph([(step.path, "qcow2"), *step.below], read_only=False, locking=False)
-        go_back(graph, step.path, step.tag)
+        go_back(graph, step.path, step.tag, context.keys)
         if context.recovering:
-            mend(step.path)
+            mend(step.path, context.keys)
     durable.sync_file(step.path)
 
 
-def go_back(graph: dict[str, Any], path: str, tag: str) -> None:
+def go_back(graph: dict[str, Any], path: str, tag: str, keys: Keys) -> None:
     """Make the active state of an image, opened by the graph, what an internal snapshot shows."""
-    qemu_img.snapshot_apply(graph, id_of(path, tag))
+    qemu_img.snapshot_apply(graph, id_of(path, tag), keys)
     require(shows_point(path, tag), f"does not show what {tag!r} shows", path)
 
 
@@ -97,9 +98,9 @@ def delete(step: DeleteInternal, context: Context) -> None:
     """Delete an internal snapshot."""
     with context.holding.lent([step.path]):
         if context.recovering:
-            mend(step.path)
+            mend(step.path, context.keys)
         if step.tag in tags_of(step.path):
-            qemu_img.snapshot_delete(_node(step.path), step.tag)
+            qemu_img.snapshot_delete(_node(step.path), step.tag, context.keys)
             require(step.tag not in tags_of(step.path), f"still has the internal snapshot {step.tag!r}", step.path)
     durable.sync_file(step.path)
     punch_free(step.path)

@@ -29,6 +29,7 @@ def make_overlay(step: MakeOverlay, context: Context) -> None:
     """Make an empty overlay; it has its name only once it is whole and on disk."""
     writes, length = layout.empty_overlay(
         step.virtual_size,
+        luks=gate.luks_at(step.luks) if step.luks else None,
         cluster_bits=step.cluster_size.bit_length() - 1,
         refcount_bits=step.refcount_bits,
         backing_name=gate.relative_backing_name(step.path, step.backing),
@@ -57,6 +58,7 @@ def _empty(step: BuildFromPoint, context: Context) -> str:
     backing = step.below[0] if step.below else None
     writes, length = layout.empty_overlay(
         step.virtual_size,
+        luks=gate.luks_at(step.source) if gate.lock_at(step.source) else None,
         cluster_bits=step.cluster_size.bit_length() - 1,
         backing_name=gate.relative_backing_name(step.path, backing[0]) if backing else None,
         backing_format=backing[1] if backing else None,
@@ -84,6 +86,7 @@ def _converted(step: BuildFromPoint, context: Context) -> str:
             gate.graph([(step.source, "qcow2"), *step.below], locking=False),
             (id_of(step.source, step.tag), step.tag),
             gate.graph([(temporary, "qcow2"), *step.below], read_only=False, locking=False),
+            keys=context.keys,
             progress=lambda done: context.moved(int(done * step.bytes), step.bytes),
             cancelled=context.cancelled.is_set,
             limiter=context.limiter,
@@ -105,9 +108,9 @@ def _gone_back(step: BuildFromPoint, context: Context) -> str:
         repoint_file(temporary, name, step.below[0][1])
     with context.holding.lent([path for path, _ in step.below]):
         graph = gate.graph([(temporary, "qcow2"), *step.below], read_only=False, locking=False)
-        go_back(graph, temporary, step.tag)
+        go_back(graph, temporary, step.tag, context.keys)
         for tag in tags:
-            qemu_img.snapshot_delete(graph, tag)
+            qemu_img.snapshot_delete(graph, tag, context.keys)
     require(not read_facts(temporary, "qcow2").internals, "still has internal snapshots", temporary)
     context.journal.moved += step.bytes
     return temporary

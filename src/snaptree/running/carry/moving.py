@@ -14,6 +14,7 @@ from snaptree.images.holes import cut_tail, punch_free
 from snaptree.images.measure import hidden_ranges, holds
 from snaptree.images.mover.copying import Watch
 from snaptree.images.mover.merging import Merge, merge
+from snaptree.images.qemu_img import Keys
 from snaptree.images.tail import zero_tail
 from snaptree.images.workers import run_together
 from snaptree.planning.steps import BuildMerged, Cover, Move, MoveJob, Shrink, Step
@@ -31,7 +32,7 @@ def cover(step: Cover, context: Context) -> None:
     if ranges:
         with context.holding.lent([path for path, _ in (*step.row, *step.below)]):
             qemu_img.write_zeroes(
-                gate.graph([*reversed(step.row), *step.below], read_only=False, locking=False), ranges
+                gate.graph([*reversed(step.row), *step.below], read_only=False, locking=False), ranges, context.keys
             )
         durable.sync_file(step.row[-1][0])
         path = step.row[-1][0]
@@ -43,10 +44,10 @@ def shrink(step: Shrink, context: Context) -> None:
     qcow2 = step.format == "qcow2"
     with context.holding.lent([step.path, *(path for path, _ in step.below)]):
         if context.recovering and qcow2:
-            mend(step.path)
+            mend(step.path, context.keys)
         if read_facts(step.path, step.format).virtual_size != step.size:
             graph = gate.graph([(step.path, step.format), *step.below], read_only=False, locking=False)
-            qemu_img.resize(graph, step.size, shrink=True)
+            qemu_img.resize(graph, step.size, shrink=True, keys=context.keys)
             size = read_facts(step.path, step.format).virtual_size
             require(size == step.size, f"has {size} bytes, not {step.size}", step.path)
     if qcow2:
@@ -57,7 +58,7 @@ def shrink(step: Shrink, context: Context) -> None:
 async def move(step: Move, context: Context) -> None:
     """Move the data of all jobs at once: by the mover, and what it cannot do by a storage daemon that dies with us."""
     for job in step.jobs:
-        require_counted(*target_of(job))
+        require_counted(*target_of(job), context.keys)
     tally = Tally(context, sum(job.bytes for job in step.jobs))
     own = [job for job in step.jobs if not job.by_qemu]
     theirs = [job for job in step.jobs if job.by_qemu]
@@ -129,7 +130,7 @@ async def _by_qemu(jobs: Sequence[MoveJob], context: Context, tally: Tally) -> i
     from snaptree.running.carry import by_qemu
 
     with context.holding.lent([path for job in jobs for path, _ in (*job.row, *job.below)]):
-        copied = await within(by_qemu.merge(jobs, tally.tell, tally.stopped, context.limiter))
+        copied = await within(by_qemu.merge(jobs, tally.tell, tally.stopped, context.limiter, context.keys))
         for job in jobs:
             durable.sync_file(target_of(job)[0])
     for job in jobs:
@@ -137,7 +138,7 @@ async def _by_qemu(jobs: Sequence[MoveJob], context: Context, tally: Tally) -> i
     return copied
 
 
-def require_counted(path: str, image_format: str) -> None:
+def require_counted(path: str, image_format: str, keys: Keys) -> None:
     """Put reference counts right that are late (lazy refcounts, and the writer was killed), or refuse to write.
 
     QEMU does so itself where it opens an image for writing, but not where it goes over from reading to writing, as for
@@ -147,7 +148,7 @@ def require_counted(path: str, image_format: str) -> None:
     """
     if image_format != "qcow2" or not read_facts(path, image_format).dirty:
         return
-    mend(path)
+    mend(path, keys)
     if read_facts(path, image_format).dirty:
         raise UnhealthyError(f"{path} was not closed cleanly", f"run 'qemu-img check -r all {path}' on a copy first")
 
@@ -196,6 +197,6 @@ def unmove(step: Move, context: Context) -> None:
         path, image_format = target_of(job)
         if image_format == "qcow2" and os.path.exists(path):
             with context.holding.lent([path]):
-                counted = mend(path)
+                counted = mend(path, context.keys)
             if counted:
                 cut_tail(path)

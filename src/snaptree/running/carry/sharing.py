@@ -31,7 +31,7 @@ def build(step: BuildMerged, context: Context) -> None:
     _copy(step.path, temporary)
     image_format = step.row[step.into][1]
     # It may be a copy of late reference counts; the copy is ours alone.
-    require_counted(temporary, image_format)
+    require_counted(temporary, image_format, context.keys)
     work = Merge(step.row, step.below, step.into, copy=temporary, share=True)
     tally = Tally(context, step.shared + step.bytes)
     context.journal.moved += merge(work, tally.watch(step.path))

@@ -1,0 +1,322 @@
+"""Encrypted (LUKS) disks: every overlay and every merge of theirs is encrypted, whatever is done, and needs their key
+only where data is read or moved."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.kit import images, luks
+from tests.kit.images import KiB
+from tests.kit.rights import picture
+from tests.kit.scene import SLOT, Scene
+
+from snaptree.images import gate
+from snaptree.images.facts import read_facts
+
+
+@pytest.fixture
+def key(scene: Scene) -> Path:
+    return luks.key_file(scene.folder)
+
+
+@pytest.fixture
+def locked(scene: Scene, key: Path) -> Scene:
+    """An encrypted disk of which nobody has given the key."""
+    scene.image("web1.qcow2", word="b", **luks.OPTIONS)
+    scene("add web1 --disk vda=web1.qcow2")
+    return scene
+
+
+@pytest.fixture
+def web1(locked: Scene, key: Path) -> Scene:
+    """A machine with an encrypted disk."""
+    locked(f"set web1 --key {key}")
+    return locked
+
+
+def encrypted(scene: Scene) -> set[bool]:
+    """Whether the machine's layers are encrypted."""
+    return {read_facts(each["path"], each["format"]).encrypted for each in scene.show()["layers"]}
+
+
+def whole(scene: Scene, **words: str) -> None:
+    """Each name shows what it should, all is encrypted, and nothing is over or wrong."""
+    assert {name: scene.shows(name) for name in scene.names()} == words
+    assert encrypted(scene) == {True}
+    assert luks.in_the_clear(scene.folder) == set()
+    scene.sound()
+
+
+def test_overlays_need_no_key(locked: Scene) -> None:
+    """Snapshots, branches, going back and switching make overlays, which open with what opens the layers beneath."""
+    locked("snapshot web1 s1")
+    locked.write(".c")
+    locked("snapshot web1 s2")
+    locked.write("..d")
+    locked("branch web1 b1 --from s1")
+    locked("branch web1 b2")
+    locked("revert web1 s1")
+    locked.write("...e")
+    locked("switch web1 b1")
+    locked.write("....f")
+
+    words = {
+        "s1": "b.......",
+        "s2": "bc......",
+        "b2": "bcd.....",
+        "main": "b..e....",
+        "b1": "b...f...",
+    }
+    assert {name: locked.shows(name) for name in locked.names()} == words
+    assert encrypted(locked) == {True} and luks.in_the_clear(locked.folder) == set()
+    assert {each["kind"] for each in locked.findings()} == {"encrypted"}
+
+
+def test_what_needs_the_key_is_refused_without_it(locked: Scene, key: Path) -> None:
+    """Before anything is touched; what is merely put off is told so, and is done when the key has been given."""
+    locked(f"set web1 --key {key} --start qemu-system-x86_64")
+    locked("snapshot web1 i1 --internal")
+    locked.write(".c")
+    locked("snapshot web1 s1")
+    locked.write("..d")
+    locked("snapshot web1 s2")
+    locked('set web1 --key ""')
+    before = picture(locked.disks)
+    for line in (
+        "snapshot web1 s3 --internal",
+        "branch web1 b1 --from i1",
+        "revert web1 i1 --discard",
+        "delete web1 i1",
+        "start web1",
+    ):
+        said = locked(line, status=6)
+        assert "is encrypted, and its key is not known" in said.err and "--key FILE" in said.err, said
+        assert picture(locked.disks) == before, line
+
+    said = locked("delete web1 s1")
+
+    assert "is encrypted, and its key is not known" in said.out, said
+    assert picture(locked.disks) == before
+    locked(f"set web1 --key {key}")
+    locked("gc web1")
+    whole(locked, i1="b.......", s2="bcd.....", main="bcd.....")
+
+
+@pytest.mark.parametrize("way", ["auto", "commit", "pull"])
+def test_layers_are_merged(web1: Scene, way: str) -> None:
+    for number, word in enumerate((".c", "..d", "...e", "....f"), 1):
+        web1(f"snapshot web1 s{number}")
+        web1.write(word)
+    web1("branch web1 b1 --from s2")
+
+    web1(f"delete web1 s3 --merge {way}")
+
+    whole(web1, s1="b.......", s2="bc......", s4="bcde....", main="bcdef...", b1="bc......")
+    web1(f"delete web1 s1 s2 --merge {way}")
+    whole(web1, s4="bcde....", main="bcdef...", b1="bc......")
+    web1(f"delete web1 --branch b1 --merge {way}")
+    web1(f"delete web1 s4 --merge {way}")
+    web1("gc web1")
+    whole(web1, main="bcdef...")
+    assert len(web1.chain()) == 1
+
+
+def test_internal_snapshots(web1: Scene) -> None:
+    """They are taken, gone back to, made external and deleted."""
+    web1("snapshot web1 i1 --internal")
+    web1.write(".c")
+    web1("snapshot web1 i2 --internal")
+    web1.write("..d")
+    web1("branch web1 b1 --from i1")
+    whole(web1, i1="b.......", i2="bc......", main="bcd.....", b1="b.......")
+
+    web1("revert web1 i2 --discard")
+    web1.write("...e")
+    web1("delete web1 i1")
+
+    whole(web1, i2="bc......", main="bc.e....", b1="b.......")
+    web1("snapshot web1 s1")
+    web1("delete web1 i2 s1 --merge commit")
+    whole(web1, main="bc.e....", b1="b.......")
+
+
+def test_a_layer_of_another_size_is_merged(web1: Scene) -> None:
+    """What a shorter layer hides is written as zeroes, by QEMU, which needs the key for that too."""
+    web1("snapshot web1 s1")
+    tip = web1.path("main")
+    said = images.run("qemu-img", "resize", "--shrink", *luks.opened(tip, "qcow2"), str(4 * SLOT))
+    assert "resized" in said
+    web1.write(".c")
+    web1("snapshot web1 s2")
+    images.run("qemu-img", "resize", *luks.opened(web1.path("main"), "qcow2"), str(8 * SLOT))
+    web1.write("......d")
+
+    web1("delete web1 s1 s2 --merge commit")
+
+    whole(web1, main="bc....d.")
+
+
+@pytest.mark.parametrize("options", [{"cluster_size": 4 * KiB}, {"extended_l2": "on"}, {"cluster_size": 2048 * KiB}])
+def test_an_overlay_has_the_options_of_its_layer(scene: Scene, key: Path, options: dict[str, Any]) -> None:
+    """And one that QEMU opens, wherever in the file the LUKS header comes to lie."""
+    scene.image("web1.qcow2", word="b", **luks.OPTIONS, **options)
+    scene(f"add web1 --disk vda=web1.qcow2 --key {key}")
+    scene("snapshot web1 s1")
+    scene.write(".c")
+
+    facts = [read_facts(str(scene.path(name)), "qcow2") for name in ("s1", "main")]
+
+    assert facts[0].cluster_size == facts[1].cluster_size and facts[0].extended_l2 == facts[1].extended_l2
+    assert facts[0].lock == facts[1].lock != ""
+    # Of some 2 MiB only what opens it is written.
+    assert facts[1].allocated < facts[0].allocated
+    whole(scene, s1="b.......", main="bc......")
+    scene("delete web1 s1")
+    whole(scene, main="bc......")
+
+
+@pytest.mark.parametrize("way", ["auto", "commit", "pull"])
+def test_nothing_goes_down_into_a_plain_layer(scene: Scene, key: Path, way: str) -> None:
+    """A user has put an encrypted overlay on a plain base: up into it data may go, down it may not."""
+    scene.image("base.qcow2", word="b")
+    scene.image("web1.qcow2", word=".c", backing="base.qcow2", **luks.OPTIONS)
+    scene(f"add web1 --disk vda=web1.qcow2 --adopt --key {key}")
+    scene("snapshot web1 s1")
+    scene.write("..d")
+
+    scene(f"delete web1 s1 --merge {way}")
+    said = scene(f"squash web1 --disk vda --merge {way}", status=None)
+
+    assert scene.shows() == "bcd....."
+    assert luks.in_the_clear(scene.folder) <= {"base.qcow2"}
+    assert read_facts(str(scene.path("main")), "qcow2").encrypted
+    if way == "commit":
+        assert "where its data would come to lie" in said.out + said.err, said
+    assert len(scene.chain()) == (3 if way == "commit" else 1)
+    scene.sound()
+
+
+def test_a_plain_overlay_that_somebody_has_made_gets_an_encrypted_one(scene: Scene, key: Path) -> None:
+    """What is copied on write may come from the encrypted layer beneath."""
+    scene.image("base.qcow2", word="b", **luks.OPTIONS)
+    scene.image("web1.qcow2", backing="base.qcow2")
+    scene(f"add web1 --disk vda=web1.qcow2 --adopt --key {key}")
+    scene.write("..c")
+    scene("snapshot web1 s1")
+    images.io(scene.path("main"), "qcow2", f"write -P 99 {SLOT // 2} 512")
+
+    assert read_facts(str(scene.path("main")), "qcow2").encrypted
+    assert luks.in_the_clear(scene.folder) == {"web1.qcow2"}
+    before = scene.shows()
+    said = scene("delete web1 s1 --merge pull")
+    assert scene.shows() == before and luks.in_the_clear(scene.folder) == set(), said
+    assert len(scene.chain()) == 1
+    scene.sound()
+
+
+def test_layers_with_keys_of_their_own(scene: Scene, key: Path) -> None:
+    """Each is opened with the key that opens it, and what is put on it opens with that."""
+    other = scene.folder / "other" / "key"
+    other.parent.mkdir()
+    other.write_text("shibboleth")
+    words = ["--object", f"secret,id=old,file={key}", "--object", f"secret,id=new,file={other}"]
+    scene.image("base.qcow2", word="b", **luks.OPTIONS)
+    options = "encrypt.format=luks,encrypt.key-secret=new,encrypt.iter-time=10"
+    path = scene.disks / "web1.qcow2"
+    images.run(
+        "qemu-img", "create", "-q", "-f", "qcow2", *words, "-o", options, "-b", "base.qcow2", "-F", "qcow2", path
+    )  # fmt: skip
+    said = scene(f"add web1 --disk vda=web1.qcow2 --adopt --key {key}")
+    assert "vda is encrypted" in said.out, said
+    scene("snapshot web1 s1")
+    assert scene("delete web1 s1").out.count("its key is not known") == 1
+
+    scene(f"set web1 --key {other}")
+    scene("gc web1")
+
+    assert len(scene.chain()) == 1 and encrypted(scene) == {True}
+    assert scene.shows() == "b......."
+    scene.sound()
+
+
+def test_keys_that_are_none(web1: Scene, key: Path) -> None:
+    """Each is told, and what was known stays."""
+    wrong = web1.folder / "wrong"
+    wrong.write_text("sesam")
+    ended = web1.folder / "ended"
+    ended.write_text(f"{luks.PASSPHRASE}\n")
+    assert "opens none of the machine's encrypted layers" in web1(f"set web1 --key {wrong}", status=6).err
+    assert "a line's end" in web1(f"set web1 --key {ended}", status=6).err
+    assert "there is no key file" in web1("set web1 --key nowhere", status=3).err
+    assert "there is no key file" in web1("set web1 --key .", status=3).err
+    web1.image("plain.qcow2")
+    assert (
+        "none of the machine's layers is encrypted"
+        in web1(f"add web2 --disk vda=plain.qcow2 --key {key}", status=6).err
+    )
+    web1("snapshot web1 s1")
+    web1("snapshot web1 s2 --internal")
+    for each in (ended, web1.disks / "plain.qcow2"):
+        os.unlink(each)
+    whole(web1, s1="b.......", s2="b.......", main="b.......")
+
+
+def test_a_key_that_changes_or_goes(web1: Scene, key: Path) -> None:
+    """Its file is looked for each time; what is in it shows when QEMU opens a layer, before it writes to any."""
+    for number in (1, 2):
+        web1(f"snapshot web1 s{number}")
+        web1.write("." * number + "c")
+    key.unlink()
+    assert "its key is not known" in web1("snapshot web1 i1 --internal", status=6).err
+    assert "its key is not known" in web1("delete web1 s2").out
+    before = picture(web1.disks)
+
+    key.write_text("sesam")
+    said = web1("gc web1", status=None)
+
+    assert said.status not in (0, 1) and "nvalid password" in said.err, said
+    assert picture(web1.disks) == before
+    luks.key_file(web1.folder)
+    web1("recover web1")
+    web1("gc web1")
+    whole(web1, s1="b.......", main="bcc.....")
+
+
+def test_a_passphrase_that_is_changed(web1: Scene, key: Path) -> None:
+    """A layer that opens with another key than before is one whose key is not known, until that is given."""
+    web1("snapshot web1 s1")
+    new = web1.folder / "new" / "key"
+    new.parent.mkdir()
+    new.write_text("shibboleth")
+    amend = "encrypt.state=active,encrypt.new-secret=new,encrypt.keyslot=1,encrypt.iter-time=10"
+    graph = luks.opened(web1.path("main"), "qcow2")
+    images.run("qemu-img", "amend", "--object", f"secret,id=new,file={new}", *graph[:2], "-o", amend, graph[2])
+    assert gate.lock_at(str(web1.path("main"))) != gate.lock_at(str(web1.path("s1")))
+    assert "its key is not known" in web1("delete web1 s1").out
+
+    web1(f"set web1 --key {new}")
+    web1("gc web1")
+
+    whole(web1, main="b.......")
+
+
+def test_files_with_strange_names(scene: Scene) -> None:
+    """Of the key and of the disk: QEMU splits its options at commas."""
+    folder = scene.disks / "a,b=c d"
+    folder.mkdir()
+    key = luks.key_file(folder)
+    key = key.rename(folder / "the,,key,id=x")
+    scene.image("a,b=c d/web,1.qcow2", word="b", **luks.OPTIONS)
+    scene.left |= {key}
+    scene(f"add web1 --disk vda={shlex.quote(str(folder / 'web,1.qcow2'))} --key {shlex.quote(str(key))}")
+    scene("snapshot web1 s1")
+    scene.write(".c")
+    scene("snapshot web1 s2 --internal")
+
+    scene("delete web1 s1 s2 --merge commit")
+
+    assert scene.shows() == "bc......" and scene("verify web1").status == 0
