@@ -172,6 +172,14 @@ def locked_line(world: World) -> None:
     world.run(DeleteRequest(("s2",)))
 
 
+def locked_and_shorter(world: World) -> None:
+    """Encrypted layers, the upper one shorter, with its end within a cluster."""
+    locked_line(world)
+    path, form = world.tip("vda")
+    images.run("qemu-img", "resize", "-q", "--shrink", *luks.opened(path, form), str(SIZE - 160 * KiB))
+    world.reread("vda")
+
+
 def let_go(world: World) -> None:
     """A machine whose files stay when it is forgotten."""
     forked(world)
@@ -287,6 +295,7 @@ CASES: Mapping[str, Case] = {
         f"delete {name} of encrypted layers by {way}": _of(locked_line, DeleteRequest((name,), way))
         for name, way in (("s1", "commit"), ("s1", "pull"), ("s3", "commit"), ("s3", "pull"))
     },
+    "delete under a shorter encrypted layer by commit": _of(locked_and_shorter, DeleteRequest(("s3",), "commit")),
     "snapshot of an encrypted disk": _of(locked, SnapshotRequest("new")),
     "internal snapshot of an encrypted disk": _of(locked, SnapshotRequest("new", True)),
     "delete an internal one of an encrypted disk": _of(locked, DeleteRequest(("s2",))),

@@ -111,6 +111,23 @@ def test_back_to_an_instant(locked: Locked) -> None:
     whole(locked, **{"main.1": "bcd....."})
 
 
+def test_a_machine_that_could_not_be_started_again_goes_on(locked: Locked) -> None:
+    """Going back starts another QEMU, with memory or without: where its key is not known nothing is touched."""
+    locked("snapshot web1 s1")
+    locked("snapshot web1 m1 --memory")
+    locked.write(".c")
+    locked("branch web1 b1 --from s1")
+    locked('set web1 --key ""')
+    before, shown = locked.files(), locked.show()
+    for line in ("revert web1 m1 --discard", "revert web1 s1 --discard", "switch web1 b1", "revert web1 s1"):
+        said = locked(line, status=6)
+        assert "its key is not known" in said.err, said
+        assert locked.files() == before and locked.show() == shown, line
+    locked(f"set web1 --key {locked.key}")
+    locked("revert web1 m1 --discard")
+    whole(locked, s1="b.......", m1="b.......", main="b.......", b1="b.......")
+
+
 def test_a_qemu_that_somebody_started_has_the_key(by_hand: Locked) -> None:
     """Overlays are opened with the object that the tip was opened with."""
     by_hand("snapshot web1 s1")

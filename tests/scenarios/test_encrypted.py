@@ -160,6 +160,22 @@ def test_a_layer_of_another_size_is_merged(web1: Scene) -> None:
     whole(web1, main="bc....d.")
 
 
+def test_what_was_cut_off_does_not_come_back(scene: Scene, key: Path) -> None:
+    """Where a merged layer is made shorter, and grows again, it shows zeroes there: the guest's, not the file's."""
+    scene.image("web1.qcow2", word="bbbbbbbb", **luks.OPTIONS)
+    scene(f"add web1 --disk vda=web1.qcow2 --key {key}")
+    scene("snapshot web1 s1")
+    end = 3 * SLOT + SLOT // 2
+    images.run("qemu-img", "resize", "--shrink", *luks.opened(scene.path("main"), "qcow2"), str(end))
+
+    scene("delete web1 s1 --merge commit")
+
+    assert len(scene.chain()) == 1
+    images.run("qemu-img", "resize", *luks.opened(scene.path("main"), "qcow2"), str(8 * SLOT))
+    assert images.read(scene.path("main")) == b"b" * end + bytes(8 * SLOT - end)
+    scene.sound()
+
+
 @pytest.mark.parametrize("options", [{"cluster_size": 4 * KiB}, {"extended_l2": "on"}, {"cluster_size": 2048 * KiB}])
 def test_an_overlay_has_the_options_of_its_layer(scene: Scene, key: Path, options: dict[str, Any]) -> None:
     """And one that QEMU opens, wherever in the file the LUKS header comes to lie."""

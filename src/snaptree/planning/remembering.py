@@ -23,6 +23,7 @@ from snaptree.planning.draft import Draft
 from snaptree.planning.live_steps import Cut, Mark
 from snaptree.planning.memory_steps import GoOver, Load, Save, SaveMemory
 from snaptree.planning.plan import Plan
+from snaptree.planning.sealing import require_keys
 from snaptree.planning.settle import settle
 from snaptree.planning.steps import Record, Step
 
@@ -274,6 +275,8 @@ def go_over(draft: Draft, found: Moves, saved: Memory | None, state: tuple[Firmw
         draft.pause = saved.size / SPEED
     if found.loads is not None:
         assert survey.start is not None
+        for tip in tree.active_branch.tips.values():
+            require_keys(draft, tree.chain(tip.layer), "start the machine anew", running=False)
         disks = {
             disk: tuple((each.id, each.path, each.format) for each in tree.chain(tip.layer))
             for disk, tip in sorted(tree.active_branch.tips.items())

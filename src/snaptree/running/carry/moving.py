@@ -47,12 +47,22 @@ def shrink(step: Shrink, context: Context) -> None:
             mend(step.path, context.keys)
         if read_facts(step.path, step.format).virtual_size != step.size:
             graph = gate.graph([(step.path, step.format), *step.below], read_only=False, locking=False)
+            if gate.lock_at(step.path):
+                # Only QEMU can write there what it will take for zeroes.
+                qemu_img.write_zeroes(graph, _last_cluster(step), context.keys)
             qemu_img.resize(graph, step.size, shrink=True, keys=context.keys)
             size = read_facts(step.path, step.format).virtual_size
             require(size == step.size, f"has {size} bytes, not {step.size}", step.path)
-    if qcow2:
+    if qcow2 and not gate.lock_at(step.path):
         zero_tail(step.path)
     durable.sync_file(step.path)
+
+
+def _last_cluster(step: Shrink) -> list[tuple[int, int]]:
+    """Where the layer shows something past the end that it is to have, in the cluster of that end, in bytes."""
+    facts = read_facts(step.path, step.format)
+    end = min(-(-step.size // facts.cluster_size) * facts.cluster_size, facts.virtual_size)
+    return [(step.size, end - step.size)] if end > step.size else []
 
 
 async def move(step: Move, context: Context) -> None:
