@@ -77,6 +77,10 @@ class RefusedError(SnaptreeError):
     status = 6
 
 
+class NoKeyError(RefusedError):
+    """An image is encrypted, and its key is not known or does not open it."""
+
+
 class UnhealthyError(SnaptreeError):
     """An image file or a chain of them is missing, damaged, changed from outside, or not what it says it is."""
 

@@ -100,7 +100,10 @@ def make(sound: bytes, chance: random.Random) -> bytes:
             put(104, struct.pack(">II", EXTENSIONS[5], len(name)) + name)
         elif kind == 11:
             put(32, struct.pack(">I", chance.choice([1, 2])))
-            put(104, struct.pack(">IIQQ", EXTENSIONS[4], 16, chance.choice(LARGE), chance.choice(LARGE)))
+            place, length = chance.choice([0x10000, 0x50000, *LARGE]), chance.choice([592, 4096, 2068480, *LARGE])
+            put(place, b"LUKS\xba\xbe\0\1" + bytes(156) + chance.choice([b"\0\0\1\0", b"\xff" * 4]) * 100)
+            start = int.from_bytes(data[100:104], "big") if chance.random() < 0.8 else 104
+            put(start, struct.pack(">IIQQ", EXTENSIONS[4], 16, place, length))
         elif kind == 12:
             bits = chance.choice([9, 16, 21])
             entries = chance.choice([1 << 22, (1 << 22) - 1, 1 << 20, 3])

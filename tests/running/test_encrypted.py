@@ -5,8 +5,9 @@ QEMU is real, with no guest in it; the test writes to its disks as the guest wou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.kit import images, luks
@@ -14,6 +15,7 @@ from tests.kit.qmp import Qmp
 from tests.kit.still import Still, placed
 
 from snaptree.images.facts import read_facts
+from snaptree.qemu.session import QmpSession
 
 
 class Locked(Still):
@@ -165,6 +167,60 @@ def test_a_key_is_given_where_qemu_does_not_tell_which_it_has(by_hand: Locked, m
     with by_hand.qmp() as qmp:
         assert len(_secrets(qmp)) == 2
     assert {name: by_hand.shows(name) for name in by_hand.names()} == {"s1": "b.......", "main": "bc......"}
+
+
+def test_an_object_that_somebody_has_deleted(by_hand: Locked) -> None:
+    """QEMU needs it only to open an image: the key that is known is given to it, if any is."""
+    with by_hand.qmp() as qmp:
+        qmp("object-del", id="mine")
+    before = by_hand.files()
+    assert "its key is not known" in by_hand("snapshot web1 s1", status=6).err
+    assert by_hand.files() == before
+    wrong = by_hand.folder / "wrong"
+    wrong.write_text(luks.PASSPHRASE)
+    by_hand(f"set web1 --key {wrong}")
+    wrong.write_text("sesam")
+
+    said = by_hand("snapshot web1 s1", status=6)
+
+    assert "does not open it" in said.err and by_hand.files() == before, said
+    with by_hand.qmp() as qmp:
+        assert _secrets(qmp) == set()
+    wrong.write_text(luks.PASSPHRASE)
+    by_hand("snapshot web1 s1")
+    by_hand.write(".c")
+    by_hand("delete web1 s1")
+    assert by_hand.shows() == "bc......"
+
+
+@pytest.mark.parametrize("line", ["delete web1 s1 --merge commit", "snapshot web1 i1 --internal"])
+def test_qemu_is_killed_and_nobody_has_given_the_key(by_hand: Locked, line: str) -> None:
+    """What it left between takes the key to be put right; that can be given then."""
+    by_hand("snapshot web1 s1")
+    by_hand.write(".c")
+    by_hand("snapshot web1 s2")
+    by_hand.write("..d")
+
+    def arrange(kill: Callable[[], None]) -> None:
+        execute = QmpSession.execute
+
+        async def executing(self: QmpSession, command: str, **words: Any) -> Any:
+            if command in ("job-finalize", "transaction"):
+                by_hand.kill_every_qemu()
+                kill()
+            return await execute(self, command, **words)
+
+        setattr(QmpSession, "execute", executing)  # noqa: B010
+
+    by_hand.killed(line, arrange)
+    said = by_hand("recover web1", status=6)
+    assert "its key is not known" in said.err, said
+
+    by_hand(f"set web1 --key {by_hand.key}")
+
+    by_hand("gc web1")
+    words = {"s1": "b.......", "s2": "bc......", "main": "bcd....."}
+    whole(by_hand, **{name: word for name, word in words.items() if f"delete web1 {name} " not in line})
 
 
 def _secrets(qmp: Qmp) -> set[str]:

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 from tests.kit import images, luks
 from tests.kit.images import KiB
+from tests.kit.programs import killed
 from tests.kit.rights import picture
 from tests.kit.scene import SLOT, Scene
 
-from snaptree.images import gate
+from snaptree.images import gate, qemu_img
 from snaptree.images.facts import read_facts
+from snaptree.running.carry import by_qemu
 
 
 @pytest.fixture
@@ -187,7 +189,7 @@ def test_an_overlay_has_the_options_of_its_layer(scene: Scene, key: Path, option
     facts = [read_facts(str(scene.path(name)), "qcow2") for name in ("s1", "main")]
 
     assert facts[0].cluster_size == facts[1].cluster_size and facts[0].extended_l2 == facts[1].extended_l2
-    assert facts[0].lock == facts[1].lock != ""
+    assert facts[0].luks == facts[1].luks != ""
     # Of some 2 MiB only what opens it is written.
     assert facts[1].allocated < facts[0].allocated
     whole(scene, s1="b.......", main="bc......")
@@ -198,7 +200,7 @@ def test_an_overlay_has_the_options_of_its_layer(scene: Scene, key: Path, option
 @pytest.mark.parametrize("way", ["auto", "commit", "pull"])
 def test_nothing_goes_down_into_a_plain_layer(scene: Scene, key: Path, way: str) -> None:
     """A user has put an encrypted overlay on a plain base: up into it data may go, down it may not."""
-    scene.image("base.qcow2", word="b")
+    base = scene.image("base.qcow2", word="b").read_bytes()
     scene.image("web1.qcow2", word=".c", backing="base.qcow2", **luks.OPTIONS)
     scene(f"add web1 --disk vda=web1.qcow2 --adopt --key {key}")
     scene("snapshot web1 s1")
@@ -208,12 +210,29 @@ def test_nothing_goes_down_into_a_plain_layer(scene: Scene, key: Path, way: str)
     said = scene(f"squash web1 --disk vda --merge {way}", status=None)
 
     assert scene.shows() == "bcd....."
-    assert luks.in_the_clear(scene.folder) <= {"base.qcow2"}
     assert read_facts(str(scene.path("main")), "qcow2").encrypted
     if way == "commit":
         assert "where its data would come to lie" in said.out + said.err, said
+        assert (scene.disks / "base.qcow2").read_bytes() == base
+    else:
+        assert luks.in_the_clear(scene.folder) == set()
     assert len(scene.chain()) == (3 if way == "commit" else 1)
     scene.sound()
+
+
+def test_zeroes_are_not_put_into_a_plain_layer(scene: Scene, key: Path) -> None:
+    """To write a part of a cluster QEMU puts it together with what is beneath, which is encrypted."""
+    scene.image("base.qcow2", word="bbbbbbbb", **luks.OPTIONS)
+    for name, below, size in (("short", "base", 4 * SLOT + SLOT // 2), ("web1", "short", 8 * SLOT)):
+        words = ("-b", f"{below}.qcow2", "-F", "qcow2", scene.disks / f"{name}.qcow2", str(size))
+        images.run("qemu-img", "create", "-q", "-f", "qcow2", *words)
+    scene(f"add web1 --disk vda=web1.qcow2 --adopt --key {key}")
+    before = picture(scene.disks)
+
+    said = scene("squash web1 --disk vda --merge commit", status=None)
+
+    assert "where its data would come to lie" in said.out + said.err, said
+    assert picture(scene.disks) == before
 
 
 def test_a_plain_overlay_that_somebody_has_made_gets_an_encrypted_one(scene: Scene, key: Path) -> None:
@@ -232,6 +251,42 @@ def test_a_plain_overlay_that_somebody_has_made_gets_an_encrypted_one(scene: Sce
     assert scene.shows() == before and luks.in_the_clear(scene.folder) == set(), said
     assert len(scene.chain()) == 1
     scene.sound()
+
+
+def test_a_branch_from_within_a_plain_layer_on_an_encrypted_one(scene: Scene, key: Path) -> None:
+    """What a guest writes there in parts is put together with what is beneath."""
+    scene.image("base.qcow2", word="b", **luks.OPTIONS)
+    web = scene.image("web1.qcow2", backing="base.qcow2")
+    images.run("qemu-img", "snapshot", *luks.KEY, "-c", "i1", luks.opened(web, "qcow2")[-1])
+    scene(f"add web1 --disk vda=web1.qcow2 --adopt --key {key}")
+
+    scene("branch web1 b1 --from i1")
+    images.io(scene.path("b1"), "qcow2", f"write -P 0 {SLOT // 2} 512")
+
+    assert read_facts(str(scene.path("b1")), "qcow2").encrypted
+    assert luks.in_the_clear(scene.folder) == set()
+    assert scene.shows("i1") == "b......." and scene.shows("b1") == "?......."
+    scene.sound()
+
+
+@pytest.mark.parametrize("line", ["snapshot web1 s1", "branch web1 b1", "branch web1 b1 --from i1"])
+def test_nobody_else_gets_at_its_header(scene: Scene, key: Path, line: str) -> None:
+    """Who can read that can try passphrases: no file has it that is more readable than the encrypted layer."""
+    base = scene.image("base.qcow2", word="b", **luks.OPTIONS)
+    web = scene.image("web1.qcow2", backing="base.qcow2", word=".c")
+    base.chmod(0o600)
+    web.chmod(0o644)
+    images.run("qemu-img", "snapshot", *luks.KEY, "-c", "i1", luks.opened(web, "qcow2")[-1])
+    scene(f"add web1 --disk vda=web1.qcow2 --adopt --key {key}")
+    before = picture(scene.disks)
+
+    said = scene(line, status=6)
+
+    assert "whose LUKS header it would have" in said.err, said
+    assert picture(scene.disks) == before
+    web.chmod(0o600)
+    scene(line)
+    assert {path.stat().st_mode & 0o777 for path in scene.disks.iterdir()} == {0o600}
 
 
 def test_layers_with_keys_of_their_own(scene: Scene, key: Path) -> None:
@@ -274,6 +329,11 @@ def test_keys_that_are_none(web1: Scene, key: Path) -> None:
         "none of the machine's layers is encrypted"
         in web1(f"add web2 --disk vda=plain.qcow2 --key {key}", status=6).err
     )
+    assert "an empty key forgets all" in web1(f'set web1 --key "" --key {key}', status=2).err
+    assert "not handled" in web1("add web2 --disk vda=web1.qcow2,format=luks", status=2).err
+    assert "others may read the key" in web1(f"set web1 --key {key}").err
+    key.chmod(0o600)
+    assert "others may read" not in web1(f"set web1 --key {key}").err
     web1("snapshot web1 s1")
     web1("snapshot web1 s2 --internal")
     for each in (ended, web1.disks / "plain.qcow2"):
@@ -282,7 +342,7 @@ def test_keys_that_are_none(web1: Scene, key: Path) -> None:
 
 
 def test_a_key_that_changes_or_goes(web1: Scene, key: Path) -> None:
-    """Its file is looked for each time; what is in it shows when QEMU opens a layer, before it writes to any."""
+    """Its file is looked for each time; whether it opens the layers is seen before the first step is taken."""
     for number in (1, 2):
         web1(f"snapshot web1 s{number}")
         web1.write("." * number + "c")
@@ -292,14 +352,45 @@ def test_a_key_that_changes_or_goes(web1: Scene, key: Path) -> None:
     before = picture(web1.disks)
 
     key.write_text("sesam")
-    said = web1("gc web1", status=None)
+    for line in ("gc web1", "delete web1 s1", "snapshot web1 i1 --internal"):
+        said = web1(line, status=6)
+        assert "does not open it" in said.err and "web1" in said.err, said
+        assert picture(web1.disks) == before and web1.names().keys() == {"s1", "main"}
+    wrong = [each for each in web1.findings() if each["kind"] == "encrypted"]
+    assert wrong and {each["severity"] for each in wrong} == {"warning"}
+    web1("snapshot web1 s3")
+    web1("delete web1 s3 --merge none")
 
-    assert said.status not in (0, 1) and "nvalid password" in said.err, said
-    assert picture(web1.disks) == before
     luks.key_file(web1.folder)
-    web1("recover web1")
     web1("gc web1")
     whole(web1, s1="b.......", main="bcc.....")
+
+
+@pytest.mark.parametrize("moment", ["makes", "merges"])
+def test_killed_and_then_the_key_is_somewhere_else(web1: Scene, key: Path, moment: str) -> None:
+    """Recovery needs it; a key is remembered before anything that was killed is finished or undone."""
+    web1("snapshot web1 s1")
+    web1.write(".c")
+    line = {"makes": "snapshot web1 i1 --internal", "merges": "delete web1 s1 --merge pull"}[moment]
+    program = {"makes": qemu_img, "merges": by_qemu}[moment]
+    killed(
+        lambda: web1(line),
+        lambda kill: setattr(
+            program, {"makes": "snapshot_create", "merges": "run_jobs"}[moment], lambda *_, **__: kill()
+        ),
+    )
+    web1.forgiven.add("leaks")
+    other = web1.folder / "elsewhere" / "key"
+    other.parent.mkdir()
+    key.rename(other)
+    said = web1("recover web1", status=None)
+    assert said.status and "key" in said.err, said
+
+    web1(f"set web1 --key {other}")
+
+    web1("gc web1")
+    kept = {"main": "bc......"} | ({"s1": "b......."} if moment == "makes" else {})
+    whole(web1, **kept)
 
 
 def test_a_passphrase_that_is_changed(web1: Scene, key: Path) -> None:
@@ -311,7 +402,7 @@ def test_a_passphrase_that_is_changed(web1: Scene, key: Path) -> None:
     amend = "encrypt.state=active,encrypt.new-secret=new,encrypt.keyslot=1,encrypt.iter-time=10"
     graph = luks.opened(web1.path("main"), "qcow2")
     images.run("qemu-img", "amend", "--object", f"secret,id=new,file={new}", *graph[:2], "-o", amend, graph[2])
-    assert gate.lock_at(str(web1.path("main"))) != gate.lock_at(str(web1.path("s1")))
+    assert gate.luks_id_at(str(web1.path("main"))) != gate.luks_id_at(str(web1.path("s1")))
     assert "its key is not known" in web1("delete web1 s1").out
 
     web1(f"set web1 --key {new}")

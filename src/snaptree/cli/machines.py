@@ -13,6 +13,7 @@ from snaptree.cli.connecting import connect_option, connection
 from snaptree.cli.output import carry_out, done, print_json, print_plan, say
 from snaptree.cli.parsing import absolute, changing, disk_options, json_option, machine_argument
 from snaptree.errors import NotFoundError, SnaptreeError, UsageError
+from snaptree.machines.keys import read_by_others
 from snaptree.machines.machine import Machine
 from snaptree.machines.options import AddOptions
 from snaptree.machines.standalone import existing
@@ -95,11 +96,17 @@ def add_command(
         adopt=adopt or from_xml is not None,
         from_xml=absolute(from_xml),
     )
+    _warn_of(options.keys)
     plan = connection().add(options, only_plan=only_plan, wait=wait)
     if only_plan:
         print_plan(plan, as_json=as_json)
     else:
         done(plan, as_json=as_json)
+
+
+def _warn_of(keys: tuple[str, ...]) -> None:
+    for file in read_by_others(keys):
+        say(f"note: others may read the key in {file} ('chmod 600' keeps them from it)", err=True)
 
 
 @click.command("set")
@@ -145,7 +152,11 @@ def set_command(
         if socket is not None:
             changes[key] = absolute(socket) if socket else None
     if keys:
-        changes["keys"] = found.keys_with(absolute(key) or "" for key in keys) if all(keys) else {}
+        if "" in keys and len(keys) > 1:
+            raise UsageError("an empty key forgets all of them", "forget them first, then give the others")
+        files = tuple(absolute(key) or "" for key in keys if key)
+        changes["keys"] = found.keys_with(files) if files else {}
+        _warn_of(files)
     if start is not None:
         changes |= (
             {"start": checked_command(start), "folder": os.getcwd()} if start else {"start": None, "folder": None}

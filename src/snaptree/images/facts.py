@@ -19,7 +19,7 @@ from snaptree.images.header import (
     read_internals,
 )
 from snaptree.images.inode import boot, generation_of
-from snaptree.images.luks import lock_of
+from snaptree.images.luks import luks_id
 from snaptree.model.layer import Identity
 from snaptree.model.survey import LayerFacts
 from snaptree.paths import opened_at
@@ -131,7 +131,7 @@ def _qcow2(descriptor: int, facts: LayerFacts, header: Header) -> LayerFacts:
         dirty=header.dirty,
         corrupt=header.corrupt,
         encrypted=header.encrypted,
-        lock=lock_of(descriptor, header, path),
+        luks=luks_id(descriptor, header, path),
         external_data=header.external_data,
         extended_l2=header.extended_l2,
         lazy_refcounts=header.lazy_refcounts,

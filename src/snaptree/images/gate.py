@@ -10,6 +10,7 @@ import os
 import re
 import stat
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from msgspec import Struct
@@ -18,13 +19,13 @@ from msgspec.structs import replace
 from snaptree.errors import NotFoundError, RefusedError, UnhealthyError, UsageError
 from snaptree.images.facts import guess_format, open_to_read, read_facts
 from snaptree.images.header import CRYPT_LUKS, MAX_BACKING_NAME, is_qcow2, read_header
-from snaptree.images.luks import LuksHeader, lock_of, read_luks
+from snaptree.images.luks import LuksHeader, luks_id, read_luks
 from snaptree.model.survey import LayerFacts
 from snaptree.model.tree import MAX_CHAIN
 from snaptree.paths import canonical, device_at
 
 TEMPORARY_PREFIX = ".snaptree-"
-SECRET_PREFIX = "snaptree-key-"
+KEY_PREFIX = "snaptree-key-"
 _CRYPT_METHOD = 32
 """Where a header says how the image is encrypted."""
 MAX_FILES = 20_000
@@ -164,7 +165,7 @@ def _require_sound(facts: LayerFacts, above: str | None, wanted: str | None) -> 
         raise UnhealthyError(facts.detail, f"if it is a raw disk, say so with --disk vda={path},format=raw")
     if facts.problem:
         raise UnhealthyError(facts.detail, "it cannot be looked after as it is; see 'qemu-img check'")
-    if facts.encrypted and not facts.lock:
+    if facts.encrypted and not facts.luks:
         raise RefusedError(f"{path} is encrypted in qcow2's old way (AES)", "convert it to LUKS with qemu-img")
     if facts.format not in ("qcow2", "raw"):
         raise RefusedError(f"{path} is {facts.format}, and only qcow2 and raw are handled", "convert it with qemu-img")
@@ -266,7 +267,7 @@ def blockdev(
     """One image as QEMU's ``BlockdevOptions``, with every driver named; ``backing`` overrides what the header says.
 
     Of a qcow2 image's clusters that become free the file's blocks are kept (see ``images/holes.py``). To one that is
-    encrypted QEMU needs the key, as the object that :func:`secret_id` names.
+    encrypted QEMU needs the key, as the object that :func:`key_object` names.
 
     :param locking: whether QEMU locks the file itself; not where it inherits our locks.
     """
@@ -285,34 +286,35 @@ def blockdev(
         file["node-name"] = f"{node}-file"
     if image_format == "qcow2":
         found["backing"] = backing
-        if lock := lock_at(path):
-            found["encrypt"] = {"format": "luks", "key-secret": secret_id(lock)}
+        # What cannot be read QEMU cannot open, and says so.
+        with suppress(OSError, UnhealthyError):
+            if luks := luks_id_at(path):
+                found["encrypt"] = {"format": "luks", "key-secret": key_object(luks)}
     return found
 
 
-def secret_id(lock: str) -> str:
-    """What the object of QEMU's is called that has the key to the images with this lock."""
-    return f"{SECRET_PREFIX}{lock}"
+def key_object(luks: str) -> str:
+    """The name of the object of QEMU's that has the key of the images with this LUKS id."""
+    return f"{KEY_PREFIX}{luks}"
 
 
-def lock_at(path: str) -> str:
-    """The lock of a qcow2 image (see ``images/luks.py``); empty where it has none, or cannot be read."""
+def luks_id_at(path: str) -> str:
+    """The id of a qcow2 image's LUKS header; empty without one.
+
+    :raise UnhealthyError: the image is damaged.
+    :raise OSError: it cannot be read.
+    """
+    descriptor = open_to_read(path)
     try:
-        descriptor = open_to_read(path)
-    except OSError:
-        return ""
-    try:
-        # All but a few images have none, for which the first bytes are enough.
+        # All but a few have none, for which the first bytes are enough.
         if int.from_bytes(os.pread(descriptor, 4, _CRYPT_METHOD), "big") != CRYPT_LUKS:
             return ""
-        return lock_of(descriptor, read_header(descriptor, path), path)
-    except (OSError, UnhealthyError):
-        return ""
+        return luks_id(descriptor, read_header(descriptor, path), path)
     finally:
         os.close(descriptor)
 
 
-def luks_at(path: str) -> LuksHeader:
+def luks_header_at(path: str) -> LuksHeader:
     """The LUKS header of a qcow2 image.
 
     :raise UnhealthyError: it has none, or is damaged.

@@ -22,6 +22,12 @@ MAX_BYTES = 16 << 20
 _MAGIC = b"LUKS\xba\xbe\x00\x01"
 _FIXED = 592
 """So many bytes a LUKS header has before the first key: all that says which passphrases open it."""
+_PAYLOAD, _TURNS, _SLOTS, _SLOT, _ACTIVE = 104, 164, 208, 48, 0x00AC71F3
+"""Where it says how long it is and how long a key, how often the digest of the master key is hashed, and where its
+eight places for passphrases are. Each of these says whether it is in use, how often what is tried is hashed, and where
+in the header the locked key is, in how many stripes."""
+_MOST = 100_000_000
+"""QEMU counts up to some millions to take two seconds for it."""
 _PIECE = 4096
 
 
@@ -32,8 +38,8 @@ class LuksHeader(Struct, frozen=True):
     pieces: tuple[tuple[int, bytes], ...]
 
 
-def lock_of(descriptor: int, header: Header, path: str) -> str:
-    """What tells this LUKS header from all others, as 32 hexadecimal digits; empty without one.
+def luks_id(descriptor: int, header: Header, path: str) -> str:
+    """What tells a LUKS header from all others, as 32 hexadecimal digits; empty without one.
 
     It changes with the passphrases that open it: of two images with the same, one key opens both or neither.
 
@@ -67,8 +73,16 @@ def _where(descriptor: int, header: Header, path: str) -> tuple[int, int]:
     offset, length = struct.unpack(">QQ", told)
     if not offset or offset % header.cluster_size or offset >= MAX_OFFSET or not _FIXED <= length <= MAX_BYTES:
         raise _bad(path, f"a LUKS header of {length} bytes at {offset}")
-    if os.pread(descriptor, len(_MAGIC), offset) != _MAGIC:
+    fixed = os.pread(descriptor, _FIXED, offset)
+    if len(fixed) < _FIXED or not fixed.startswith(_MAGIC):
         raise _bad(path, f"no LUKS header of version 1 at {offset}")
+    sectors, key_bytes = struct.unpack_from(">II", fixed, _PAYLOAD)
+    slots = [struct.unpack_from(">II32xII", fixed, at) for at in range(_SLOTS, _FIXED, _SLOT)]
+    used = [(turns, place * 512 + key_bytes * stripes) for active, turns, place, stripes in slots if active == _ACTIVE]
+    if sectors * 512 > length or any(end > length for _, end in used):
+        raise _bad(path, "its LUKS header is cut")
+    if sum(turns for turns, _ in used) + struct.unpack_from(">I", fixed, _TURNS)[0] > _MOST:
+        raise _bad(path, "its LUKS header takes minutes to be tried with a passphrase")
     # The file may end within its last cluster, but not before the last byte.
     if not os.pread(descriptor, 1, offset + length - 1):
         raise _bad(path, "the file ends within its LUKS header")

@@ -9,14 +9,14 @@ from typing import Any
 
 from msgspec import Struct
 
-from snaptree.errors import BusyError, CancelledError, NoSpaceError, RefusedError, ToolError
+from snaptree.errors import BusyError, CancelledError, NoKeyError, NoSpaceError, ToolError
 from snaptree.images.child import run_program
-from snaptree.images.gate import secret_id
+from snaptree.images.gate import blockdev, key_object
 from snaptree.images.mover.limiting import Limiter
 
 Graph = dict[str, Any]
 Keys = Mapping[str, str]
-"""The files with the keys of encrypted images, by the images' locks."""
+"""The files with the keys of encrypted images, by the LUKS ids of these (``images/luks.py``)."""
 NO_KEYS: Keys = {}
 
 
@@ -28,41 +28,51 @@ def image_name(graph: Graph) -> str:
     return "json:" + json.dumps(graph)
 
 
-def secrets(keys: Keys, *graphs: Graph) -> list[str]:
-    """The words that give QEMU's programs the keys that they need for the graphs.
+def with_keys(keys: Keys, *graphs: Graph) -> list[str]:
+    """The words that give one of QEMU's programs the keys that it needs for the graphs.
 
-    What the file has is the passphrase, as QEMU's ``secret`` object reads it.
+    What is in a key's file is the passphrase, as QEMU's ``secret`` object reads it.
 
-    :raise RefusedError: one of them is not known.
+    :raise NoKeyError: one of them is not known.
     """
-    words: list[str] = []
-    for graph in graphs:
-        for name, path in needed(graph, keys).items():
-            word = f"secret,id={name},file={path.replace(',', ',,')}"
-            words += [] if word in words else ["--object", word]
-    return words
+    needed = {name: path for graph in graphs for name, path in keys_for(graph, keys).items()}
+    words = (["--object", f"secret,id={name},file={path.replace(',', ',,')}"] for name, path in needed.items())
+    return [word for pair in words for word in pair]
 
 
-def needed(graph: Graph, keys: Keys) -> dict[str, str]:
+def keys_for(graph: Graph, keys: Keys) -> dict[str, str]:
     """The objects that have the keys for a graph, by name, and the files of these keys.
 
-    :raise RefusedError: one of them is not known.
+    :raise NoKeyError: one of them is not known.
     """
+    paths = {key_object(luks): path for luks, path in keys.items()}
     found: dict[str, str] = {}
-    paths = {secret_id(lock): path for lock, path in keys.items()}
-    for path, name in _locked(graph):
+    for path, name in _encrypted(graph):
         if name not in paths:
-            raise key_unknown(path)
+            raise no_key(path)
         found[name] = paths[name]
     return found
 
 
-def key_unknown(path: str) -> RefusedError:
-    """Why nothing can be done with an encrypted image."""
-    return RefusedError(f"{path} is encrypted, and its key is not known", "give it: snaptree set MACHINE --key FILE")
+def no_key(path: str) -> NoKeyError:
+    """An encrypted image's key is not known."""
+    return NoKeyError(f"{path} is encrypted, and its key is not known", "give it with 'snaptree set', --key FILE")
 
 
-def _locked(graph: Graph) -> Iterator[tuple[str, str]]:
+def wrong_key(path: str, said: str) -> NoKeyError:
+    """The key of an encrypted image does not open it, or cannot be read.
+
+    :param said: what QEMU says.
+    """
+    return NoKeyError(f"the key of {path} does not open it ({said})", "give another with 'snaptree set', --key FILE")
+
+
+def is_about_key(said: str) -> bool:
+    """Whether QEMU complains of a key."""
+    return any(each in said for each in ("Invalid password", "Unable to read", "is not valid UTF-8"))
+
+
+def _encrypted(graph: Graph) -> Iterator[tuple[str, str]]:
     """The encrypted images of a graph, and the names of the objects that have their keys."""
     at: Any = graph
     while isinstance(at, dict):
@@ -71,18 +81,18 @@ def _locked(graph: Graph) -> Iterator[tuple[str, str]]:
         at = at.get("backing")
 
 
-def opens(graph: Graph, key: str) -> bool:
-    """Whether the key in the file opens an encrypted image.
+def require_opened(path: str, keys: Keys) -> None:
+    """See that the key of an encrypted image opens it, which takes QEMU a second or two.
 
-    :raise ToolError: the image or the file cannot be read.
+    :raise NoKeyError: it does not, or is not known.
+    :raise ToolError: the image cannot be opened.
     """
-    keys = {name.removeprefix(secret_id("")): key for _, name in _locked(graph)}
-    done = run_program(["qemu-io", "-r", *secrets(keys, graph), "-c", "quit", image_name(graph)])
-    if "Invalid password" in done.err:
-        return False
+    graph = blockdev(path, "qcow2", None, None, locking=False)
+    done = run_program(["qemu-io", "-r", *with_keys(keys, graph), "-c", "quit", image_name(graph)])
+    if is_about_key(done.err):
+        raise wrong_key(path, done.err.strip().rpartition(": ")[2])
     if done.status != 0 or done.err:
         raise _fail(["open"], done.err)
-    return True
 
 
 def _fail(arguments: Sequence[str], said: str) -> Exception:
@@ -94,6 +104,8 @@ def _fail(arguments: Sequence[str], said: str) -> Exception:
         return NoSpaceError(f"qemu-img {arguments[0]} ran out of room: {line}", "free some room on that file system")
     if _LOCKED.search(said):
         return BusyError(f"qemu-img {arguments[0]} failed: {line}", "stop what has the image open, then try again")
+    if is_about_key(said):
+        return NoKeyError(f"qemu-img {arguments[0]} failed: {line}", "give another key with 'snaptree set', --key FILE")
     return ToolError(f"qemu-img {arguments[0]} failed: {line}")
 
 
@@ -156,7 +168,7 @@ def check(graph: Graph, *, repair: str | None = None, keys: Keys = NO_KEYS) -> C
     def hopeless() -> bool:
         return repair is None and seen > MOST_ERRORS
 
-    arguments = ["check", *secrets(keys, graph), "--output=json", *repairing, image_name(graph)]
+    arguments = ["check", *with_keys(keys, graph), "--output=json", *repairing, image_name(graph)]
     try:
         said = run(arguments, good=(0, 2, 3), complained=complained, cancelled=hopeless)
     except CancelledError:
@@ -172,23 +184,23 @@ def check(graph: Graph, *, repair: str | None = None, keys: Keys = NO_KEYS) -> C
 
 def snapshot_create(graph: Graph, tag: str, keys: Keys = NO_KEYS) -> None:
     """Take an internal snapshot."""
-    run(["snapshot", *secrets(keys, graph), "-c", tag, image_name(graph)])
+    run(["snapshot", *with_keys(keys, graph), "-c", tag, image_name(graph)])
 
 
 def snapshot_apply(graph: Graph, number: str, keys: Keys = NO_KEYS) -> None:
     """Make the active state what the internal snapshot of that id shows, its size too."""
-    run(["snapshot", *secrets(keys, graph), "-a", number, image_name(graph)])
+    run(["snapshot", *with_keys(keys, graph), "-a", number, image_name(graph)])
 
 
 def snapshot_delete(graph: Graph, tag: str, keys: Keys = NO_KEYS) -> None:
     """Delete the internal snapshot of that name."""
-    run(["snapshot", *secrets(keys, graph), "-d", tag, image_name(graph)])
+    run(["snapshot", *with_keys(keys, graph), "-d", tag, image_name(graph)])
 
 
 def resize(graph: Graph, size: int, *, shrink: bool = False, keys: Keys = NO_KEYS) -> None:
     """Give an image another size, in bytes; what a longer backing file would show past the old end is zeroed."""
     words = ["-q", *(["--shrink"] if shrink else []), image_name(graph), str(size)]
-    run(["resize", *secrets(keys, graph), *words])
+    run(["resize", *with_keys(keys, graph), *words])
 
 
 def write_zeroes(graph: Graph, ranges: Sequence[tuple[int, int]], keys: Keys = NO_KEYS) -> None:
@@ -197,7 +209,7 @@ def write_zeroes(graph: Graph, ranges: Sequence[tuple[int, int]], keys: Keys = N
     :raise ToolError: it failed.
     """
     commands = "".join(f"write -q -z {start} {length}\n" for start, length in ranges)
-    done = run_program(["qemu-io", *secrets(keys, graph), image_name(graph)], commands)
+    done = run_program(["qemu-io", *with_keys(keys, graph), image_name(graph)], commands)
     # It prints what failed and goes on with the next command.
     if done.status != 0 or "failed" in done.out or done.err:
         raise _fail(["zeroes"], done.err or done.out)
@@ -224,7 +236,7 @@ def convert_point(
     number, tag = (each.replace(",", ",,") for each in point)
     arguments = [
         "convert",
-        *secrets(keys, source, target),
+        *with_keys(keys, source, target),
         "-p",
         "-n",
         "-O",

@@ -133,8 +133,7 @@ class Connection:
         disks = tuple(without_others(self.database, disk) for disk in found)
         for disk in disks:
             require_free(self.database, disk, adopt=options.adopt, monitor=options.qmp)
-        chains = (chain for disk in disks for chain in (disk.chain, *disk.siblings))
-        layers = dict.fromkeys(each.path for chain in chains for each in chain if each.lock)
+        layers = dict.fromkeys(each.path for disk in disks for each in disk.every() if each.luks)
         records: tuple[FoundSnapshot, ...] = ()
         if options.from_xml is not None:
             from snaptree.machines.libvirt_xml import read_folder

@@ -84,6 +84,7 @@ def show(view: View) -> dict[str, Any]:
                 "virtual_size": _size(view, layer.id),
                 "allocated": view.survey.layers[layer.id].allocated if layer.id in view.survey.layers else 0,
                 "health": view.ailments[layer.id].word if layer.id in view.ailments else "ok",
+                "encrypted": layer.id in view.survey.layers and view.survey.layers[layer.id].encrypted,
             }
             for layer in tree.layers.values()
         ],

@@ -162,6 +162,8 @@ class Standalone(Machine):
             heard(self.database.folder, control),
             self.locked(wait, control.cancelled) as lock,
         ):
+            if isinstance(request, SetRequest) and request.config.keys != self.config.keys:
+                self._know(request.config.keys)
             await self.begin(request, lock, control)
             self.config = trees.load_config(self.database, self.name)
             tree = self.tree()
@@ -220,6 +222,12 @@ class Standalone(Machine):
                     due.arrived(self.database, self.name)
                     await self.go_on()
                 return as_it_went(plan, outcome)
+
+    def _know(self, keys: Mapping[str, str]) -> None:
+        """Remember these keys at once: what was killed may take one of them to be undone."""
+        with self.database.transaction() as connection:
+            config = replace(trees.load_config(self.database, self.name), keys=keys)
+            trees.register(connection, config, new=False)
 
     async def go_on(self) -> bool:
         """Start the machine where it is off only for an operation that is over; whether that was to be done."""

@@ -26,6 +26,7 @@ from snaptree.qemu import launching
 from snaptree.qemu.ending import QUIT_SECONDS, end, has_ended
 from snaptree.qemu.launching import Chain
 from snaptree.qemu.running import RunningQemu
+from snaptree.running.opening import require_files
 from snaptree.store import trees
 
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ def require_startable(machine: Standalone, tree: Tree) -> None:
         hint = f"store the command again: 'snaptree set {config.name} --start …'"
         raise RefusedError(f"there is no folder {folder} any more, in which the start command was stored", hint)
     command_line(config, tree)
+    tips = tree.active_branch.tips.values()
+    require_files(((each.path, each.format) for tip in tips for each in tree.chain(tip.layer)), config.keys)
 
 
 async def launch(machine: Standalone, tree: Tree, *, paused: bool = False) -> str:

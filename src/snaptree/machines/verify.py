@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from msgspec.structs import replace
 
-from snaptree.errors import BusyError, SnaptreeError
+from snaptree.errors import BusyError, NoKeyError, SnaptreeError
 from snaptree.images import gate, qemu_img
 from snaptree.images.qemu_img import NO_KEYS, Keys
 from snaptree.machines.findings import SEVERITIES, Finding
@@ -52,10 +52,10 @@ def verify(tree: Tree, survey: Survey, unfinished: Iterable[str] = (), keys: Key
     for layer in tree.layers.values():
         facts = survey.layers[layer.id]
         blocked = layer.id in sick and sick[layer.id].blocks
-        if facts.encrypted and facts.lock not in survey.keys:
-            detail = f"{layer.path} is encrypted, its key is not known, and it was not checked"
-            hint = f"give it: 'snaptree set {tree.machine} --key FILE'"
-            found.append(Finding("encrypted", layer.path, detail, (), hint if facts.lock else "", "note"))
+        if facts.encrypted and facts.luks not in survey.keys:
+            detail = f"{layer.path} is encrypted, and was not checked: its key is not known"
+            hint = f"give it: 'snaptree set {tree.machine} --key FILE'" if facts.luks else ""
+            found.append(Finding("encrypted", layer.path, detail, (), hint, "note"))
         elif survey.live is not None and layer.id in survey.live.open and is_tip(tree, layer.id):
             detail = f"the guest writes to {layer.path}, which was not checked"
             found.append(Finding("unchecked", layer.path, detail, (), "verify again when the machine is off", "note"))
@@ -135,6 +135,10 @@ def _check(tree: Tree, number: LayerId, keys: Keys, *, dirty: bool) -> list[Find
     who = affected(tree, number)
     try:
         result = qemu_img.check(gate.blockdev(layer.path, "qcow2", None, None), keys=keys)
+    except NoKeyError as error:
+        detail = f"{layer.path} is encrypted, and was not checked: {error.message}"
+        hint = f"give another key: 'snaptree set {tree.machine} --key FILE'"
+        return [Finding("encrypted", layer.path, detail, (), hint, "warning")]
     except BusyError:
         detail = f"{layer.path} is open in another process, and was not checked"
         hint = "verify again when nobody has it open"

@@ -32,7 +32,7 @@ class MachineConfig(Struct, frozen=True):
     command that starts it, and ``folder`` the folder that it is run in. ``agent`` is the socket of its guest's
     agent, where its QEMU does not tell it. Of a libvirt domain ``uri`` is the connection that has it, and ``uuid`` says
     which it is. ``due`` is what it is to do, while it is off only for an operation. ``keys`` are the files with
-    the keys of encrypted layers, by their locks (see ``LayerFacts.lock``).
+    the keys of encrypted layers, by their LUKS ids (``LayerFacts.luks``).
     """
 
     name: str

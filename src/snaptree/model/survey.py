@@ -52,8 +52,8 @@ class LayerFacts(Struct, frozen=True):
     dirty: bool = False
     corrupt: bool = False
     encrypted: bool = False
-    lock: str = ""
-    """What tells the LUKS header of an encrypted image from all others (``images/luks.py``); the key to it opens it."""
+    luks: str = ""
+    """The id of an encrypted image's LUKS header (``images/luks.py``): of two with the same, one key opens both."""
     external_data: bool = False
     extended_l2: bool = False
     lazy_refcounts: bool = False
@@ -71,6 +71,12 @@ class LayerFacts(Struct, frozen=True):
     open_by: tuple[str, ...] = ()
     unchanged_since: tuple[str, ...] = ()
     """Tags of the internal snapshots since which nothing has been written to the active state."""
+
+    def opens(self, source: LayerFacts) -> bool:
+        """Whether others, or a group, may read this file who may not read the source."""
+        others = source.mode & 0o004
+        group = others or (source.mode & 0o040 and source.group == self.group)
+        return bool(self.mode & 0o004 and not others) or bool(self.mode & 0o040 and not group)
 
 
 class RowFacts(Struct, frozen=True):
@@ -193,7 +199,7 @@ class Survey(Struct, frozen=True):
     """Layers that an operation writes to, or did when it was killed: what they look like is known when it has ended."""
     start: Start | None = None
     keys: frozenset[str] = frozenset()
-    """The locks of encrypted layers to which a key is known."""
+    """The LUKS ids of encrypted layers whose keys are known."""
     libvirt: bool = False
     """Whether libvirt has the machine: each snapshot needs layers of its own then, for virsh would merge into one that
     two have together, and while it runs data is pulled into the tips only."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import posixpath
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -34,6 +35,10 @@ class FoundDisk(Struct, frozen=True):
     target: str
     chain: tuple[LayerFacts, ...]
     siblings: tuple[tuple[LayerFacts, ...], ...] = ()
+
+    def every(self) -> Iterator[LayerFacts]:
+        """All that was found of it."""
+        return itertools.chain(self.chain, *self.siblings)
 
 
 class AddRequest(Struct, frozen=True):
@@ -250,7 +255,7 @@ def _with_disk(tree: Tree, disk: FoundDisk, *, adopt: bool, survey: Survey) -> t
         raise ExistsError(f"{top.path} is given for two disks", "give each disk a file of its own")
     tree, tip = _with_chain(tree, disk.target, disk.chain, adopt=adopt)
     notes = [f"{facts.path} is foreign: it is read and never written to" for facts in disk.chain[1:] if not adopt]
-    if any(facts.encrypted and facts.lock not in survey.keys for facts in disk.chain):
+    if any(facts.encrypted and facts.luks not in survey.keys for facts in disk.every()):
         notes.append(
             f"{disk.target} is encrypted: to merge its layers, or start the machine, takes its key (--key FILE)"
         )

@@ -56,7 +56,8 @@ def cleared(draft: Draft, after: Tree) -> tuple[list[Step], int]:
         going = [tag for tag in tags if tag not in kept]
         live = draft.survey.live
         if going:
-            require_keys(draft, (after.layers[layer_id],), f"delete the internal snapshot {going[0]!r} in {path}")
+            purpose = f"delete the internal snapshot {going[0]!r} in {path}"
+            require_keys(draft, (after.layers[layer_id],), purpose, running=not over)
         if going and live is not None and live.let_go and layer_id in live.open:
             raise RefusedError(
                 f"cannot delete the internal snapshot {going[0]!r} in {path}: "

@@ -131,7 +131,7 @@ def snapshot(tree: Tree, survey: Survey, request: SnapshotRequest) -> Plan:
         layer = tree.layers[tip]
         draft.require_whole(tip, f"take a snapshot of {disk}")
         if request.internal and layer.format == "qcow2":
-            require_keys(draft, (layer,), f"take an internal snapshot in {layer.path}")
+            require_keys(draft, (layer,), f"take an internal snapshot in {layer.path}", running=True)
             require_plain(draft.facts(tip), f"take an internal snapshot in {layer.path}")
             tag = draft.new_tag(tip, request.name)
             if survey.live is None:

@@ -18,7 +18,7 @@ from snaptree.planning.health import Ailment, ailments, require_whole
 from snaptree.planning.live_steps import LiveOpen
 from snaptree.planning.memory_steps import GoOver
 from snaptree.planning.plan import Plan
-from snaptree.planning.sealing import LUKS_BYTES, require_keys, seal
+from snaptree.planning.sealing import LUKS_BYTES, seal, seal_point
 from snaptree.planning.settle import is_frozen, settle, with_moved_roots
 from snaptree.planning.steps import (
     BuildFromPoint,
@@ -61,7 +61,7 @@ class Draft:
         self.touches: set[str] = set()
         self.made: set[str] = set()
         self.sealed: dict[LayerId, str] = {}
-        """New layers that are encrypted, and the path of the layer whose LUKS header they have."""
+        """The LUKS ids of new layers that are encrypted."""
         self.spared: set[LayerId] = set()
         self.fresh: frozenset[LayerId] = frozenset()
         """Layers that an operation before this one makes, which nobody has read."""
@@ -84,9 +84,10 @@ class Draft:
         if found is not None:
             return found
         known = self.tree.layers.get(layer) or self.before.layers[layer]
-        return LayerFacts(
+        found = LayerFacts(
             path=known.path, format=known.format, virtual_size=known.virtual_size, identity=known.identity
         )
+        return replace(found, encrypted=True, luks=self.sealed[layer]) if layer in self.sealed else found
 
     def files(self, row: Iterable[LayerId]) -> tuple[File, ...]:
         """The files of these layers."""
@@ -211,11 +212,11 @@ class Draft:
                 f"cannot {purpose}: the chain under {below.disk} has {len(chain)} layers already",
                 f"delete a snapshot first, for instance {oldest!r}" if oldest else "merge some with 'snaptree squash'",
             )
-        luks = seal(self, parent, purpose)
+        like = below if below.owned else self._owner_like(below.disk)
+        luks = seal(self, parent, self.facts(like.id), purpose)
         path = self.new_path(below.disk, label)
-        like = below.path if below.owned else self._owner_like(below.disk)
-        self._make_overlay(path, below, below.virtual_size, like, self.facts(parent), luks)
-        return self._add(below.disk, path, parent, below.virtual_size)
+        self._make_overlay(path, below, below.virtual_size, like.path, self.facts(parent), luks)
+        return self._add(below.disk, path, parent, below.virtual_size, luks)
 
     def twin(self, layer: LayerId, purpose: str) -> str:
         """The path of a new empty overlay on what the layer stands on, with its options and a name like its own.
@@ -224,7 +225,7 @@ class Draft:
         """
         known = self.tree.layers[layer]
         self.require_whole(layer, purpose)
-        luks = seal(self, layer, purpose)
+        luks = seal(self, layer, self.facts(layer), purpose)
         assert known.parent is not None
         below = self.tree.layers[known.parent]
         folder, base = posixpath.split(known.path)
@@ -236,10 +237,12 @@ class Draft:
         self.touches.add(known.path)
         return path
 
-    def _make_overlay(self, path: str, below: Layer, size: int, like: str, options: LayerFacts, luks: str) -> None:
+    def _make_overlay(
+        self, path: str, below: Layer, size: int, like: str, options: LayerFacts, luks: LayerFacts | None
+    ) -> None:
         """Have an empty overlay made that belongs to whom ``like`` belongs, with a layer's options.
 
-        :param luks: the path of the layer whose LUKS header it gets; empty for one that is not encrypted.
+        :param luks: the layer whose LUKS header it gets.
         """
         qcow2 = options.format == "qcow2"
         self.prepare.append(
@@ -254,11 +257,11 @@ class Draft:
                 lazy_refcounts=qcow2 and options.lazy_refcounts,
                 extended_l2=qcow2 and options.extended_l2,
                 compression=options.compression if qcow2 else "zlib",
-                luks=luks,
+                luks=luks.path if luks is not None else "",
             )
         )
         self.touches.add(below.path)
-        self.extra += OVERLAY_BYTES + (LUKS_BYTES if luks else 0)
+        self.extra += OVERLAY_BYTES + (LUKS_BYTES if luks is not None else 0)
 
     def build(self, point: Point, label: str, purpose: str) -> Layer:
         """A new layer made out of an internal snapshot, on the same backing file, added to the tree.
@@ -268,17 +271,16 @@ class Draft:
         assert point.internal is not None
         source = self.tree.layers[point.layer]
         self.require_whole(source.id, purpose)
-        require_keys(self, self.tree.chain(source.id), purpose, running=False)
         facts = self.facts(source.id)
-        size = next(
-            (each.virtual_size for each in facts.internals if each.name == point.internal),
-            source.virtual_size,
-        )
+        size = next((each.virtual_size for each in facts.internals if each.name == point.internal), source.virtual_size)
+        luks = seal_point(self, point, size, purpose)
         found = self.survey.points.get(point)
         if found is None and source.id in self.survey.layers:
             raise Unmeasured(points=(point,))
         # Of a layer that is only just being made nothing has been read yet.
         found = found or PointFacts(min(facts.allocated, size), OVERLAY_BYTES, by_qemu="it is only just being made")
+        if luks is not None and not found.by_qemu:
+            found = replace(found, by_qemu=f"{luks.path}, beneath, is encrypted")
         if found.by_qemu and size != source.virtual_size and self.is_open(source.id):
             # For that it takes a copy of the whole file, which has to stand still.
             raise RefusedError(
@@ -301,29 +303,26 @@ class Draft:
                 cluster_size=facts.cluster_size,
                 shared=found.bytes - copied,
                 by_qemu=found.by_qemu,
+                luks=luks.path if luks is not None else "",
             )
         )
         self.touches.add(source.path)
-        need = copied + found.tables + OVERLAY_BYTES + (LUKS_BYTES if facts.encrypted else 0)
+        need = copied + found.tables + OVERLAY_BYTES + (LUKS_BYTES if luks is not None else 0)
         self.extra += need
         self.bytes += copied
         if facts.identity is not None and beside:
             device = facts.identity.device
             self.needs[device] = self.needs.get(device, 0) + need
-        made = self._add(source.disk, path, source.parent, size)
-        if facts.encrypted:
-            self.sealed[made.id] = source.path
-        return made
+        return self._add(source.disk, path, source.parent, size, luks)
 
-    def _owner_like(self, disk: str) -> str:
+    def _owner_like(self, disk: str) -> Layer:
         """An owned file of the disk, to take owner and mode from when the layer below is foreign (it may be root's)."""
         tip = self.before.active_branch.tips.get(disk) if self.before.active in self.before.branches else None
         if tip is not None:
-            return self.before.layers[tip.layer].path
-        owned = [layer.path for layer in self.before.layers.values() if layer.disk == disk and layer.owned]
-        return owned[0]
+            return self.before.layers[tip.layer]
+        return next(layer for layer in self.before.layers.values() if layer.disk == disk and layer.owned)
 
-    def _add(self, disk: str, path: str, parent: LayerId | None, size: int) -> Layer:
+    def _add(self, disk: str, path: str, parent: LayerId | None, size: int, luks: LayerFacts | None) -> Layer:
         layer = Layer(
             id=max(self.tree.next_layer_id(), self.before.next_layer_id()),
             disk=disk,
@@ -335,6 +334,8 @@ class Draft:
             made=True,
         )
         self.tree = self.tree.with_layers(layer)
+        if luks is not None:
+            self.sealed[layer.id] = luks.luks
         return layer
 
     def new_tag(self, layer: LayerId, wanted: str) -> str:

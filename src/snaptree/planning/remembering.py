@@ -185,7 +185,8 @@ def new_memory(draft: Draft, label: str, chosen: str | None = None) -> Memory:
     draft.tree = replace(draft.tree, memories={**draft.tree.memories, memory.id: memory})
     draft.bytes += found.used
     draft.extra += found.used
-    if any(draft.facts(tip.layer).encrypted for tip in draft.before.active_branch.tips.values()):
+    tips = draft.before.active_branch.tips.values()
+    if any(draft.facts(each.id).encrypted for tip in tips for each in draft.before.chain(tip.layer)):
         draft.notes.append(f"{path} is not encrypted: what the guest has in its memory can be read there")
     return memory
 
@@ -276,7 +277,7 @@ def go_over(draft: Draft, found: Moves, saved: Memory | None, state: tuple[Firmw
     if found.loads is not None:
         assert survey.start is not None
         for tip in tree.active_branch.tips.values():
-            require_keys(draft, tree.chain(tip.layer), "start the machine anew", running=False)
+            require_keys(draft, tree.chain(tip.layer), "start the machine anew")
         disks = {
             disk: tuple((each.id, each.path, each.format) for each in tree.chain(tip.layer))
             for disk, tip in sorted(tree.active_branch.tips.items())

@@ -53,7 +53,8 @@ class BuildFromPoint(Struct, frozen=True):
     """Make a new qcow2 file that shows what an internal snapshot shows, on the same backing file.
 
     ``below`` is the chain that the source stands on, nearest first. ``bytes`` is what is copied, ``shared`` what is not
-    copied because blocks are shared. ``by_qemu`` says why QEMU does it; without it snaptree's mover does.
+    copied because blocks are shared. ``by_qemu`` says why QEMU does it; without it snaptree's mover does. ``luks`` is
+    the layer whose LUKS header it gets; empty where neither the source nor any beneath it is encrypted.
     """
 
     kind: ClassVar[str] = "build-from-point"
@@ -68,6 +69,7 @@ class BuildFromPoint(Struct, frozen=True):
     cluster_size: int = 65536
     shared: int = 0
     by_qemu: str = ""
+    luks: str = ""
 
     @property
     def summary(self) -> str:

@@ -10,10 +10,10 @@ from msgspec import Struct
 from snaptree.errors import NoSpaceError
 from snaptree.model.layer import Layer, LayerId
 from snaptree.model.sizes import readable
-from snaptree.model.survey import LayerFacts, RowFacts
+from snaptree.model.survey import RowFacts
 from snaptree.model.tree import Tree
 from snaptree.planning.draft import Draft
-from snaptree.planning.sealing import hint, locked
+from snaptree.planning.sealing import key_hint, unopened
 from snaptree.planning.settle import is_loose
 
 Row = tuple[LayerId, ...]
@@ -143,19 +143,21 @@ def _common_obstacle(draft: Draft, row: Row, written: Layer) -> str:
             return f"{layer.path} has only just been made"
         if not facts.removable:
             return f"the folder of {layer.path} may not be changed"
+    top = tree.layers[row[-1]]
+    # A top that is longer than what is beneath it gets the zeroes that it shows there, whatever the way.
+    covered = any(tree.layers[each].virtual_size < top.virtual_size for each in row[:-1])
+    changed = (written, *([top] if covered else []))
     for layer in (*(tree.layers[each] for each in row[1:]), *tree.chain(row[0])):
-        if reason := locked(draft, layer.id):
-            return f"{reason} ({hint(draft, layer.id)})"
-        if draft.facts(layer.id).encrypted and not draft.facts(written.id).encrypted:
-            return f"{layer.path} is encrypted, and {written.path} is not, where its data would come to lie"
+        if reason := unopened(draft, layer.id, running=draft.is_open(row[-1])):
+            return f"{reason} ({key_hint(draft, layer.id)})"
+        plain = [each.path for each in changed if not draft.facts(each.id).encrypted]
+        if draft.facts(layer.id).encrypted and plain:
+            return f"{layer.path} is encrypted, and {plain[0]} is not, where its data would come to lie"
     for layer in tree.chain(row[0]):
         ailment = draft.ailments.get(layer.id)
         if ailment is not None and ailment.blocks:
             return f"{ailment.detail} ({ailment.word})"
-    top = tree.layers[row[-1]]
-    # A top that is longer than what is beneath it gets the zeroes that it shows there, whatever the way.
-    covered = any(tree.layers[each].virtual_size < top.virtual_size for each in row[:-1])
-    for layer in (written, *([top] if covered else [])):
+    for layer in changed:
         facts = draft.facts(layer.id)
         if facts.block_device:
             return f"{layer.path} is a block device"
@@ -165,20 +167,13 @@ def _common_obstacle(draft: Draft, row: Row, written: Layer) -> str:
             return f"{layer.path} has {facts.links} names (hard links), and the others would see it change"
     for layer in (tree.layers[each] for each in row):
         target, source = draft.facts(written.id), draft.facts(layer.id)
-        if _opens(target, source):
+        if target.opens(source):
             rights = f"{target.mode:04o} for group {target.group} and {source.mode:04o} for group {source.group}"
             return (
                 f"{written.path} may be read by users who may not read {layer.path} ({rights}); "
                 "make both alike with chmod and chgrp, or merge all the same with --merge"
             )
     return ""
-
-
-def _opens(target: LayerFacts, source: LayerFacts) -> bool:
-    """Whether others, or a group, may read the target who may not read the source."""
-    others = source.mode & 0o004
-    group = others or (source.mode & 0o040 and source.group == target.group)
-    return bool(target.mode & 0o004 and not others) or bool(target.mode & 0o040 and not group)
 
 
 def _commit_obstacle(draft: Draft, row: Row) -> str:

@@ -53,10 +53,11 @@ class Node(Struct, frozen=True):
 
 
 class BlockGraph(Struct, frozen=True):
-    """All nodes by name; ``disks`` are those that devices have as their disks."""
+    """All nodes by name; ``disks`` are those that devices have as their disks, ``keys`` the objects with keys."""
 
     nodes: Mapping[str, Node]
     disks: frozenset[str]
+    keys: frozenset[str] = frozenset()
 
     def opened(self, inode: Inode) -> tuple[Node, ...]:
         """The nodes that show the image in a file: its format's, or the file's own where there is none above it."""

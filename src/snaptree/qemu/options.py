@@ -92,7 +92,7 @@ def options_of(graph: BlockGraph, node: Node, words: Sequence[str]) -> dict[str,
             options["detect-zeroes"] = each.detect_zeroes
     if node.encrypted:
         secret = found.get("encrypt", {}).get("key-secret") or node.secret
-        if not secret:
+        if secret not in graph.keys:
             return None
         found["encrypt"] = {"format": "luks", "key-secret": secret}
     found["read-only"] = node.read_only

@@ -8,6 +8,8 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
+from msgspec.structs import replace
+
 from snaptree.errors import BusyError, ToolError
 from snaptree.images import durable
 from snaptree.images.locks import open_in
@@ -15,7 +17,7 @@ from snaptree.model.live import PAUSED, RUNNING
 from snaptree.qemu import jobs
 from snaptree.qemu.dialling import dial, peer_of
 from snaptree.qemu.graph import BlockGraph, Inode, Node, read_graph
-from snaptree.qemu.session import GREETING_SECONDS, QmpSession, not_negotiated, sense
+from snaptree.qemu.session import GREETING_SECONDS, QmpSession, not_negotiated, properties, sense
 
 ATTEMPTS = 3
 """So often a session is begun: an event that QEMU sends just then comes before its answer, as when a guest starts."""
@@ -158,7 +160,12 @@ class RunningQemu:
         told = await self.qmp.execute("query-named-block-nodes", flat=True)
         edges = await self.qmp.execute("x-debug-query-block-graph")
         devices = await self.qmp.execute("query-block")
-        return read_graph(told, edges, devices, self.folder())
+        found = read_graph(told, edges, devices, self.folder())
+        if not any(node.encrypted for node in found.nodes.values()):
+            return found
+        # One may be deleted again as soon as the image is open.
+        objects = await properties(self.qmp, "/objects")
+        return replace(found, keys=frozenset(name for name, kind in objects if kind == "child<secret>"))
 
     async def open_files(self) -> frozenset[Inode]:
         """The files that it has open, by device and inode."""

@@ -24,7 +24,7 @@ class Context(Struct):
     ``lock`` is snaptree's own lock on the machine, ``moved`` is told how many bytes of the step's total have moved,
     ``limiter`` says how fast, and whether, they may. ``recovering`` says that the step may have been begun before, by a
     process that was killed. ``qemu`` is the monitor of a machine that runs. ``keys`` are the files with the keys of its
-    encrypted layers, by their locks.
+    encrypted layers, by their LUKS ids.
 
     A step adds to ``said`` what the user is to be told of how it went, and sets ``paused`` to the seconds that the
     guest stood still. ``failed`` is set by a step that did not do what it should, where the operation is brought to

@@ -22,6 +22,7 @@ from snaptree.running.context import Context
 from snaptree.running.control import Control
 from snaptree.running.holding import Holding, changed_by, written_by
 from snaptree.running.journal import Journal
+from snaptree.running.opening import require_keys
 from snaptree.running.pace import kept
 from snaptree.running.progress import Progress, Report, silent
 from snaptree.store import operations, trees
@@ -73,9 +74,11 @@ async def run(
     control = control or Control(machine)
     stop = control.cancelled
     control.begin(plan)
-    require_free(plan, await qemu.open_files() if qemu is not None else spared())
-    outcome = Outcome(qemu=qemu)
+    opened = await qemu.open_files() if qemu is not None else spared()
+    require_free(plan, opened)
     keys = trees.keys(database, machine)
+    require_keys((step for each in plan.every() for step in each.steps), keys, opened)
+    outcome = Outcome(qemu=qemu)
     for number, each in enumerate(plan.every()):
         if not each.steps:
             continue

@@ -45,7 +45,7 @@ def find_config(database: Database, name: str) -> MachineConfig | None:
 
 
 def keys(database: Database, name: str) -> Mapping[str, str]:
-    """The files with the keys of a machine's encrypted layers, by their locks."""
+    """The files with the keys of a machine's encrypted layers, by their LUKS ids."""
     config = find_config(database, name)
     return config.keys if config is not None else {}
 

@@ -13,8 +13,8 @@ from snaptree.planning.live_steps import Cut, LiveSnapshot
 from snaptree.planning.memory_steps import SaveMemory
 from snaptree.qemu.graph import BlockGraph, Node
 from snaptree.qemu.jobs import FLUSH_SECONDS
+from snaptree.qemu.key_objects import add_overlay
 from snaptree.qemu.running import RunningQemu
-from snaptree.qemu.secrets import with_key
 from snaptree.running.carry import internals, live_internals
 from snaptree.running.carry.nodes import inode_at, is_top
 from snaptree.running.carry.standing import go_on_after_kill, with_firmware
@@ -63,8 +63,7 @@ async def prepared(qemu: RunningQemu, step: Frozen, context: Context) -> list[di
     for number, cut in enumerate(step.cuts):
         tip = _tip(graph, cut)
         name = f"st{number}-{context.token}"[:31]
-        found = _overlay(graph, tip, cut.overlay, name)
-        await qemu.add(await with_key(qemu, graph, tip, found, context.keys))
+        await add_overlay(qemu, graph, tip, _overlay(graph, tip, cut.overlay, name), context.keys)
         actions.append({"type": "blockdev-snapshot", "data": {"node": tip.name, "overlay": name}})
     return actions
 

@@ -29,7 +29,7 @@ def make_overlay(step: MakeOverlay, context: Context) -> None:
     """Make an empty overlay; it has its name only once it is whole and on disk."""
     writes, length = layout.empty_overlay(
         step.virtual_size,
-        luks=gate.luks_at(step.luks) if step.luks else None,
+        luks=gate.luks_header_at(step.luks) if step.luks else None,
         cluster_bits=step.cluster_size.bit_length() - 1,
         refcount_bits=step.refcount_bits,
         backing_name=gate.relative_backing_name(step.path, step.backing),
@@ -58,7 +58,7 @@ def _empty(step: BuildFromPoint, context: Context) -> str:
     backing = step.below[0] if step.below else None
     writes, length = layout.empty_overlay(
         step.virtual_size,
-        luks=gate.luks_at(step.source) if gate.lock_at(step.source) else None,
+        luks=gate.luks_header_at(step.luks) if step.luks else None,
         cluster_bits=step.cluster_size.bit_length() - 1,
         backing_name=gate.relative_backing_name(step.path, backing[0]) if backing else None,
         backing_format=backing[1] if backing else None,

@@ -15,7 +15,7 @@ from snaptree.images.measure import hidden_ranges, holds
 from snaptree.images.mover.copying import Watch
 from snaptree.images.mover.merging import Merge, merge
 from snaptree.images.qemu_img import Keys
-from snaptree.images.tail import zero_tail
+from snaptree.images.tail import range_past, zero_tail
 from snaptree.images.workers import run_together
 from snaptree.planning.steps import BuildMerged, Cover, Move, MoveJob, Shrink, Step
 from snaptree.running.carry.internals import mend, require
@@ -45,24 +45,18 @@ def shrink(step: Shrink, context: Context) -> None:
     with context.holding.lent([step.path, *(path for path, _ in step.below)]):
         if context.recovering and qcow2:
             mend(step.path, context.keys)
-        if read_facts(step.path, step.format).virtual_size != step.size:
+        facts = read_facts(step.path, step.format)
+        if facts.virtual_size != step.size:
             graph = gate.graph([(step.path, step.format), *step.below], read_only=False, locking=False)
-            if gate.lock_at(step.path):
+            if facts.encrypted and (past := range_past(step.path, step.size)):
                 # Only QEMU can write there what it will take for zeroes.
-                qemu_img.write_zeroes(graph, _last_cluster(step), context.keys)
+                qemu_img.write_zeroes(graph, past, context.keys)
             qemu_img.resize(graph, step.size, shrink=True, keys=context.keys)
             size = read_facts(step.path, step.format).virtual_size
             require(size == step.size, f"has {size} bytes, not {step.size}", step.path)
-    if qcow2 and not gate.lock_at(step.path):
+    if qcow2 and not facts.encrypted:
         zero_tail(step.path)
     durable.sync_file(step.path)
-
-
-def _last_cluster(step: Shrink) -> list[tuple[int, int]]:
-    """Where the layer shows something past the end that it is to have, in the cluster of that end, in bytes."""
-    facts = read_facts(step.path, step.format)
-    end = min(-(-step.size // facts.cluster_size) * facts.cluster_size, facts.virtual_size)
-    return [(step.size, end - step.size)] if end > step.size else []
 
 
 async def move(step: Move, context: Context) -> None:
