@@ -198,7 +198,7 @@ class Standalone(Machine):
                     elif moves is not None and moves.loads is None:
                         due.note(self.database, self.name, OFF, moves.after)
                     if gone is not None and qemu is not None:
-                        executor.require_free(plan, closing=await qemu.open_files())
+                        executor.require_free(plan, closing=await qemu.open_files(), keys=self.config.keys)
                         await gone.turn_off(qemu, tree)
                         # What was planned rested on disks that the guest wrote to.
                         power, qemu = Power(OFF), None

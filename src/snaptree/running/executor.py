@@ -12,6 +12,7 @@ from msgspec import Struct, field
 from snaptree.errors import CancelledError, IoError, RefusedError, SnaptreeError
 from snaptree.images import durable
 from snaptree.images.locks import MachineLock
+from snaptree.images.qemu_img import NO_KEYS, Keys
 from snaptree.planning.live_steps import LiveMerge
 from snaptree.planning.plan import Plan
 from snaptree.planning.steps import BuildFromPoint, BuildMerged, MakeOverlay, Move, Record, Step, Unlink
@@ -75,9 +76,8 @@ async def run(
     stop = control.cancelled
     control.begin(plan)
     opened = await qemu.open_files() if qemu is not None else spared()
-    require_free(plan, opened)
     keys = trees.keys(database, machine)
-    require_keys((step for each in plan.every() for step in each.steps), keys, opened)
+    require_free(plan, opened, keys=keys)
     outcome = Outcome(qemu=qemu)
     for number, each in enumerate(plan.every()):
         if not each.steps:
@@ -111,14 +111,19 @@ def _both(one: Report, other: Report) -> Report:
 
 
 def require_free(
-    plan: Plan, spared: Collection[tuple[int, int]] = (), closing: Collection[tuple[int, int]] = ()
+    plan: Plan,
+    spared: Collection[tuple[int, int]] = (),
+    closing: Collection[tuple[int, int]] = (),
+    keys: Keys = NO_KEYS,
 ) -> None:
     """See that what the plan and the merges that follow it use is there, and open nowhere, before anything is touched.
 
     :param closing: the files (device and inode) that a machine has open which is turned off first.
+    :param keys: the files with the keys of encrypted layers.
     :raise NotFoundError: a piece of firmware state is not there.
     :raise RefusedError: a folder or an image may not be changed, or a piece of firmware state is a symbolic link.
     :raise BusyError: somebody has one of the images open.
+    :raise NoKeyError: the key of a layer that QEMU's programs are to open does not open it.
     """
     steps = tuple(step for each in plan.every() for step in each.steps)
     firmware.require_there(steps)
@@ -135,7 +140,10 @@ def require_free(
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     holding = Holding(spared=spared, closing=closing)
     holding.take_steps(steps)
-    holding.release()
+    try:
+        require_keys(steps, keys, spared, holding)
+    finally:
+        holding.release()
 
 
 async def _carry_out(machine: str, plan: Plan, context: Context, report: Report) -> None:

@@ -24,12 +24,14 @@ from snaptree.planning.steps import (
     Shrink,
     Step,
 )
+from snaptree.running.holding import Holding
 
 
-def require_keys(steps: Iterable[Step], keys: Keys, opened: Collection[tuple[int, int]]) -> None:
+def require_keys(steps: Iterable[Step], keys: Keys, opened: Collection[tuple[int, int]], holding: Holding) -> None:
     """See that the keys of the layers that QEMU's programs are to open do open them; each key is tried once.
 
     :param opened: the files (device and inode) that the machine's own QEMU has open, and works on itself.
+    :param holding: has the others locked.
     :raise NoKeyError: one does not, or is not known.
     """
     wanted: dict[File, None] = {}
@@ -38,7 +40,8 @@ def require_keys(steps: Iterable[Step], keys: Keys, opened: Collection[tuple[int
             # Another QEMU opens for itself what this one has.
             if isinstance(step, GoOver | BuildFromPoint) or _inode(file[0]) not in opened:
                 wanted[file] = None
-    require_files(wanted, keys)
+    with holding.lent(path for path, _ in wanted):
+        require_files(wanted, keys)
 
 
 def require_files(files: Iterable[File], keys: Keys) -> None:
