@@ -173,7 +173,7 @@ def test_qemu_cannot_open_a_tip_while_it_is_merged(scene: Scene, tmp_path: Path)
     scene("snapshot web1 s1")
     images.io(scene.path("main"), "qcow2", "write -P 2 0 200M")
     place = {**os.environ, "SNAPTREE_STATE": str(scene.state)}
-    process = subprocess.Popen([*TOOL, "delete", "web1", "s1", "--merge", "commit"], env=place)
+    process = subprocess.Popen([*TOOL, "delete", "web1", "s1", "--merge", "commit", "--limit", "100MiB/s"], env=place)
     opened = refused = 0
     while process.poll() is None:
         if "half-merged" in scene("show web1").out:
