@@ -127,6 +127,15 @@ def test_layers_are_merged(web1: Scene, way: str) -> None:
     assert len(web1.chain()) == 1
 
 
+def test_how_long_it_takes_is_foreseen(web1: Scene) -> None:
+    """Most of it is trying the passphrase: once beforehand, and for each layer."""
+    web1("snapshot web1 s1")
+    web1("snapshot web1 s2")
+    web1.write(".c")
+    plan = web1("delete web1 s1 s2 --plan --json").json
+    assert 2 * (1 + 2) < sum(each["seconds"] for each in (plan, *plan.get("then", ()))) < 2 * (1 + 3)
+
+
 def test_internal_snapshots(web1: Scene) -> None:
     """They are taken, gone back to, made external and deleted."""
     web1("snapshot web1 i1 --internal")

@@ -17,6 +17,7 @@ from snaptree.planning.health import ailments
 from snaptree.planning.live_merge import as_moved, is_live, merge_live, moved
 from snaptree.planning.merged import SHARING_SECONDS, merged_down, merged_up, merging, renamed
 from snaptree.planning.plan import Plan
+from snaptree.planning.sealing import opening_seconds
 from snaptree.planning.steps import (
     BuildMerged,
     Cover,
@@ -120,7 +121,7 @@ def _steps(draft: Draft, choices: Sequence[Choice]) -> Plan:
         steps += _down(draft, choice) if choice.down else _up(draft, choice)
     speed = draft.survey.bytes_per_second or USUAL_SPEED
     copied, extents = sum(choice.bytes for choice in choices), sum(choice.extents for choice in sharing)
-    seconds = 0.1 + copied / speed + extents * SHARING_SECONDS
+    seconds = 0.1 + copied / speed + extents * SHARING_SECONDS + opening_seconds(draft, (each.row for each in moving))
     return merging(draft, choices, steps, no_return, before=tree, recorded=marked, seconds=seconds)
 
 

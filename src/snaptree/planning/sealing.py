@@ -6,7 +6,7 @@ for whatever reads or moves data. A QEMU that runs has them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from snaptree.errors import NoKeyError, RefusedError
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 LUKS_BYTES = 2 << 20
 """As much as an empty overlay occupies more with a LUKS header, at the most, as QEMU makes it."""
+OPENING_SECONDS = 2.0
+"""So long QEMU takes by itself to try a passphrase (``iter-time``), once for each layer that it opens."""
 _AES = "{} is encrypted in qcow2's old way (AES)"
 _NO_KEY = "{} is encrypted, and its key is not known"
 _DOMAIN = "{} is encrypted, and with libvirt's domains that is not handled"
@@ -81,6 +83,13 @@ def unopened(draft: Draft, layer: LayerId, *, running: bool = False) -> str:
     if not facts.encrypted or facts.luks in draft.survey.keys or (running and draft.is_open(layer)):
         return ""
     return (_NO_KEY if facts.luks else _AES).format(path)
+
+
+def opening_seconds(draft: Draft, rows: Iterable[Sequence[LayerId]]) -> float:
+    """How long QEMU takes to open what is encrypted of these rows and beneath them; each key is tried before, too."""
+    layers = [layer for row in rows for layer in (*row[1:], *(each.id for each in draft.tree.chain(row[0])))]
+    ids = [facts.luks for facts in map(draft.facts, layers) if facts.encrypted]
+    return (len(ids) + len(set(ids))) * OPENING_SECONDS
 
 
 def key_hint(draft: Draft, layer: LayerId) -> str:
