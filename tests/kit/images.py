@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -40,13 +41,26 @@ def create(
 ) -> Path:
     """Make an image; options as QEMU's (``cluster_size``, ``compat``, ``extended_l2``, ``luks.OPTIONS`` …)."""
     words: list[str | Path] = ["qemu-img", "create", "-q", "-f", image_format]
-    words += luks.KEY if "encrypt.key-secret" in options else []
     if options:
         words += ["-o", ",".join(f"{key}={value}" for key, value in options.items())]
-    if backing is not None:
-        words += ["-b", os.path.relpath(backing[0], Path(path).parent), "-F", backing[1]]
-    run(*words, path, str(size))
+    below = ["-b", os.path.relpath(backing[0], Path(path).parent), "-F", backing[1]] if backing is not None else []
+    if "encrypt.key-secret" not in options:
+        run(*words, *below, path, str(size))
+        return Path(path)
+    words += [*luks.KEY, str(size)]
+    Path(path).write_bytes(_made_once(*map(str, words)))
+    if below:
+        run("qemu-img", "rebase", "-q", "-u", *luks.opened(path, "qcow2", alone=True), *below)
     return Path(path)
+
+
+@functools.cache
+def _made_once(*words: str) -> bytes:
+    """An encrypted image: QEMU takes seconds to find out how often it is to hash a passphrase."""
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
+        path = os.path.join(folder, "image")
+        run(*words[:-1], path, words[-1])
+        return Path(path).read_bytes()
 
 
 def io(path: str | Path, image_format: str, *commands: str) -> None:

@@ -17,6 +17,8 @@ from tests.kit.still import Still, placed
 from snaptree.images.facts import read_facts
 from snaptree.qemu.session import QmpSession
 
+SLOW = pytest.mark.slow
+
 
 class Locked(Still):
     """The machine with encrypted disks."""
@@ -69,7 +71,7 @@ def whole(scene: Locked, **words: str) -> None:
     scene.sound()
 
 
-@pytest.mark.parametrize("way", ["auto", "commit", "pull"])
+@pytest.mark.parametrize("way", ["auto", pytest.param("commit", marks=SLOW), pytest.param("pull", marks=SLOW)])
 def test_layers_are_merged_while_it_runs(locked: Locked, way: str) -> None:
     for number, word in enumerate((".c", "..d", "...e"), 1):
         locked(f"snapshot web1 s{number}")

@@ -187,7 +187,14 @@ def test_what_was_cut_off_does_not_come_back(scene: Scene, key: Path) -> None:
     scene.sound()
 
 
-@pytest.mark.parametrize("options", [{"cluster_size": 4 * KiB}, {"extended_l2": "on"}, {"cluster_size": 2048 * KiB}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cluster_size": 4 * KiB},
+        {"extended_l2": "on"},
+        pytest.param({"cluster_size": 2048 * KiB}, marks=pytest.mark.slow),
+    ],
+)
 def test_an_overlay_has_the_options_of_its_layer(scene: Scene, key: Path, options: dict[str, Any]) -> None:
     """And one that QEMU opens, wherever in the file the LUKS header comes to lie."""
     scene.image("web1.qcow2", word="b", **luks.OPTIONS, **options)
