@@ -13,7 +13,6 @@ from snaptree.cli.connecting import connect_option, connection
 from snaptree.cli.output import carry_out, done, print_json, print_plan, say
 from snaptree.cli.parsing import absolute, changing, disk_options, json_option, machine_argument
 from snaptree.errors import NotFoundError, SnaptreeError, UsageError
-from snaptree.machines.keys import read_by_others
 from snaptree.machines.machine import Machine
 from snaptree.machines.options import AddOptions
 from snaptree.machines.standalone import existing
@@ -105,6 +104,10 @@ def add_command(
 
 
 def _warn_of(keys: tuple[str, ...]) -> None:
+    if not keys:
+        return
+    from snaptree.machines.keys import read_by_others
+
     for file in read_by_others(keys):
         say(f"note: others may read the key in {file} ('chmod 600' keeps them from it)", err=True)
 

@@ -48,8 +48,8 @@ def luks_id(descriptor: int, header: Header, path: str) -> str:
     """
     if header.crypt_method != CRYPT_LUKS:
         return ""
-    offset, _ = _where(descriptor, header, path)
-    return hashlib.sha256(os.pread(descriptor, _FIXED, offset)).hexdigest()[:32]
+    _, _, fixed = _found(descriptor, header, path)
+    return hashlib.sha256(fixed).hexdigest()[:32]
 
 
 def read_luks(descriptor: int, header: Header, path: str) -> LuksHeader:
@@ -59,14 +59,14 @@ def read_luks(descriptor: int, header: Header, path: str) -> LuksHeader:
     """
     if header.crypt_method != CRYPT_LUKS:
         raise UnhealthyError(f"{path} has no LUKS header any more", "see what was done to it")
-    offset, length = _where(descriptor, header, path)
+    offset, length, _ = _found(descriptor, header, path)
     data = os.pread(descriptor, length, offset)
     pieces = ((at, data[at : at + _PIECE]) for at in range(0, length, _PIECE))
     return LuksHeader(length, tuple((at, piece) for at, piece in pieces if piece.strip(b"\0")))
 
 
-def _where(descriptor: int, header: Header, path: str) -> tuple[int, int]:
-    """Offset and length of the LUKS header in the file, in bytes."""
+def _found(descriptor: int, header: Header, path: str) -> tuple[int, int, bytes]:
+    """Offset and length of the LUKS header in the file, in bytes, and its fixed part."""
     told = header.extension(EXTENSION_ENCRYPTION)
     if told is None or len(told) != 16:
         raise _bad(path, "it does not say where its LUKS header is")
@@ -86,7 +86,7 @@ def _where(descriptor: int, header: Header, path: str) -> tuple[int, int]:
     # The file may end within its last cluster, but not before the last byte.
     if not os.pread(descriptor, 1, offset + length - 1):
         raise _bad(path, "the file ends within its LUKS header")
-    return offset, length
+    return offset, length, fixed
 
 
 def _bad(path: str, what: str) -> UnhealthyError:

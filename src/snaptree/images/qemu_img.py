@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from msgspec import Struct
@@ -28,7 +29,7 @@ def image_name(graph: Graph) -> str:
     return "json:" + json.dumps(graph)
 
 
-def with_keys(keys: Keys, *graphs: Graph) -> list[str]:
+def key_words(keys: Keys, *graphs: Graph) -> list[str]:
     """The words that give one of QEMU's programs the keys that it needs for the graphs.
 
     What is in a key's file is the passphrase, as QEMU's ``secret`` object reads it.
@@ -67,9 +68,23 @@ def wrong_key(path: str, said: str) -> NoKeyError:
     return NoKeyError(f"the key of {path} does not open it ({said})", "give another with 'snaptree set', --key FILE")
 
 
-def is_about_key(said: str) -> bool:
+def _is_about_key(said: str) -> bool:
     """Whether QEMU complains of a key."""
     return any(each in said for each in ("Invalid password", "Unable to read", "is not valid UTF-8"))
+
+
+@contextmanager
+def opening(path: str) -> Iterator[None]:
+    """What a monitor says of a key, in a block in which an image is opened, is told as :func:`wrong_key`.
+
+    :raise NoKeyError: the image's key does not open it.
+    """
+    try:
+        yield
+    except ToolError as error:
+        if _is_about_key(error.message):
+            raise wrong_key(path, error.message.rpartition(": ")[2]) from error
+        raise
 
 
 def _encrypted(graph: Graph) -> Iterator[tuple[str, str]]:
@@ -88,8 +103,8 @@ def require_opened(path: str, keys: Keys) -> None:
     :raise ToolError: the image cannot be opened.
     """
     graph = blockdev(path, "qcow2", None, None, locking=False)
-    done = run_program(["qemu-io", "-r", *with_keys(keys, graph), "-c", "quit", image_name(graph)])
-    if is_about_key(done.err):
+    done = run_program(["qemu-io", "-r", *key_words(keys, graph), "-c", "quit", image_name(graph)])
+    if _is_about_key(done.err):
         raise wrong_key(path, done.err.strip().rpartition(": ")[2])
     if done.status != 0 or done.err:
         raise _fail(["open"], done.err)
@@ -104,7 +119,7 @@ def _fail(arguments: Sequence[str], said: str) -> Exception:
         return NoSpaceError(f"qemu-img {arguments[0]} ran out of room: {line}", "free some room on that file system")
     if _LOCKED.search(said):
         return BusyError(f"qemu-img {arguments[0]} failed: {line}", "stop what has the image open, then try again")
-    if is_about_key(said):
+    if _is_about_key(said):
         return NoKeyError(f"qemu-img {arguments[0]} failed: {line}", "give another key with 'snaptree set', --key FILE")
     return ToolError(f"qemu-img {arguments[0]} failed: {line}")
 
@@ -168,7 +183,7 @@ def check(graph: Graph, *, repair: str | None = None, keys: Keys = NO_KEYS) -> C
     def hopeless() -> bool:
         return repair is None and seen > MOST_ERRORS
 
-    arguments = ["check", *with_keys(keys, graph), "--output=json", *repairing, image_name(graph)]
+    arguments = ["check", *key_words(keys, graph), "--output=json", *repairing, image_name(graph)]
     try:
         said = run(arguments, good=(0, 2, 3), complained=complained, cancelled=hopeless)
     except CancelledError:
@@ -184,23 +199,23 @@ def check(graph: Graph, *, repair: str | None = None, keys: Keys = NO_KEYS) -> C
 
 def snapshot_create(graph: Graph, tag: str, keys: Keys = NO_KEYS) -> None:
     """Take an internal snapshot."""
-    run(["snapshot", *with_keys(keys, graph), "-c", tag, image_name(graph)])
+    run(["snapshot", *key_words(keys, graph), "-c", tag, image_name(graph)])
 
 
 def snapshot_apply(graph: Graph, number: str, keys: Keys = NO_KEYS) -> None:
     """Make the active state what the internal snapshot of that id shows, its size too."""
-    run(["snapshot", *with_keys(keys, graph), "-a", number, image_name(graph)])
+    run(["snapshot", *key_words(keys, graph), "-a", number, image_name(graph)])
 
 
 def snapshot_delete(graph: Graph, tag: str, keys: Keys = NO_KEYS) -> None:
     """Delete the internal snapshot of that name."""
-    run(["snapshot", *with_keys(keys, graph), "-d", tag, image_name(graph)])
+    run(["snapshot", *key_words(keys, graph), "-d", tag, image_name(graph)])
 
 
 def resize(graph: Graph, size: int, *, shrink: bool = False, keys: Keys = NO_KEYS) -> None:
     """Give an image another size, in bytes; what a longer backing file would show past the old end is zeroed."""
     words = ["-q", *(["--shrink"] if shrink else []), image_name(graph), str(size)]
-    run(["resize", *with_keys(keys, graph), *words])
+    run(["resize", *key_words(keys, graph), *words])
 
 
 def write_zeroes(graph: Graph, ranges: Sequence[tuple[int, int]], keys: Keys = NO_KEYS) -> None:
@@ -209,7 +224,7 @@ def write_zeroes(graph: Graph, ranges: Sequence[tuple[int, int]], keys: Keys = N
     :raise ToolError: it failed.
     """
     commands = "".join(f"write -q -z {start} {length}\n" for start, length in ranges)
-    done = run_program(["qemu-io", *with_keys(keys, graph), image_name(graph)], commands)
+    done = run_program(["qemu-io", *key_words(keys, graph), image_name(graph)], commands)
     # It prints what failed and goes on with the next command.
     if done.status != 0 or "failed" in done.out or done.err:
         raise _fail(["zeroes"], done.err or done.out)
@@ -234,16 +249,8 @@ def convert_point(
     """
     backing = source.get("backing")
     number, tag = (each.replace(",", ",,") for each in point)
-    arguments = [
-        "convert",
-        *with_keys(keys, source, target),
-        "-p",
-        "-n",
-        "-O",
-        "qcow2",
-        "-l",
-        f"snapshot.id={number},snapshot.name={tag}",
-    ]
+    arguments = ["convert", *key_words(keys, source, target), "-p", "-n", "-O", "qcow2"]
+    arguments += ["-l", f"snapshot.id={number},snapshot.name={tag}"]
     if limiter is not None and limiter.speed > 0:
         arguments += ["-r", str(max(1, int(limiter.speed)))]
     if backing is not None:

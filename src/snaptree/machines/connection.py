@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from snaptree.errors import BusyError, ExistsError, NotFoundError, RefusedError, SnaptreeError
 from snaptree.images.locks import MachineLock
 from snaptree.machines.finding import find_disk
 from snaptree.machines.free import require_free, without_others
-from snaptree.machines.keys import with_keys
 from snaptree.machines.machine import Machine
 from snaptree.machines.options import AddOptions
 from snaptree.machines.standalone import Standalone, existing
@@ -133,7 +132,12 @@ class Connection:
         disks = tuple(without_others(self.database, disk) for disk in found)
         for disk in disks:
             require_free(self.database, disk, adopt=options.adopt, monitor=options.qmp)
-        layers = dict.fromkeys(each.path for disk in disks for each in disk.every() if each.luks)
+        keys: Mapping[str, str] = {}
+        if options.keys:
+            from snaptree.machines.keys import with_keys
+
+            layers = dict.fromkeys(each.path for disk in disks for each in disk.every() if each.luks)
+            keys = with_keys({}, options.keys, layers)
         records: tuple[FoundSnapshot, ...] = ()
         if options.from_xml is not None:
             from snaptree.machines.libvirt_xml import read_folder
@@ -149,7 +153,7 @@ class Connection:
             folder=options.folder,
             created=time.time(),
             agent=options.agent,
-            keys=with_keys({}, options.keys, layers),
+            keys=keys,
         )
         survey = read_survey(self.database, config, empty(options.name), beside=False)
         return add(survey, AddRequest(config, disks, options.adopt, records))

@@ -66,7 +66,7 @@ def read_survey(
         start=_start(database, config),
         monitor=own_monitor(database, config.name),
         busy=_busy(database, tree),
-        keys=frozenset(lock for lock, path in config.keys.items() if os.path.isfile(path) and os.access(path, os.R_OK)),
+        keys=frozenset(luks for luks, path in config.keys.items() if os.path.isfile(path) and os.access(path, os.R_OK)),
         memories={each.id: wrong for each in tree.memories.values() if (wrong := memory_file.ailment(each))},
     )
 

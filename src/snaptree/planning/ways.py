@@ -147,12 +147,12 @@ def _common_obstacle(draft: Draft, row: Row, written: Layer) -> str:
     # A top that is longer than what is beneath it gets the zeroes that it shows there, whatever the way.
     covered = any(tree.layers[each].virtual_size < top.virtual_size for each in row[:-1])
     changed = (written, *([top] if covered else []))
+    plain = next((each.path for each in changed if not draft.facts(each.id).encrypted), None)
     for layer in (*(tree.layers[each] for each in row[1:]), *tree.chain(row[0])):
         if reason := unopened(draft, layer.id, running=draft.is_open(row[-1])):
             return f"{reason} ({key_hint(draft, layer.id)})"
-        plain = [each.path for each in changed if not draft.facts(each.id).encrypted]
-        if draft.facts(layer.id).encrypted and plain:
-            return f"{layer.path} is encrypted, and {plain[0]} is not, where its data would come to lie"
+        if draft.facts(layer.id).encrypted and plain is not None:
+            return f"{layer.path} is encrypted, and {plain} is not, where its data would come to lie"
     for layer in tree.chain(row[0]):
         ailment = draft.ailments.get(layer.id)
         if ailment is not None and ailment.blocks:

@@ -9,10 +9,10 @@ import tempfile
 from types import TracebackType
 from typing import Any
 
-from snaptree.errors import SnaptreeError, ToolError
+from snaptree.errors import SnaptreeError
 from snaptree.images import child
 from snaptree.images.child import ends_with_us, find_tool
-from snaptree.images.qemu_img import NO_KEYS, Keys, is_about_key, keys_for, wrong_key
+from snaptree.images.qemu_img import NO_KEYS, Keys, keys_for, opening
 from snaptree.qemu import jobs
 from snaptree.qemu.session import QmpSession
 
@@ -94,16 +94,12 @@ class StorageDaemon:
 
         :raise NoKeyError: it is encrypted, and its key is not among these, or does not open it.
         """
-        try:
+        with opening(blockdev["file"]["filename"]):
             for name, path in keys_for(blockdev, keys).items():
                 if name not in self._given:
                     await self.qmp.execute("object-add", qom_type="secret", id=name, file=path)
                     self._given.add(name)
             await self.qmp.execute("blockdev-add", **blockdev)
-        except ToolError as error:
-            if is_about_key(error.message):
-                raise wrong_key(blockdev["file"]["filename"], error.message.rpartition(": ")[2]) from error
-            raise
 
     async def settle(self, blockdev: dict[str, Any]) -> None:
         """Have everything written to an image that QEMU holds back, tables too.

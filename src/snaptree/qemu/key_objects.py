@@ -5,9 +5,9 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from snaptree.errors import SnaptreeError, ToolError
+from snaptree.errors import SnaptreeError
 from snaptree.images import gate
-from snaptree.images.qemu_img import Keys, is_about_key, no_key, wrong_key
+from snaptree.images.qemu_img import Keys, no_key, opening
 from snaptree.qemu.graph import BlockGraph, Node
 from snaptree.qemu.running import RunningQemu
 
@@ -28,17 +28,16 @@ async def add_overlay(qemu: RunningQemu, graph: BlockGraph, tip: Node, blockdev:
     luks = gate.luks_id_at(path)
     given = ours not in graph.keys and luks in keys
     try:
-        if given:
-            await qemu.qmp.execute("object-add", qom_type="secret", id=ours, file=keys[luks])
-        elif ours not in graph.keys:
-            blockdev = {**blockdev, "encrypt": {"format": "luks", "key-secret": _theirs(graph, tip, luks, path)}}
-        await qemu.add(blockdev)
-    except ToolError as error:
+        with opening(path):
+            if given:
+                await qemu.qmp.execute("object-add", qom_type="secret", id=ours, file=keys[luks])
+            elif ours not in graph.keys:
+                blockdev = {**blockdev, "encrypt": {"format": "luks", "key-secret": _theirs(graph, tip, luks, path)}}
+            await qemu.add(blockdev)
+    except SnaptreeError:
         if given:
             with suppress(SnaptreeError):
                 await qemu.qmp.execute("object-del", id=ours)
-        if is_about_key(error.message):
-            raise wrong_key(path, error.message.rpartition(": ")[2]) from error
         raise
 
 

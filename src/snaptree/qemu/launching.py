@@ -77,7 +77,7 @@ def command_line(
             node = node_name(layer, token)
             opened.append(gate.blockdev(path, image_format, node, below, read_only=layer != chain[0][0]))
             below = node
-    found = [*qemu_img.with_keys(keys, *opened), *(word for each in opened for word in ("-blockdev", json.dumps(each)))]
+    found = [*qemu_img.key_words(keys, *opened), *(word for each in opened for word in ("-blockdev", json.dumps(each)))]
     for disk in disks if not used else ():
         found += ["-device", f"virtio-blk-pci,drive={tips[disk]},id={disk}"]
     # At the end, whatever runs QEMU for the user (nice, taskset).

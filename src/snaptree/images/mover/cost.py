@@ -212,9 +212,9 @@ def _packed_beneath(mapping: Mapping, window: Window, below: Sequence[Allocation
     wanted = np.flatnonzero(window.beneath)
     if not below or not len(wanted):
         return False
+    if _beyond_the_mover(below):
+        return True
     for each in below:
-        if isinstance(each, Qcow2Allocation) and (each.header.extended_l2 or each.header.encrypted):
-            return True
         for number in wanted.tolist():
             start = (window.start + number * mapping.unit) // each.cluster * each.cluster
             end = -(-(window.start + (number + 1) * mapping.unit) // each.cluster) * each.cluster
