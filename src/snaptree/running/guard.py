@@ -64,7 +64,8 @@ class StandBy:
         with theirs:
             # The standard streams are not inherited: whoever reads ours would wait for its end.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", self._module, str(theirs.fileno()), *self._words],
+                # -P: whoever may write to the folder that we are in has no say in what it runs.
+                [sys.executable, "-P", "-m", self._module, str(theirs.fileno()), *self._words],
                 pass_fds=(*self._descriptors, theirs.fileno()),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
