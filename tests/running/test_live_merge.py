@@ -199,6 +199,61 @@ def test_snaptree_and_its_guard_are_killed_while_the_guest_goes_over(snapshots: 
     whole(snapshots, "s3")
 
 
+def qemu_dies_soon(still: Still) -> Callable[[Callable[[], None]], None]:
+    """As soon as the commit has been begun anew the guest writes; then QEMU is killed, and so are we."""
+
+    def arrange(kill: Callable[[], None]) -> None:
+        async def followed(qmp: QmpSession, jobs: Any, *_: Any) -> None:
+            await qmp.execute("job-pause", id=jobs[0].id)
+            for each in writing("..z"):
+                assert await qmp.execute("human-monitor-command", command_line=each) == ""
+            still.kill_qemu()
+            kill()
+
+        setattr(live_jobs, "follow", followed)  # noqa: B010
+
+    return arrange
+
+
+def test_what_it_writes_after_that_is_not_taken_for_stale(snapshots: Still) -> None:
+    """The journal had said that the guest goes over; once the job has been given up that counts no more."""
+    snapshots.killed("delete web1 s3 --merge commit", with_its_guard)
+    snapshots.killed("recover web1", qemu_dies_soon(snapshots))
+    snapshots("recover web1")
+    whole(snapshots, "s3", main="cdz.....")
+
+
+@pytest.mark.parametrize("outrun", [1, 2])
+def test_a_guest_that_writes_too_fast_to_go_over(outrun: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one disk of two: either both are merged otherwise, or the one has gone over, and the other waits."""
+    stop, seen = live_jobs.stop_the_guest, list[str]()
+
+    async def stopping(qmp: QmpSession, job: Merging) -> bool:
+        seen.append(job.id)
+        with monkeypatch.context() as patched:
+            if len(seen) == outrun:
+                patched.setattr(live_jobs, "PENDING_SECONDS", -1.0)
+            return await stop(qmp, job)
+
+    monkeypatch.setattr(live_jobs, "stop_the_guest", stopping)
+    with standing(2) as two:
+        two("snapshot web1 s1")
+        for disk in two.targets:
+            two.write(".x", disk)
+        said = two("delete web1 s1", status=None)
+        assert said.status == (0 if outrun == 1 else FAILED), said.err
+        assert ("pulled up instead" in said.out + said.err) == (outrun == 1)
+        assert two.jobs() == {}
+        for disk in two.targets:
+            two.write("..z", disk)
+        two("recover web1")
+        two("gc web1")
+        assert two.jobs() == {} and set(two.names()) == {"main"}
+        assert [two.shows(disk=disk) for disk in two.targets] == ["bxz.....", "bxz....."]
+        two("stop web1 --force")
+        two.sound()
+
+
 async def finalize(qmp: QmpSession, job: str) -> None:
     """What somebody does who wants a commit that is ready to come to its end."""
     for command, until in (("job-complete", "pending"), ("job-finalize", "concluded")):

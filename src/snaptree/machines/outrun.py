@@ -13,6 +13,7 @@ from snaptree.planning.live_steps import LiveMerge
 from snaptree.planning.plan import Plan
 from snaptree.planning.sweep import SquashRequest
 from snaptree.planning.verbs import Request
+from snaptree.store import operations
 
 if TYPE_CHECKING:
     from snaptree.machines.standalone import Standalone
@@ -41,12 +42,14 @@ async def pull_instead(
     """Carry out pulls instead of the commits that the guest has outrun, on the same files, which are locked.
 
     :param run: carries out a plan.
-    :raise OutrunError: the user asked for a commit, or nothing can be pulled.
+    :raise OutrunError: the user asked for a commit, nothing can be pulled, or another disk's guest has gone over
+        already: recovery goes on with the rest.
     """
     from snaptree.machines.asking import again
 
     rows = _rows(plan)
-    if getattr(request, "merge", "auto") == "commit" or not rows or qemu is None:
+    asked, begun = getattr(request, "merge", "auto") == "commit", operations.unfinished(machine.database, machine.name)
+    if asked or begun or not rows or qemu is None:
         raise error
     said = ["the guest wrote faster than its disk was committed: its data was pulled up instead"]
     for row in rows:

@@ -32,9 +32,7 @@ async def merge(step: LiveMerge, context: Context) -> None:
         return
     qemu = context.qemu
     if context.recovering:
-        # One that is about to go over may have been told to, or have been cancelled: nobody knows.
-        unclear = await live_jobs.pending(qemu.qmp, [_id(step, job, context) for job in step.jobs if job.active])
-        await abandon(qemu.qmp, unclear)
+        await _stay(qemu, step, context)
     known = await live_jobs.living(qemu.qmp, [_id(step, job, context) for job in step.jobs])
     graph = await qemu.graph()
     waiting = [job for job in step.jobs if not is_merged(graph, job)]
@@ -51,8 +49,11 @@ async def merge(step: LiveMerge, context: Context) -> None:
         for job in jobs:
             if not job.active:
                 await _flush(qemu, graph, job)
+        for job, merging in sorted(jobs.items(), key=lambda each: each[0].active):
+            await (_go_over if job.active else _finalize)(qemu, job, merging, context)
+            context.journal.moved += job.bytes
     except BaseException:
-        # Nothing is finalized yet: each job leaves a chain that is right.
+        # What is not finalized leaves a chain that is right; what is stays so, and the rest is done later.
         await abandon(qemu.qmp, [each.id for each in jobs.values()])
         with suppress(SnaptreeError):
             for job in (each for each in jobs if each.active):
@@ -63,14 +64,26 @@ async def merge(step: LiveMerge, context: Context) -> None:
         raise
     finally:
         steering.end()
-    for job, merging in sorted(jobs.items(), key=lambda each: each[0].active):
-        await (_go_over if job.active else _finalize)(qemu, job, merging, context)
-        context.journal.moved += job.bytes
     await _close(qemu, step)
     _sync(step)
     _require_merged(await qemu.graph(), step)
     if goes_on:
         await _go_on_without(qemu)
+
+
+async def _stay(qemu: RunningQemu, step: LiveMerge, context: Context) -> None:
+    """Let a guest that was about to go over stay where it was: it may have been told to, or not, and nobody knows.
+
+    What the journal had been told of it counts no more, and says so before the guest can write again.
+    """
+    active = {_id(step, job, context): job for job in step.jobs if job.active}
+    unclear = await live_jobs.pending(qemu.qmp, list(active))
+    for name in unclear:
+        context.journal.note(active[name].row[0][0], STAY)
+    await abandon(qemu.qmp, unclear)
+    for job in active.values():
+        # Somebody may have finalized it just then, or cancelled it before.
+        await _tell(qemu, job, context)
 
 
 async def _go_on_without(qemu: RunningQemu) -> None:
