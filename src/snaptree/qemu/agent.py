@@ -103,24 +103,32 @@ class GuestAgent:
 
         :raise ToolError: it does not, in that time.
         """
-        until = time.monotonic() + seconds
+        self._sync(time.monotonic() + seconds)
+
+    def _sync(self, until: float, *more: bytes) -> None:
+        """The same, with commands that the agent finds right behind it."""
         number = secrets.randbelow(1 << 31)
         self._said = b""
         # The first byte makes the agent forget half a command that somebody has left in the channel.
-        self._send(_SENTINEL + _command("guest-sync-delimited", {"id": number}), until)
+        self._send(_SENTINEL + _command("guest-sync-delimited", {"id": number}) + b"".join(more), until)
         while True:
             line = self._line(until)
             if _SENTINEL in line and _answer(line.rpartition(_SENTINEL)[2]) == {"return": number}:
                 return
 
-    def execute(self, command: str, seconds: float) -> Any:
+    def execute(self, command: str, seconds: float, *, ahead: bool = False) -> Any:
         """Carry out one command.
 
+        :param ahead: leave the command to an agent that is still at something else, and so does not answer: it is
+            carried out next, whether we hear of it or not.
         :raise ToolError: it was refused, or is not answered in that time, or with nonsense.
         """
         until = time.monotonic() + seconds
-        self.sync(min(seconds, ANSWER_SECONDS))
-        self._send(_command(command, {}), until)
+        if ahead:
+            self._sync(until, _command(command, {}))
+        else:
+            self.sync(min(seconds, ANSWER_SECONDS))
+            self._send(_command(command, {}), until)
         line = self._line(until)
         answer = _answer(line)
         if answer is None or ("return" in answer) == ("error" in answer):
@@ -186,7 +194,7 @@ class GuestAgent:
         return count
 
     def thaw(self, seconds: float | None = None) -> None:
-        """Let the guest write again; tried until it does.
+        """Let the guest write again; tried until it does. One that is only just being frozen is thawed when it is.
 
         :raise ToolError: it cannot be reached for so long.
         """
@@ -196,7 +204,7 @@ class GuestAgent:
                 left = max(0.1, until - time.monotonic())
                 with suppress(ToolError):
                     # It refuses where nothing is frozen.
-                    self.execute("guest-fsfreeze-thaw", left)
+                    self.execute("guest-fsfreeze-thaw", left, ahead=True)
                 if self.execute("guest-fsfreeze-status", max(0.1, until - time.monotonic())) == "thawed":
                     return
             except SnaptreeError:

@@ -31,14 +31,17 @@ async def quiesced(qemu: RunningQemu, path: str | None) -> AsyncIterator[None]:
         guest.require_thawed()
         with StandBy(
             "snaptree.running.quiescing", [guest.descriptor], [str(guest.descriptor), guest.path], "the frozen guest"
-        ):
+        ) as standby:
             try:
                 if not guest.freeze():
                     hint = "mount what is to be frozen, or leave out --quiesce"
                     raise ToolError("the guest agent has no file system to freeze", hint)
                 yield
             finally:
+                # Until it is known to be thawed somebody goes on trying.
+                standby.left = True
                 guest.thaw()
+                standby.left = False
     finally:
         guest.close()
 
