@@ -166,6 +166,19 @@ def test_qemu_dies_or_hangs_up_at_a_command(
 
 
 @pytest.mark.root
+@pytest.mark.parametrize("kind", ["xfs"])
+def test_qemu_hangs_up_when_it_is_to_close_what_was_merged(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would keep the room of files that are gone until it ends."""
+    line = Line(Still(place))
+    words = line.line
+    with monkeypatch.context() as patched:
+        came = at_command(patched, "blockdev-del", hanging_up(patched))
+        status = line.still.any(words)
+    assert came() and status != 1
+    assert line.settled()
+
+
+@pytest.mark.root
 @pytest.mark.parametrize(("kind", "where", "stride"), cases(("xfs", MIDDLE, 17), more=[(1,)]))
 def test_stopped_by_its_user_at_a_command(
     place: Path, where: str, stride: int, monkeypatch: pytest.MonkeyPatch
@@ -201,7 +214,10 @@ def test_no_room(place: Path, kind: str, where: str) -> None:
     for kibibytes in (0, 16, 64, 200, 1000):
         words = line.line
         with filled(place, kibibytes << 10):
-            statuses.add(line.still.any(words))
+            statuses.add(status := line.still.any(words))
+        if status == NO_STATE:
+            # What could not be written down is as after a kill.
+            line.still("recover web1")
         # What the machine writes needs room as well.
         line.right()
         line.settled()

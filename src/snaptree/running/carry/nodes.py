@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from contextlib import suppress
 
 from snaptree.errors import SnaptreeError, UnhealthyError
 from snaptree.qemu.graph import BlockGraph, Inode, Node
@@ -35,10 +34,15 @@ async def let_go(qemu: RunningQemu, nodes: Iterable[str]) -> None:
     """Have QEMU close nodes that are out of its graph: those that were opened by name stay until they are told to go.
 
     One that something else uses stays open; its file's room comes back when QEMU ends.
+
+    :raise ToolError: QEMU does not answer any more: what it still has open is to be closed later.
     """
     for name in dict.fromkeys(nodes):
-        with suppress(SnaptreeError):
+        try:
             await qemu.blockdev_del(name)
+        except SnaptreeError:
+            if not await qemu.answers():
+                raise
 
 
 def is_top(graph: BlockGraph, path: str) -> bool:
