@@ -64,7 +64,7 @@ async def _asked(qemu: RunningQemu, tree: Tree, writer: str, name: str) -> tuple
             await qemu.close()
             return Power(OFF, None, f"the QEMU at {qemu.path} runs another machine"), None
         live = await _live(qemu, graph, tree, commands)
-        return Power(live.state, live), qemu
+        return Power(live.state, live, next(iter(live.astray.values()), "")), qemu
     except SnaptreeError as error:
         await qemu.close()
         return Power(UNKNOWN, None, error.message, error.hint), None
@@ -73,14 +73,15 @@ async def _asked(qemu: RunningQemu, tree: Tree, writer: str, name: str) -> tuple
 async def again(qemu: RunningQemu, tree: Tree) -> Power:
     """What a machine does that has told us before, with what it has open now.
 
-    :raise UnhealthyError: it has other images open than the tree says.
+    :raise UnhealthyError: its disks are other images than the tree says.
     """
     live = await _live(qemu, await qemu.graph(), tree, await qemu.commands())
     return Power(live.state, live)
 
 
 async def _live(qemu: RunningQemu, graph: BlockGraph, tree: Tree, commands: frozenset[str]) -> Live:
-    nodes, words = match(graph, tree, qemu.path), qemu.command_line()
+    astray: dict[LayerId, str] = {}
+    nodes, words = match(graph, tree, qemu.path, astray), qemu.command_line()
     known = frozenset(layer for layer, node in nodes.items() if options_of(graph, node, words) is not None)
     tracked = frozenset(layer for layer, node in nodes.items() if node.bitmaps)
     unnamed = frozenset(layer for layer, node in nodes.items() if is_unnamed(node))
@@ -100,6 +101,7 @@ async def _live(qemu: RunningQemu, graph: BlockGraph, tree: Tree, commands: froz
         let_go=word == "postmigrate" and "blockdev-set-active" not in commands,
         backups={disk: job for disk, node in tops.items() if (job := graph.backup(node))},
         jobs={disk: job for disk, node in tops.items() if (job := graph.job_on(node))},
+        astray=astray,
     )
 
 
@@ -181,10 +183,13 @@ async def stands_on(monitor: str, paths: Sequence[str]) -> bool:
     return True
 
 
-def match(graph: BlockGraph, tree: Tree, monitor: str) -> dict[LayerId, Node]:
+def match(graph: BlockGraph, tree: Tree, monitor: str, astray: dict[LayerId, str] | None = None) -> dict[LayerId, Node]:
     """The node of each layer that the active tips stand on.
 
-    :raise UnhealthyError: QEMU has other images open, or stacked otherwise, than the tree says.
+    :param astray: gets the layers of disks that QEMU has stacked otherwise, with a sentence that says so; of these the
+        nodes are given which it has.
+    :raise UnhealthyError: QEMU has other images as its disks than the tree says or, without ``astray``, stacked
+        otherwise.
     """
     found: dict[LayerId, Node] = {}
     for disk, point in sorted(tree.active_branch.tips.items()):
@@ -199,8 +204,11 @@ def match(graph: BlockGraph, tree: Tree, monitor: str) -> dict[LayerId, Node]:
         if len(nodes) != len(layers) or not all(map(_same, [graph] * len(nodes), nodes, layers)):
             has = " on ".join(graph.file_of(node).path or node.name for node in nodes)
             knows = " on ".join(layer.path for layer in layers)
-            raise UnhealthyError(f"the QEMU at {monitor} has {has} as {disk}, the tree knows {knows}", hint)
-        found.update({layer.id: node for layer, node in zip(layers, nodes, strict=True)})
+            why = f"the QEMU at {monitor} has {has} as {disk}, the tree knows {knows}"
+            if astray is None:
+                raise UnhealthyError(why, hint)
+            astray.update({layer.id: why for layer in layers})
+        found.update({layer.id: node for node in nodes for layer in layers if _same(graph, node, layer)})
     return found
 
 

@@ -8,12 +8,13 @@ import secrets
 import shlex
 import time
 from collections.abc import Mapping
+from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING
 
 from snaptree.errors import BusyError, RefusedError, SnaptreeError, UsageError
 from snaptree.images import durable
 from snaptree.machines import due
-from snaptree.machines.asking import match
+from snaptree.machines.asking import for_recovery, match
 from snaptree.machines.power import WORK_SECONDS, Power, own_monitor, written_by
 from snaptree.model.live import OFF, PAUSED
 from snaptree.model.machine import MachineConfig
@@ -153,17 +154,22 @@ async def _stop(machine: Standalone, seconds: float, wait: float, *, force: bool
         config, tree = trees.load_config(machine.database, machine.name), machine.tree()
         due.forget(machine.database, machine.name)
         async with machine.asked(tree, WORK_SECONDS) as (power, qemu):
-            if qemu is None:
-                if power.state == OFF:
-                    return "it was off"
-                raise BusyError(f"machine {config.name} cannot be stopped: {power.why}", power.hint)
-            ended = os.pidfd_open(qemu.pid)
-            try:
-                forced = force or not await _shut_down(qemu, config, power, ended, seconds)
+            if qemu is None and power.state == OFF:
+                return "it was off"
+            async with AsyncExitStack() as stack:
+                if qemu is None and config.qmp is None:
+                    # One that we have started is this machine whatever was done to its disks.
+                    with suppress(SnaptreeError):
+                        qemu = await for_recovery(machine.database, config, tree)
+                    if qemu is not None:
+                        stack.push_async_callback(qemu.close)
+                if qemu is None:
+                    raise BusyError(f"machine {config.name} cannot be stopped: {power.why}", power.hint)
+                ended = os.pidfd_open(qemu.pid)
+                stack.callback(os.close, ended)
+                forced = force or not await _shut_down(qemu, config.name, ended, seconds)
                 if forced:
                     await end(qemu, ended)
-            finally:
-                os.close(ended)
         await _wait_until_free(tree)
         if config.qmp is None:
             durable.remove_small(own_monitor(machine.database, config.name))
@@ -176,13 +182,13 @@ async def turn_off(qemu: RunningQemu, tree: Tree) -> None:
     await _wait_until_free(tree)
 
 
-async def _shut_down(qemu: RunningQemu, config: MachineConfig, power: Power, ended: int, seconds: float) -> bool:
+async def _shut_down(qemu: RunningQemu, name: str, ended: int, seconds: float) -> bool:
     """Whether the guest has shut down in time."""
     if await qemu.run_state() == "shutdown":
         return False
-    if power.state == PAUSED:
+    if await qemu.state() == PAUSED:
         hint = "let it run first, or turn it off with --force"
-        raise RefusedError(f"machine {config.name} is paused, and cannot be asked to shut down", hint)
+        raise RefusedError(f"machine {name} is paused, and cannot be asked to shut down", hint)
     await qemu.qmp.execute("system_powerdown")
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -20,7 +20,8 @@ class Live(Struct, frozen=True):
     it keeps dirty bitmaps. ``commands`` is what its monitor can be asked for. ``files`` are all files that it has open,
     by device and inode, ``disks`` those of them that its devices have as their disks. ``memory`` is set where that was
     asked for, as it takes a while. ``backups`` are the names of backup jobs, not of ours, by the disks that they copy,
-    ``jobs`` those of any such jobs that work on what a device has as its disk.
+    ``jobs`` those of any such jobs that work on what a device has as its disk. ``astray`` are the layers of disks that
+    it has stacked otherwise than the tree knows them, as after a merge by hand, with a sentence that says so.
     One that has ``let_go`` of its disks, having saved its memory, uses them only when
     the guest goes on. A ``transient`` one libvirt forgets when it ends, with all that it knew of its disks.
     """
@@ -39,3 +40,4 @@ class Live(Struct, frozen=True):
     transient: bool = False
     backups: Mapping[str, str] = field(default_factory=dict)
     jobs: Mapping[str, str] = field(default_factory=dict)
+    astray: Mapping[LayerId, str] = field(default_factory=dict)

@@ -31,7 +31,8 @@ def ailments(tree: Tree, survey: Survey) -> Mapping[LayerId, Ailment]:
         facts = survey.layers.get(layer.id)
         if facts is None:
             continue
-        ailment = _ailment(tree, layer.id, survey)
+        astray = survey.live.astray.get(layer.id) if survey.live is not None else None
+        ailment = _ailment(tree, layer.id, survey) or (Ailment("changed", astray) if astray is not None else None)
         if ailment is None and layer.half_merged:
             ailment = Ailment("half-merged", f"a commit into {layer.path} waits to go on; gc finishes it")
         if ailment is not None:
