@@ -286,6 +286,8 @@ class Fake:
         if command == "guest-fsfreeze-status":
             return _line({"return": "frozen" if self._frozen else "thawed"})
         if command == "guest-fsfreeze-freeze":
+            if way == "freezes for long":
+                time.sleep(FOR_LONG)
             self._frozen = way not in ("refuses", "has nothing to freeze")
             refused = {"error": {"class": "CommandNotFound", "desc": "the command is disabled"}}
             return {
@@ -309,6 +311,7 @@ def _line(value: dict[str, Any]) -> bytes:
     return json.dumps(value).encode() + b"\n"
 
 
+FOR_LONG = 5.0
 STRANGE = {
     "closes": "went away",
     "says nothing": "does not answer",
@@ -348,6 +351,19 @@ def test_what_was_in_the_channel_before_is_passed_over(quiet: AgentStage, impati
     quiet("snapshot web1 s --quiesce")
     quiet("set web1 --agent ''")
     assert fake.asked.count("guest-fsfreeze-freeze") == 1 and not fake.frozen
+
+
+def test_one_that_freezes_for_longer_than_it_is_waited_for(quiet: AgentStage, impatient: None) -> None:
+    """It is thawed when it is done at last, though all others have gone home."""
+    fake = Fake(quiet.folder / "fake-slow", "freezes for long")
+    quiet(f"set web1 --agent {quiet.folder}/fake-slow")
+    since = time.monotonic()
+    assert "does not answer" in quiet("snapshot web1 s --quiesce", status=12).err
+    assert time.monotonic() - since < FOR_LONG and "s" not in quiet.names()
+    quiet("set web1 --agent ''")
+    while "guest-fsfreeze-thaw" not in fake.asked or fake.frozen:
+        assert time.monotonic() - since < FOR_LONG + 10
+        time.sleep(0.05)
 
 
 def test_a_guest_that_does_not_thaw_is_told_of(quiet: AgentStage, impatient: None) -> None:
