@@ -12,8 +12,9 @@ import time
 
 import pytest
 from tests.kit import guest
-from tests.kit.domain import DomainScene
+from tests.kit.domain import DomainScene, of_libvirt
 from tests.kit.libvirtd import LABELLED, libvirtd
+from tests.kit.scene import command
 from tests.libvirt.test_killed import killed
 
 pytestmark = pytest.mark.root
@@ -113,6 +114,13 @@ def test_it_is_being_migrated(web: DomainScene) -> None:
                 assert time.monotonic() < until
                 time.sleep(0.05)
             is_busy(web, "a migration")
+            while web.name not in other.virsh("list", "--all", "--name").split():
+                assert process.poll() is None and time.monotonic() < until
+                time.sleep(0.05)
+            # Where it comes to there is no word of its progress, but nobody may touch it there, either.
+            with of_libvirt(other.uri):
+                found = command("snapshot", web.name, "s2", state=web.folder / "elsewhere")
+            assert found.status == BUSY and "igrat" in found.err, found.err
             assert process.poll() is None
             web.virsh("domjobabort", "@")
         finally:

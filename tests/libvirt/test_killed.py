@@ -10,7 +10,7 @@ from tests.kit.told import run_killed
 
 pytestmark = pytest.mark.root
 
-TOLD = ("define", "redefine", "forget_record", "undefine", "cut", "commit", "pull", "pivot", "flush")
+TOLD = ("define", "redefine", "forget_record", "undefine", "cut", "commit", "pull", "pivot", "stand_still", "go_on")
 
 
 VERBS = {
@@ -70,6 +70,23 @@ def one(web: DomainScene, line: str, when: int, *, before: bool) -> bool:
 @pytest.mark.parametrize(("line", "when"), [("delete @ s1 s2", 2), ("revert @ s1", 1)])
 def test_killed_between(web: DomainScene, line: str, when: int) -> None:
     assert one(web, line, when, before=when % 2 == 0)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("call", ["stand_still", "go_on"])
+def test_killed_while_it_stands_still_for_a_moment(web: DomainScene, call: str, before: bool) -> None:
+    """So that QEMU brings to disk what it has merged. It goes on afterwards."""
+    shown = prepared(web)
+    web.be("running")
+    done, told = run_killed(web, "delete @ s3 --merge pull", 1, before=before, calls=(call,))
+    assert told and done.returncode == -signal.SIGKILL
+    web("recover @")
+    assert web.show()["state"] == "running"
+    web("gc @")
+    assert web.show()["state"] == "running"
+    web.be("off")
+    is_whole(web, shown)
+    web.sound()
 
 
 @pytest.mark.mutants

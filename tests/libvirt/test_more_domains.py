@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,32 @@ def test_uefi_variables_on_a_device_do_not_go_with_the_domain(domain: DomainScen
     domain("remove @ --delete-files --yes")
     assert domain.name not in domain.virsh("list", "--all", "--name").split()
     assert node.is_block_device() and domain.files() == set()
+
+
+def test_a_guest_that_has_crashed_and_is_kept(domain: DomainScene) -> None:
+    """``<on_crash>preserve``: its QEMU is there, and has the disks open."""
+    path = domain.image("web.qcow2")
+    domain.left.add(domain.image("boot.raw", "raw"))
+    # mov dx, 0x505; mov al, 1; out dx, al; hlt: what tells QEMU's panic device that the guest has crashed.
+    code = bytes.fromhex("ba0505b001eef4")
+    (domain.disks / "boot.raw").write_bytes((code.ljust(510, b"\0") + b"\x55\xaa").ljust(SLOTS * SLOT, b"\0"))
+    for each in (path, domain.disks / "boot.raw"):
+        each.chmod(0o600)
+    panic = "<panic model='isa'/>"
+    domain.define("vda=boot.raw", "vdb=web.qcow2", more="<on_crash>preserve</on_crash>", devices=panic)
+    domain.virsh("start", "@")
+    until = time.monotonic() + 60
+    while "crashed" not in domain.virsh("domstate", "@"):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert domain.show()["state"] == "paused"
+    assert "has to be off" in domain("remove @", status=REFUSED).err
+    domain("snapshot @ s1")
+    assert "it is paused" in str(domain("delete @ s1 --plan").out) or domain("delete @ s1").status == 0
+    domain.virsh("destroy", "@")
+    assert domain.show()["state"] == "off"
+    domain("gc @")
+    domain.sound()
 
 
 def test_memory_that_virsh_has_saved(web: DomainScene) -> None:

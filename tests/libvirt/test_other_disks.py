@@ -13,6 +13,8 @@ from tests.kit.scene import SLOT, SLOTS
 
 pytestmark = pytest.mark.root
 REFUSED = 6
+WHICH = (("a", "web"), ("b", "data"))
+EJECT: dict[str, list[str]] = {"cdrom": ["--eject"], "disk": []}
 
 
 def test_a_block_device_that_virsh_takes_no_snapshot_of(domain: DomainScene, state: str) -> None:
@@ -44,6 +46,65 @@ def test_a_block_device_that_virsh_takes_no_snapshot_of(domain: DomainScene, sta
         assert domain.files() == {"disk.raw"}
         domain.sound()
         domain.remove()
+
+
+def test_a_disk_comes_back_whose_place_another_device_has_taken(web: DomainScene) -> None:
+    """An address is one device's, and a boot order that of all; what the disk was like else it is again."""
+    web.image("data.qcow2", word="d")
+    extra = web.image("more.qcow2")
+    for path in web.disks.iterdir():
+        path.chmod(0o600)
+    boot = "<driver name='qemu' type='qcow2' discard='unmap'/><boot order='1'/>"
+    text = define_text(web.name, web.uuid, [(f"vd{at}", web.disks / f"{name}.qcow2", "qcow2") for at, name in WHICH])
+    driver = "<driver name='qemu' type='qcow2'/>"
+    web.define_xml(boot.join(text.rsplit(driver, 1)))
+    address = web.definition().findall("devices/disk/address")[1]
+    web("snapshot @ s1")
+    web.write(".1", "vdb")
+    # What was written since goes with it.
+    web.left |= {extra, web.source("vdb")[0]}
+    web.virsh("detach-disk", "@", "vdb", "--config")
+    place = "".join(f" {key}='{value}'" for key, value in address.attrib.items())
+    (web.folder / "more.xml").write_text(
+        f"<disk type='file' device='disk'>{driver}<source file='{extra}'/><target dev='vdc' bus='virtio'/>"
+        f"<address{place}/></disk>"
+    )
+    web.virsh("attach-device", "@", web.folder / "more.xml", "--config")
+    web("revert @ s1")
+    found = {each.find("target").get("dev"): each for each in web.definition().findall("devices/disk")}
+    assert set(found) == {"vda", "vdb", "vdc"}
+    assert found["vdb"].find("driver").get("discard") == "unmap" and found["vdb"].find("boot") is None
+    assert web.shows(disk="vdb") == "d......."
+    web.sound()
+    web.be("running")
+    web.be("off")
+
+
+@pytest.mark.parametrize("kind", ["cdrom", "disk"])
+def test_a_medium_of_a_pool_that_has_been_thrown_away(domain: DomainScene, kind: str) -> None:
+    """It is in the record of an old snapshot: nobody looks for it."""
+    pool, media = f"pool-{domain.name}", domain.folder / "media"
+    media.mkdir()
+    media.chmod(0o755)
+    images.create(media / "seed.iso", SLOT, "raw")
+    domain.virsh("pool-create-as", pool, "dir", "--target", media)
+    try:
+        disk = (
+            f"<disk type='volume' device='{kind}'><driver name='qemu' type='raw'/><source pool='{pool}' "
+            "volume='seed.iso'/><target dev='sda' bus='sata'/><readonly/></disk>"
+        )
+        if kind == "disk":
+            disk = disk.replace("bus='sata'", "bus='scsi'") + "<controller type='scsi' model='virtio-scsi'/>"
+        domain.define("vda=web.qcow2", devices=disk)
+        domain("snapshot @ s1")
+        domain.write(".1")
+        domain.virsh("detach-disk" if kind == "disk" else "change-media", "@", "sda", "--config", *EJECT[kind])
+        domain.virsh("vol-delete", "seed.iso", "--pool", pool)
+        for line in ("snapshot @ s2", "revert @ s1", "delete @ s2", "verify @ --repair", "gc @"):
+            domain(line)
+        domain.sound()
+    finally:
+        domain.virsh("pool-destroy", pool)
 
 
 def test_a_volume_has_another_number_after_a_boot(domain: DomainScene, state: str) -> None:

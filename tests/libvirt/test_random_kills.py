@@ -26,7 +26,19 @@ KILLS = 11
 VICTIMS = ("snaptree", "libvirtd", "qemu")
 LEAST = 2
 """So often each of them is killed in each seed."""
-CALLS = ("define", "redefine", "forget_record", "cut", "commit", "pull", "pivot", "flush", "start", "stop", "chains")
+CALLS = (
+    "define",
+    "redefine",
+    "forget_record",
+    "cut",
+    "commit",
+    "pull",
+    "pivot",
+    "stand_still",
+    "start",
+    "stop",
+    "chains",
+)
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 from tests.kit import images, scene
@@ -253,6 +255,38 @@ def test_who_may_not(web: DomainScene) -> None:
         os.chmod(socket, 0o777)
     assert done.returncode == REFUSED, done.stderr
     assert "cannot connect to libvirt" in done.stderr and "group that may use libvirt" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["99999999999999", "²", "-1", "0", "no\udcffbytes", "a" * 5000, "\n", "%s"])
+def test_names_that_no_domain_has(web: DomainScene, name: str) -> None:
+    for line in ("tree", "snapshot"):
+        said = web(f"{line} {shlex.quote(name)} {'s1' if line == 'snapshot' else ''}", status=None)
+        assert said.status in (2, 3), (line, said.err)
+
+
+def over_ssh(web: DomainScene) -> str:
+    """A connection as to another host, through a program that leads to this libvirtd all the same."""
+    bridge = web.folder / "bridge"
+    socket = urlsplit(web.own.uri).query.partition("socket=")[2]
+    bridge.write_text(
+        f"#!{sys.executable}\nimport os, socket, threading\ns = socket.socket(socket.AF_UNIX)\n"
+        f"s.connect({unquote(socket)!r})\n"
+        "def pump(read, write):\n"
+        "    while data := read(65536):\n        write(data)\n    os._exit(0)\n"
+        "threading.Thread(target=pump, args=(lambda n: os.read(0, n), s.sendall)).start()\n"
+        "pump(s.recv, lambda data: os.write(1, data))\n"
+    )
+    bridge.chmod(0o755)
+    return f"qemu+ssh://elsewhere.example/system?command={bridge}&proxy=netcat"
+
+
+def test_the_domains_of_another_host(web: DomainScene) -> None:
+    """Its files have the names of some here, maybe; none is touched."""
+    before = web.files()
+    for line in ("tree @", "snapshot @ s1", "list"):
+        said = web(f"{line} --connect '{over_ssh(web)}'", status=REFUSED)
+        assert "another host's" in said.err
+    assert web.files() == before and web.listed() == {}
 
 
 def test_a_managed_save(web: DomainScene) -> None:

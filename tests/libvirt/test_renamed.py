@@ -13,7 +13,7 @@ from tests.libvirt.test_killed import killed
 from snaptree.images.locks import MachineLock
 
 pytestmark = pytest.mark.root
-NOT_FOUND, BUSY = 3, 5
+NOT_FOUND, BUSY, REFUSED = 3, 5, 6
 
 
 @pytest.fixture
@@ -54,6 +54,27 @@ def test_it_goes_on_under_its_new_name(web: DomainScene, old: str) -> None:
     web("delete @ s1")
     assert len(web("log @").out.splitlines()) > len(told.splitlines())
     assert (web.shows(), web.shows("main.1"), web.shows("s2")) == ("b.......", "b12.....", "b1......")
+    web.sound()
+
+
+def test_memory_of_the_name_that_it_had(web: DomainScene, old: str) -> None:
+    """libvirt loads it under no other: that is said while the guest runs."""
+    web.be("running")
+    web("snapshot @ m1 --memory")
+    web.be("off")
+    before = web.name
+    web.virsh("domrename", "@", old)
+    web.name = old
+    web.be("running")
+    number = web.virsh("domid", "@")
+    said = web("revert @ m1 --discard", status=REFUSED)
+    assert f"when its name was {before}" in said.err and "--no-memory" in said.err
+    assert web.virsh("domid", "@") == number and web.show()["state"] == "running"
+    web.be("off")
+    web.virsh("domrename", "@", before)
+    web.name = before
+    web.be("running")
+    web("revert @ m1 --discard")
     web.sound()
 
 

@@ -251,7 +251,7 @@ def test_what_libvirt_is_at_already_is_left_alone(web: DomainScene) -> None:
 
 # ---- killed -------------------------------------------------------------------------------------------------------
 
-TOLD = ("define", "redefine", "forget_record", "cut", "copy", "commit", "pull", "pivot", "abort", "flush")
+TOLD = ("define", "redefine", "forget_record", "cut", "copy", "commit", "pull", "pivot", "abort", "stand_still")
 
 
 def killed(web: DomainScene, line: str, when: int, *, before: bool, qemu: bool = False) -> str:

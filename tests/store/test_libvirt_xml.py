@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from snaptree.store.libvirt import xml
+from snaptree.store.libvirt.binding import is_here
 
 LABEL = "<seclabel model='dac' relabel='no'/>"
 
@@ -39,3 +40,41 @@ def test_what_else_a_source_says_stays_but_for_what_is_of_the_old_file(kind: str
     xml.put_source(disk, "/new", "qcow2", lambda pool, volume: None)
     wanted = f"<disk type='file'><driver name='qemu' type='qcow2'/>{after}<target dev='vda'/></disk>"
     assert xml.same(disk, xml.parse(wanted, "a disk")), xml.text_of(disk)
+
+
+def test_a_volume_of_a_network_pool_is_no_file() -> None:
+    """An RBD pool's volume has a path that is none: ``pool/image``."""
+    source = "<source pool='rbd' volume='disk'/>"
+    domain = xml.parse(
+        f"<domain><devices><disk type='volume'><driver name='qemu' type='raw'/>{source}<target dev='vda'/></disk>"
+        "</devices></domain>",
+        "a domain",
+    )
+    ((_, disk),) = xml.disks(domain)
+    for resolve, left, lost in (
+        (lambda pool, volume: "", "it is on network storage (pool 'rbd')", ()),
+        (lambda pool, volume: None, "its source is no file that can be found (type 'volume')", (("rbd", "disk"),)),
+        (lambda pool, volume: "/there", "", ()),
+    ):
+        assert xml.why_left(disk, resolve) == left
+        assert xml.lost_volumes(domain, resolve) == lost
+        assert xml.path_of(disk, resolve) == (None if left else "/there")
+
+
+@pytest.mark.parametrize(
+    ("uri", "here"),
+    [
+        ("qemu:///system", True),
+        ("qemu:///session", True),
+        ("qemu+unix:///system?socket=/run/x", True),
+        ("qemu+ssh://localhost/system", True),
+        ("qemu+tcp://[::1]/system", True),
+        ("qemu://other/system", False),
+        ("qemu+ssh://user@other:22/system", False),
+        ("qemu+tls://localhost.evil.example/system", False),
+        ("qemu+ext:///system?command=/bin/x", False),
+        ("qemu+libssh2://10.0.0.1/session", False),
+    ],
+)
+def test_which_connections_are_to_this_host(uri: str, here: bool) -> None:
+    assert is_here(uri) == here

@@ -103,6 +103,8 @@ class LibvirtMachine(Machine):
         left = [f"disk {disk} is left alone: {why}" for disk, why in sorted(reading.domain.left.items())]
         if reading.domain.nvram_left:
             left.append(f"no snapshot keeps the UEFI variables: {reading.domain.nvram_left}")
+        if reading.domain.tpm:
+            left.append("what its TPM holds comes back with memory alone: no snapshot without keeps it")
         if unclear := doubt(reading):
             left.append(unclear[0])
         return Looked(reading, found.tree, (*found.notes, *left))

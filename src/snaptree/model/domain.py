@@ -48,7 +48,8 @@ class Hints(Struct, frozen=True):
 class Domain(Struct, frozen=True):
     """A domain. ``left`` says, by target, why a disk is left alone; ``nvram`` is where its UEFI variables are.
 
-    ``nvram_left`` says why these are left alone, where they are and snaptree cannot keep them.
+    ``nvram_left`` says why these are left alone, where they are and snaptree cannot keep them. With a ``tpm`` it has
+    state that is libvirt's, and comes back with memory alone.
     ``lost`` are the volumes of its disks that cannot be found, as pool and name.
     """
 
@@ -61,6 +62,7 @@ class Domain(Struct, frozen=True):
     left: Mapping[str, str] = field(default_factory=dict)
     nvram: str | None = None
     nvram_left: str = ""
+    tpm: bool = False
     saved: bool = False
     """Whether it has a managed save image."""
     hints: Hints = field(default_factory=Hints)

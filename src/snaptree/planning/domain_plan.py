@@ -23,7 +23,8 @@ def for_domain(plan: Plan, request: Request, tree: Tree, survey: Survey, tell: W
     if isinstance(request, RemoveRequest):
         # libvirt would remove the node of a device.
         variables = request.delete_files and not domain.nvram_left
-        return replace(plan, steps=(Undefine(tell.uri, tell.uuid, domain.name, nvram=variables), *plan.steps))
+        undefine = Undefine(tell.uri, tell.uuid, domain.name, nvram=variables, tpm=request.delete_files)
+        return replace(plan, steps=(undefine, *plan.steps))
     if isinstance(request, RepairRequest):
         return replace(plan, steps=(_with_going(plan, tree, survey, tell)[1],))
     if isinstance(request, RenameRequest):

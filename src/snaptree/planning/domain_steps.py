@@ -149,7 +149,7 @@ class DomainSwap(Struct, frozen=True):
 
 
 class Undefine(Struct, frozen=True):
-    """Have libvirt forget a domain with its records, and with ``nvram`` its UEFI variables."""
+    """Have libvirt forget a domain with its records, with ``nvram`` its UEFI variables, with ``tpm`` its TPM's."""
 
     kind: ClassVar[str] = "undefine"
     crash: ClassVar[str] = "libvirt knows the domain or not; none of its disks is touched"
@@ -158,6 +158,7 @@ class Undefine(Struct, frozen=True):
     uuid: str
     domain: str
     nvram: bool = False
+    tpm: bool = False
 
     @property
     def summary(self) -> str:

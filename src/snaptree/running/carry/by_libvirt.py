@@ -43,7 +43,7 @@ async def do(step: LibvirtStep, context: Context) -> None:
         case WriteRecords() if domain is not None:
             _write(step, domain, context)
         case Undefine() if domain is not None:
-            domain.undefine(nvram=step.nvram)
+            domain.undefine(nvram=step.nvram, tpm=step.tpm)
         case _:
             pass
 

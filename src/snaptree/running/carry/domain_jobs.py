@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 
 from snaptree.errors import BusyError, CancelledError, NoSpaceError, SnaptreeError, ToolError
 from snaptree.images import durable, write_back
@@ -65,16 +65,30 @@ def _cut(step: DomainSnapshot, domain: DomainHandle, context: Context) -> None:
     stands = bool(step.firmware) and not step.quiesce and domain.state() == RUNNING
     if not stands:
         domain.cut(overlays, quiesce=step.quiesce)
+        if firmware.changed(step.firmware):
+            context.said.append("firmware state is of a moment before the disks': the guest changed it meanwhile")
         return
-    context.journal.note(step.about, STANDS)
-    begun = time.monotonic()
-    domain.stand_still()
-    try:
+    with _standing_still(step.about, domain, context):
         firmware.renew(step.firmware, context)
         domain.cut(overlays, quiesce=False)
+
+
+@contextmanager
+def _standing_still(about: str, domain: DomainHandle, context: Context) -> Iterator[None]:
+    """Let a guest that runs stand still in the block, and go on afterwards, even where we are killed in it; for how
+    long is told. As it stops QEMU brings to disk all that it keeps.
+
+    :param about: what the journal's notes of it are about.
+    """
+    begun = time.monotonic()
+    if domain.state() == RUNNING:
+        context.journal.note(about, STANDS)
+        domain.stand_still()
+    try:
+        yield
     finally:
-        _go_on(step.about, domain, context)
-    context.paused = time.monotonic() - begun
+        _go_on(about, domain, context)
+    context.paused = max(context.paused or 0.0, time.monotonic() - begun)
 
 
 def _go_on(about: str, domain: DomainHandle, context: Context) -> None:
@@ -218,16 +232,9 @@ def _let_over(job: LiveJob, domain: DomainHandle, context: Context) -> None:
     if domain.is_persistent():
         domain.pivot(job.disk)
         return
-    begun = time.monotonic()
-    if domain.state() == RUNNING:
-        context.journal.note(GUEST, STANDS)
-        domain.stand_still()
-    try:
+    with _standing_still(GUEST, domain, context):
         domain.pivot(job.disk)
         _note_over([job], domain, context)
-    finally:
-        _go_on(GUEST, domain, context)
-    context.paused = max(context.paused or 0.0, time.monotonic() - begun)
 
 
 def _note_over(jobs: Iterable[LiveJob], domain: DomainHandle, context: Context) -> None:
@@ -281,7 +288,8 @@ async def _bring_to_disk(step: DomainMerge, domain: DomainHandle, context: Conte
         if job.active or await holds_all(job):
             continue
         if runs := domain.state() == RUNNING:
-            context.paused = max(context.paused or 0.0, domain.flush())
+            with _standing_still(GUEST, domain, context):
+                pass
         if not await holds_all(job):
             if not runs:
                 raise BusyError(

@@ -6,11 +6,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 from snaptree.errors import BusyError, NotFoundError, RefusedError, SnaptreeError, ToolError
 
 SOCKETS = ("libvirt-sock", "virtqemud-sock")
 """What a libvirt daemon that could be asked listens on."""
+_THIS_HOST = ("localhost", "127.0.0.1", "::1")
 
 
 def binding() -> Any:
@@ -43,6 +45,16 @@ def usual_uri() -> str | None:
         if os.path.isabs(folder) and any(os.access(os.path.join(folder, each), os.W_OK) for each in SOCKETS):
             return uri
     return None
+
+
+def is_here(uri: str) -> bool:
+    """Whether a connection is to a daemon of this host: over a socket of a file's name, or to ``localhost``.
+
+    Source: libvirt's "Connection URIs" (``uri.html``): without a transport a host means one that is reached by TLS.
+    """
+    parts = urlsplit(uri)
+    transport = parts.scheme.partition("+")[2]
+    return (transport in ("", "unix") and not parts.netloc) or parts.hostname in _THIS_HOST
 
 
 @contextmanager

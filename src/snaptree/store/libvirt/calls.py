@@ -6,7 +6,6 @@ Official calls only: nothing goes past libvirt to a QEMU that it runs.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -16,12 +15,13 @@ from msgspec import Struct
 from snaptree.errors import NotFoundError, RefusedError
 from snaptree.model.live import OFF, PAUSED, RUNNING
 from snaptree.store.libvirt import xml
-from snaptree.store.libvirt.binding import binding, explain, explained
+from snaptree.store.libvirt.binding import binding, explain, explained, is_here
 
 Result = TypeVar("Result")
 
 
 COMMIT, COPY = "commit", "copy"
+_LARGEST_ID = (1 << 31) - 1
 
 
 class BlockJob(Struct, frozen=True):
@@ -41,15 +41,21 @@ class Libvirt:
     """A connection to libvirt.
 
     :raise ToolError: the binding is missing, or libvirt does not answer.
-    :raise RefusedError: we may not use it, or its machines are not QEMU's.
+    :raise RefusedError: we may not use it, or its machines are not QEMU's, or not this host's.
     """
 
     def __init__(self, uri: str) -> None:
         self._libvirt = binding()
         with explained(f"connect to libvirt at {uri}"):
             self._connection = self._libvirt.open(uri)
-            kind = str(self._connection.getType())
+            kind, where = str(self._connection.getType()), str(self._connection.getURI())
             self.uri = uri
+        if not is_here(where):
+            self.close()
+            raise RefusedError(
+                f"the machines at {uri} are another host's, and their disks' files cannot be worked on from here",
+                "run snaptree on that host, or name another connection with --connect",
+            )
         if kind.upper() != "QEMU":
             self.close()
             raise RefusedError(
@@ -79,17 +85,16 @@ class Libvirt:
 
     def find(self, word: str) -> DomainHandle | None:
         """A domain by name, UUID or (if it runs) id; ``None`` when there is none."""
+        if not word.isprintable():
+            # Bytes that are no text among them: the binding cannot ask for these.
+            return None
         tries: list[Callable[[], Any]] = [
             lambda: self._connection.lookupByName(word),
             lambda: self._connection.lookupByUUIDString(word),
         ]
-        if word.isdigit():
+        if word.isascii() and word.isdigit() and int(word) <= _LARGEST_ID:
             tries.append(lambda: self._connection.lookupByID(int(word)))
-        expected = (
-            self._libvirt.VIR_ERR_NO_DOMAIN,
-            self._libvirt.VIR_ERR_INVALID_ARG,
-            self._libvirt.VIR_ERR_INTERNAL_ERROR,
-        )
+        expected = (self._libvirt.VIR_ERR_NO_DOMAIN, self._libvirt.VIR_ERR_INVALID_ARG)
         for each in tries:
             try:
                 return DomainHandle(self, each())
@@ -99,11 +104,14 @@ class Libvirt:
         return None
 
     def volume(self, pool: str, name: str) -> str | None:
-        """The path of a volume of a storage pool; ``None`` where it has none."""
+        """The path of a volume of a storage pool: empty for one on network storage, ``None`` for one not found."""
         try:
-            return str(self._connection.storagePoolLookupByName(pool).storageVolLookupByName(name).path())
+            volume = self._connection.storagePoolLookupByName(pool).storageVolLookupByName(name)
+            if volume.info()[0] in (self._libvirt.VIR_STORAGE_VOL_FILE, self._libvirt.VIR_STORAGE_VOL_BLOCK):
+                return str(volume.path())
         except self._libvirt.libvirtError:
             return None
+        return ""
 
 
 _open: dict[tuple[int, str], Libvirt] = {}
@@ -180,7 +188,10 @@ class DomainHandle:
             if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                 raise explain(libvirt, error, f"ask what domain {self.name} does") from error
             return OFF
-        if number in (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_CRASHED):
+        if number == libvirt.VIR_DOMAIN_CRASHED:
+            # <on_crash>preserve</on_crash>: its QEMU is there all the same, and stands still.
+            return PAUSED if self._domain.isActive() else OFF
+        if number == libvirt.VIR_DOMAIN_SHUTOFF:
             return OFF
         return PAUSED if number in (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PMSUSPENDED) else RUNNING
 
@@ -319,11 +330,14 @@ class DomainHandle:
             if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_SNAPSHOT:
                 raise explain(libvirt, error, f"drop the record of snapshot {name!r}") from error
 
-    def undefine(self, *, nvram: bool) -> None:
-        """Have libvirt forget it with all its records; with ``nvram`` its UEFI variables go as well."""
+    def undefine(self, *, nvram: bool, tpm: bool) -> None:
+        """Have libvirt forget it with all its records; with ``nvram`` its UEFI variables go as well, with ``tpm`` what
+        its TPM holds."""
         libvirt = self._libvirt
         flags = libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
         flags |= libvirt.VIR_DOMAIN_UNDEFINE_NVRAM if nvram else libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM
+        if xml.has_tpm(xml.parse(self.definition(), "the domain's definition")):
+            flags |= libvirt.VIR_DOMAIN_UNDEFINE_TPM if tpm else libvirt.VIR_DOMAIN_UNDEFINE_KEEP_TPM
         with explained(f"undefine domain {self.name}"):
             self._domain.undefineFlags(flags)
 
@@ -419,15 +433,6 @@ class DomainHandle:
         """End what goes on with a disk, if anything does."""
         with suppress(self._libvirt.libvirtError):
             self._domain.blockJobAbort(target, 0)
-
-    def flush(self) -> float:
-        """Have its QEMU bring to disk all that it keeps, by stopping the guest for a moment; for how many seconds."""
-        since = time.monotonic()
-        self.stand_still()
-        try:
-            return time.monotonic() - since
-        finally:
-            self.go_on()
 
     def stand_still(self) -> None:
         """Let the guest stand still."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from snaptree.errors import BusyError
-from snaptree.model.live import OFF
+from snaptree.model.live import OFF, PAUSED
 from snaptree.store.libvirt.binding import binding, explained
 from snaptree.store.libvirt.calls import DomainHandle, targets
 
@@ -32,6 +32,9 @@ def jobs(handle: DomainHandle) -> tuple[str, ...]:
         return ()
     found: list[str] = []
     with explained(f"ask what jobs domain {handle.name} has"):
+        if is_arriving(handle):
+            # Of that libvirt tells nothing to where it comes.
+            return ("a migration is under way",)
         if domain.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE:
             found.append(f"{_named(handle, {**_LASTING, **_SHORT}) or 'a job'} is under way")
         names = {getattr(libvirt, f"VIR_DOMAIN_BLOCK_JOB_TYPE_{kind}"): name for kind, name in _ON_DISK.items()}
@@ -45,12 +48,17 @@ def jobs(handle: DomainHandle) -> tuple[str, ...]:
     return tuple(found)
 
 
+def is_arriving(handle: DomainHandle) -> bool:
+    """Whether the domain comes from another host just now, by a migration."""
+    return handle.state() == PAUSED and handle.stands_for(binding().VIR_DOMAIN_PAUSED_MIGRATION)
+
+
 def require_short(handle: DomainHandle) -> None:
     """See that what libvirt is at, if it is, comes to its end by itself, and soon.
 
     :raise BusyError: it is what somebody else has begun, and may last.
     """
-    if name := _named(handle, _LASTING):
+    if name := "a migration" if is_arriving(handle) else _named(handle, _LASTING):
         raise BusyError(f"libvirt is at work on domain {handle.name}: {name} is under way", hint_for(handle.name))
 
 

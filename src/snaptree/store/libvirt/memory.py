@@ -85,6 +85,7 @@ class DomainMemory:
                 info = self._domain.jobInfo()
             except libvirt.libvirtError as error:
                 if error.get_error_code() != libvirt.VIR_ERR_OPERATION_TIMEOUT:
+                    require_short(self._handle)
                     return
             else:
                 if info[0] == libvirt.VIR_DOMAIN_JOB_NONE:
@@ -114,6 +115,12 @@ class DomainMemory:
         if root.findtext("uuid") != self._handle.uuid:
             raise RefusedError(
                 f"{path} is the memory of another domain, {root.findtext('name')}", "put back the one that was there"
+            )
+        if (name := root.findtext("name")) != self._handle.name:
+            raise RefusedError(
+                f"{path} is the memory of this domain when its name was {name}, and libvirt loads it under no other",
+                f"give it that name back ('virsh domrename {self._handle.name} {name}', when it is off), or go back "
+                "without the memory: --no-memory",
             )
         self._put_disks(root, path, disks)
         return xml.text_of(root)

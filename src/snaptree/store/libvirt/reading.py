@@ -41,6 +41,7 @@ def domain_of(
         left=left,
         nvram=os.path.realpath(nvram) if nvram is not None and os.path.exists(nvram) else None,
         nvram_left=nvram_left,
+        tpm=xml.has_tpm(root),
         saved=saved,
         hints=hints_of(root),
         lost=xml.lost_volumes(root, resolve),

@@ -71,7 +71,7 @@ def definition(
     for target, tip in sorted(tree.active_branch.tips.items()):
         disk = there.get(target)
         if disk is None:
-            disk = _described(target, records)
+            disk = _described(target, records, domain)
             domain.find("devices").append(disk)
         layer = tree.layers[tip.layer]
         xml.put_source(disk, layer.path, layer.format, resolve)
@@ -81,14 +81,15 @@ def definition(
     return domain
 
 
-def _described(target: str, records: Iterable[Element]) -> Element:
+def _described(target: str, records: Iterable[Element], domain: Element) -> Element:
+    """A disk as the first record has it that has it, but for what another device of the domain has by now."""
     for record in records:
-        for domain in (record.find("inactiveDomain"), record.find("domain")):
-            disk = dict(xml.disks(domain)).get(target)
+        for known in (record.find("inactiveDomain"), record.find("domain")):
+            disk = dict(xml.disks(known)).get(target)
             if disk is not None:
                 found = xml.clone(disk)
-                for alias in found.findall("alias"):
-                    found.remove(alias)
+                for each in [each for each in found if each.tag == "alias" or xml.is_taken(each, domain)]:
+                    found.remove(each)
                 return found
     raise UnhealthyError(
         f"nothing says what disk {target} was like", "plug one in with 'virsh attach-disk', or leave the disk out"
@@ -121,7 +122,7 @@ def record(before: Element | None, domain: Element, wanted: Wanted, tree: Tree, 
             elif xml.path_of(disk, resolve) is not None:
                 xml.strip_chain(disk)
         for target in sorted(set(wanted.points) - set(there)):
-            disk = _described(target, [root, _as_record(domain)])
+            disk = _described(target, [root, _as_record(domain)], inner)
             xml.put_source(disk, wanted.points[target].path, wanted.points[target].format, resolve)
             inner.find("devices").append(disk)
     inner = root.find("domain")

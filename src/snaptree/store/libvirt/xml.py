@@ -24,7 +24,7 @@ _WITHIN_ONE_FILE = ("slices", "encryption", "reservations", "dataStore", "privat
 Element = Any
 """An element of lxml's; its types are as loose."""
 Resolve = Callable[[str, str], str | None]
-"""Gives the path of a volume of a storage pool."""
+"""Gives the path of a volume of a storage pool: empty for one on network storage, ``None`` for one not found."""
 
 
 def etree() -> Any:
@@ -107,12 +107,15 @@ def path_of(disk: Element, resolve: Resolve) -> str | None:
     path = source.get("file") or source.get("dev")
     if path is None and source.get("volume") is not None and source.get("pool") is not None:
         path = resolve(source.get("pool"), source.get("volume"))
-    return canonical(path) if path is not None else None
+    return canonical(path) if path else None
 
 
 def lost_volumes(domain: Element | None, resolve: Resolve) -> tuple[tuple[str, str], ...]:
-    """The volumes of a ``<domain>``'s disks that cannot be found, as pool and name: their pool is not active, say."""
-    sources = [disk.find("source") for _, disk in disks(domain)]
+    """The volumes of a ``<domain>``'s disks that cannot be found, as pool and name: their pool is not active, say.
+
+    What is left alone whatever it is, such as a CD-ROM that has been thrown away since, is not looked for.
+    """
+    sources = [disk.find("source") for _, disk in disks(domain) if not _why_never(disk)]
     named = [(each.get("pool"), each.get("volume")) for each in sources if each is not None]
     return tuple((pool, name) for pool, name in named if pool and name and resolve(pool, name) is None)
 
@@ -125,6 +128,24 @@ def format_of(disk: Element) -> str:
 
 def why_left(disk: Element, resolve: Resolve) -> str:
     """Why a domain's disk is none that snaptree looks after; empty where it is."""
+    if why := _why_never(disk):
+        return why
+    if path_of(disk, resolve) is None:
+        source = disk.find("source")
+        pool, volume = (source.get("pool"), source.get("volume")) if source is not None else (None, None)
+        if pool and volume and resolve(pool, volume) == "":
+            return f"it is on network storage (pool {pool!r})"
+        return f"its source is no file that can be found (type {disk.get('type', 'file')!r})"
+    if format_of(disk) not in FORMATS:
+        return f"its format is {format_of(disk)}, and only qcow2 and raw are handled"
+    if format_of(disk) == "raw" and any(disk.find(each) is not None for each in ("encryption", "source/encryption")):
+        # Of a qcow2 image its header says so.
+        return "it is encrypted"
+    return ""
+
+
+def _why_never(disk: Element) -> str:
+    """The same, as far as it has nothing to do with the file."""
     device = disk.get("device", "disk")
     if device != "disk":
         return {"cdrom": "it is a CD-ROM", "floppy": "it is a floppy", "lun": "it is passed through raw"}.get(
@@ -142,14 +163,12 @@ def why_left(disk: Element, resolve: Resolve) -> str:
         return f"it is on network storage ({protocol or 'of some kind'})"
     if disk.find("source/slices") is not None:
         return "it is a slice of a file"
-    if path_of(disk, resolve) is None:
-        return f"its source is no file that can be found (type {disk.get('type', 'file')!r})"
-    if format_of(disk) not in FORMATS:
-        return f"its format is {format_of(disk)}, and only qcow2 and raw are handled"
-    if format_of(disk) == "raw" and any(disk.find(each) is not None for each in ("encryption", "source/encryption")):
-        # Of a qcow2 image its header says so.
-        return "it is encrypted"
     return ""
+
+
+def has_tpm(domain: Element) -> bool:
+    """Whether a domain has a TPM that libvirt emulates, and keeps what that holds."""
+    return domain.find("devices/tpm/backend[@type='emulator']") is not None
 
 
 def variables_of(domain: Element) -> tuple[str | None, str]:
@@ -165,6 +184,19 @@ def variables_of(domain: Element) -> tuple[str | None, str]:
         return (element.text or "").strip() or None, ""
     kind = element.get("type", "file")
     return source.get("file"), "" if kind == "file" else f"they are in no file (type {kind!r})"
+
+
+def is_taken(element: Element, domain: Element) -> bool:
+    """Whether a place that a device would have, an ``<address>`` or a ``<boot>`` order, is another's in the domain.
+
+    libvirt takes no definition with one of them twice, nor with orders beside ``<os><boot>``, and finds an address for
+    what has none.
+    """
+    if element.tag not in ("address", "boot"):
+        return False
+    if element.tag == "boot" and domain.find("os/boot") is not None:
+        return True
+    return any(dict(each.attrib) == dict(element.attrib) for each in domain.iterfind(f"devices/*/{element.tag}"))
 
 
 def strip_chain(disk: Element) -> None:
