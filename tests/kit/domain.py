@@ -242,6 +242,16 @@ class DomainScene(Scene):
         finally:
             libvirt.close()
 
+    def chains(self) -> dict[str, list[str]]:
+        """The files of each disk as libvirt has them: of one that runs, what its QEMU has open."""
+        libvirt = Libvirt(self.own.uri)
+        try:
+            found = libvirt.find(self.name)
+            assert found is not None
+            return {target: list(chain) for target, chain in found.chains().items()}
+        finally:
+            libvirt.close()
+
     # ---- what must hold -------------------------------------------------------------------------------------------
 
     def agree(self) -> None:
@@ -254,6 +264,16 @@ class DomainScene(Scene):
             target, path = line.split(None, 1)
             known = [os.path.realpath(each["path"]) for each in shown["disks"] if each["target"] == target]
             assert os.path.realpath(path.strip()) in known or not known
+        if shown["state"] != "off":
+            # What QEMU has open, as the live definition's <backingStore> says.
+            chains = self.chains()
+            parents = {each["path"]: each["parent"] for each in shown["layers"]}
+            for each in shown["disks"]:
+                wanted, at = list[str](), each["path"]
+                while at is not None:
+                    wanted.append(at)
+                    at = parents[at]
+                assert chains[each["target"]] == wanted, each["target"]
         found = self.findings(self.name)
         found = [each for each in found if " is left alone: " not in each["detail"]]
         wrong = [each for each in found if each["severity"] == "error" or each["kind"] in ("records", "note")]

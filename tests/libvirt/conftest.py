@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from lxml import etree
 from tests.kit import guest
-from tests.kit.domain import DomainScene, domain_scene
+from tests.kit.domain import DomainScene, domain_scene, record_schema
 from tests.kit.domain_guest import Written
 from tests.kit.libvirtd import Libvirtd, libvirtd_or_skip
+
+from snaptree.store.libvirt.calls import DomainHandle
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +27,22 @@ def initramfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The guest's first file system."""
     guest.kernel()
     return guest.build(tmp_path_factory.mktemp("domain-guest"))
+
+
+@pytest.fixture(autouse=True)
+def as_the_schema_has_it(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every record that is written is as libvirt's schema has it, before libvirt has made its own of it."""
+    real, wrong = DomainHandle.redefine, list[str]()
+
+    def redefine(self: DomainHandle, text: str, name: str, *, current: bool = False) -> None:
+        schema = record_schema()
+        if not schema.validate(etree.fromstring(text)):
+            wrong.append(f"{name}: {schema.error_log}\n{text}")
+        real(self, text, name, current=current)
+
+    monkeypatch.setattr(DomainHandle, "redefine", redefine)
+    yield
+    assert wrong == []
 
 
 @pytest.fixture

@@ -38,6 +38,19 @@ def test_passwords_and_what_others_keep_in_the_metadata_stay(domain: DomainScene
     domain.sound()
 
 
+def test_passwords_stay_while_it_runs(domain: DomainScene) -> None:
+    domain.define("vda=web.qcow2", devices="<graphics type='vnc' passwd='secret'><listen type='socket'/></graphics>")
+    domain.be("running")
+    for line in ("snapshot @ s1", "snapshot @ m2 --memory", "snapshot @ s3", "delete @ s1", "revert @ m2", "gc @"):
+        domain(line)
+        texts = [domain.virsh("dumpxml", "@", *more, "--security-info") for more in ((), ("--inactive",))]
+        texts += [domain.virsh("snapshot-dumpxml", "@", name, "--security-info") for name in domain.listed()]
+        assert all("passwd='secret'" in text for text in texts), line
+    memory = domain.names()["m2"]["memory"]
+    assert "passwd='secret'" in domain.virsh("save-image-dumpxml", memory, "--security-info")
+    domain.sound()
+
+
 def with_variables(domain: DomainScene, element: str) -> None:
     """Define the domain with UEFI firmware, its variables as the element says."""
     loader = domain.folder / "code.fd"

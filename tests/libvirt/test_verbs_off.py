@@ -8,6 +8,19 @@ from tests.kit.domain import DomainScene, line, refused
 pytestmark = pytest.mark.root
 
 
+def test_c10_it_is_never_started_for_it(web: DomainScene) -> None:
+    """libvirt writes a log of each QEMU that it starts."""
+    log = web.own.log.parent / "log" / "libvirt" / "qemu" / f"{web.name}.log"
+    line(web)
+    for each in ("delete @ s2", "revert @ s1", "branch @ other --from s3", "switch @ other", "delete @ s1 s3", "gc @"):
+        web(each)
+    web("delete @ --branch main.1")
+    web.sound()
+    assert not log.exists()
+    web.be("running")
+    assert "starting up libvirt" in log.read_text()
+
+
 def test_snapshots_are_virshs_too(web: DomainScene) -> None:
     line(web)
     assert web.listed() == {"s1": None, "s2": "s1", "s3": "s2"} and web.current() == "s3"

@@ -120,6 +120,21 @@ def test_b5_and_b6_internal_and_external_together(web: DomainScene) -> None:
     goes_on(web, "s7")
 
 
+@pytest.mark.parametrize("state", ["off"])
+def test_b5_a_subtree_of_both_kinds(web: DomainScene) -> None:
+    web.virsh("snapshot-create-as", "@", "i0")
+    web.write(".i")
+    grown(web, "s2")
+    web.virsh("snapshot-create-as", "@", "i3")
+    web.write("...i")
+    assert "external and internal children" in refused(web, "snapshot-delete", "@", "i0", "--children")
+    web("delete @ i0 --children")
+    web.sound()
+    assert web.listed() == {} and web.shows() == "bi2i...." and web.files() == {"web.qcow2"}
+    grown(web, "s7")
+    goes_on(web, "s7")
+
+
 @pytest.mark.slow
 def test_b8_after_a_manual_blockcommit(web: DomainScene) -> None:
     grown(web, "s1", "s2", "s3")

@@ -32,10 +32,12 @@ def jobs(handle: DomainHandle) -> tuple[str, ...]:
         return ()
     found: list[str] = []
     with explained(f"ask what jobs domain {handle.name} has"):
-        if is_arriving(handle):
-            # Of that libvirt tells nothing to where it comes.
-            return ("a migration is under way",)
-        if domain.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE:
+        try:
+            kind = domain.jobInfo()[0]
+        except libvirt.libvirtError:
+            require_here(handle)
+            raise
+        if kind != libvirt.VIR_DOMAIN_JOB_NONE:
             found.append(f"{_named(handle, {**_LASTING, **_SHORT}) or 'a job'} is under way")
         names = {getattr(libvirt, f"VIR_DOMAIN_BLOCK_JOB_TYPE_{kind}"): name for kind, name in _ON_DISK.items()}
         for target in targets(handle.definition(live=True)):
@@ -48,9 +50,13 @@ def jobs(handle: DomainHandle) -> tuple[str, ...]:
     return tuple(found)
 
 
-def is_arriving(handle: DomainHandle) -> bool:
-    """Whether the domain comes from another host just now, by a migration."""
-    return handle.state() == PAUSED and handle.stands_for(binding().VIR_DOMAIN_PAUSED_MIGRATION)
+def require_here(handle: DomainHandle) -> None:
+    """See that a domain of whose jobs libvirt tells nothing is not only just coming from another host.
+
+    :raise BusyError: it is.
+    """
+    if handle.state() == PAUSED and handle.stands_for(binding().VIR_DOMAIN_PAUSED_MIGRATION):
+        raise BusyError(f"libvirt is at work on domain {handle.name}: a migration is under way", hint_for(handle.name))
 
 
 def require_short(handle: DomainHandle) -> None:
@@ -58,7 +64,7 @@ def require_short(handle: DomainHandle) -> None:
 
     :raise BusyError: it is what somebody else has begun, and may last.
     """
-    if name := "a migration" if is_arriving(handle) else _named(handle, _LASTING):
+    if name := _named(handle, _LASTING):
         raise BusyError(f"libvirt is at work on domain {handle.name}: {name} is under way", hint_for(handle.name))
 
 

@@ -17,7 +17,7 @@ from snaptree.model.memory import LIBVIRT, Saveable
 from snaptree.store.libvirt import xml
 from snaptree.store.libvirt.binding import binding, explain, explained
 from snaptree.store.libvirt.calls import DomainHandle, snapshot_request, targets
-from snaptree.store.libvirt.jobs import hint_for, jobs, require_short
+from snaptree.store.libvirt.jobs import hint_for, jobs, require_here, require_short
 from snaptree.store.libvirt.xml import Element
 
 IDLE_SECONDS = 600.0
@@ -85,7 +85,7 @@ class DomainMemory:
                 info = self._domain.jobInfo()
             except libvirt.libvirtError as error:
                 if error.get_error_code() != libvirt.VIR_ERR_OPERATION_TIMEOUT:
-                    require_short(self._handle)
+                    require_here(self._handle)
                     return
             else:
                 if info[0] == libvirt.VIR_DOMAIN_JOB_NONE:
