@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,8 +17,6 @@ from tests.kit.guest import Boot, Guest, build, device
 
 IDLE_SECONDS = 3.0
 """So long the guest's waits are watched with nothing going on."""
-LISTEN_SECONDS = 0.0005
-"""So often it is looked whether something was heard from the guest."""
 OWN_MIB = 96
 """What the guest needs for itself."""
 _DOMAIN = """<domain type='qemu'><name>{name}</name><memory unit='MiB'>{memory}</memory><vcpu>1</vcpu>
@@ -145,10 +141,10 @@ class MemoryWays(LiveWays):
         :raise RuntimeError: it failed.
         """
         with self._guest(way) as guest:
-            with heard(self._folder / "console.log") as idle:
+            with Guest(self._folder).heard() as idle:
                 time.sleep(IDLE_SECONDS)
             self.system.sync()
-            with heard(self._folder / "console.log") as during:
+            with Guest(self._folder).heard() as during:
                 seconds = self.run(way)
                 guest.writes_on()
             self.stalls.setdefault(way, []).append(Stall(max(idle), max(during)))
@@ -159,25 +155,3 @@ class MemoryWays(LiveWays):
         for path in self.chain.place.glob("memory*"):
             path.unlink()
         return seconds
-
-
-@contextlib.contextmanager
-def heard(log: Path) -> Iterator[list[float]]:
-    """How many seconds lay between a guest's words each time, by our clock: its own stands still while it does."""
-    found: list[float] = []
-    ended = threading.Event()
-
-    def listen() -> None:
-        size, last = os.stat(log).st_size, time.monotonic()
-        while not ended.wait(LISTEN_SECONDS):
-            if (now := os.stat(log).st_size) != size:
-                found.append(time.monotonic() - last)
-                size, last = now, time.monotonic()
-
-    listener = threading.Thread(target=listen)
-    listener.start()
-    try:
-        yield found
-    finally:
-        ended.set()
-        listener.join()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import lzma
+import os
 import re
 import shlex
 import shutil
@@ -15,9 +16,10 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +33,8 @@ MODULES = ("virtio_pci", "virtio_blk", "evdev", "button")
 DISKS = ("vda", "vdb")
 SECONDS = 60.0
 """So long anything may take that the guest is asked for; it is emulated, and the machine may be busy."""
+LISTEN_SECONDS = 0.0005
+"""So often it is looked whether something was heard from the guest."""
 
 
 @functools.cache
@@ -233,6 +237,28 @@ class Guest:
         """The longest that one record took, in seconds, after the record of that number."""
         rows = [line.split() for line in self.lines() if line.startswith("F ")]
         return max((int(row[2]) for row in rows if int(row[1]) > since), default=0) / 1e6
+
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[list[float]]:
+        """How many seconds lay between its words each time, by our clock: its own stands still while it does."""
+        found: list[float] = []
+        ended = threading.Event()
+        log = self.folder / "console.log"
+
+        def listen() -> None:
+            size, last = os.stat(log).st_size, time.monotonic()
+            while not ended.wait(LISTEN_SECONDS):
+                if (now := os.stat(log).st_size) != size:
+                    found.append(time.monotonic() - last)
+                    size, last = now, time.monotonic()
+
+        listener = threading.Thread(target=listen)
+        listener.start()
+        try:
+            yield found
+        finally:
+            ended.set()
+            listener.join()
 
     def errors(self) -> list[str]:
         """The I/O errors that it has seen, and what the kernel complained of."""

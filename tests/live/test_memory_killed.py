@@ -49,10 +49,11 @@ def require_right(stage: Stage, name: str) -> bool:
 def test_killed_while_the_guest_stands_still(stage: Stage, command: str, before: bool) -> None:
     """It goes on within a second, without anybody's doing."""
     guest = stage.start(raw=False)
-    since = guest.writes_on()
-    killed_around(stage, command, before=before, line="snapshot web1 s1 --memory")
     guest.writes_on()
-    assert guest.stall(since) < STALL_SECONDS
+    with guest.heard() as waits:
+        killed_around(stage, command, before=before, line="snapshot web1 s1 --memory")
+        guest.writes_on()
+    assert max(waits) < STALL_SECONDS
     there = require_right(stage, "s1")
     tried(JOB, "snaptree is killed")
     assert there == (command == "remove-fd")
@@ -70,10 +71,10 @@ def test_snaptree_killed_while_memory_is_saved(stage: Stage, every: int) -> None
     taken, lost = [], 0
     for when in range(1 + every // 2, 300, every):
         name = f"s{when}"
-        since = guest.flushed()
-        killed = killed_at(stage, when, f"snapshot web1 {name} --memory")
-        guest.writes_on(10)
-        assert guest.stall(since) < STALL_SECONDS
+        with guest.heard() as waits:
+            killed = killed_at(stage, when, f"snapshot web1 {name} --memory")
+            guest.writes_on(10)
+        assert max(waits) < STALL_SECONDS
         there = require_right(stage, name)
         assert there or killed
         taken += [name] if there else []
