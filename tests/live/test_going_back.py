@@ -37,8 +37,11 @@ def test_going_back_and_dropping_the_work_of_now(stage: Stage) -> None:
     stage("snapshot web1 s1")
     first = stage.holds("s1")
     guest.writes_on(100)
-    stage("revert web1 s1 --discard --delete")
-    assert state(stage) == "running" and len(stage.show()["layers"]) == 2
+    stage("revert web1 s1 --discard --delete --paused")
+    assert state(stage) == "paused" and len(stage.show()["layers"]) == 2
+    assert stage.holds("main") == first, "the experiment is not merged into it"
+    with stage.qmp() as qmp:
+        qmp("cont")
     guest.go(at=first[1])
     stage.finish()
 
