@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tests.kit import images
 from tests.kit.by_hand import by_hand
+from tests.kit.qmp import Qmp
 from tests.kit.stage import Stage, processes_of
 
 
@@ -261,13 +262,49 @@ def test_a_machine_that_somebody_else_starts(lasting: Stage, monkeypatch: pytest
     stage.forgiven.add("leaks")
     stage.sound()
     # Once it is known how to start it, both instants can be gone back to.
+    parked = stage.holds("main.1")
     stage(f"set web1 --qmp '' --start {shlex.quote(stage.boot.command(stage.folder))}")
     (stage.folder / "console").unlink(missing_ok=True)
-    stage("switch web1 main.1")
+    stage("switch web1 main.1 --paused")
+    stage.agree_with(parked, stage.monitor)
+    with stage.qmp() as qmp:
+        qmp("cont")
     stage.guest.process = None
     stage.guest.went_over()
     stage.guest.writes_on()
     stage("stop web1 --force")
+
+
+def test_a5_of_a_machine_that_somebody_has_started(lasting: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is known how: snaptree's own QEMU takes over, and has its own monitor; later its user starts it again."""
+    stage = lasting
+    stage.make()
+    monkeypatch.chdir(stage.disks)
+    stage.guest = by_hand(stage, "drive")
+    stage.guest.go()
+    command = shlex.quote(stage.boot.command(stage.folder))
+    line = f"add web1 --disk vda.qcow2 --disk vdb.raw,format=raw --qmp {stage.folder}/qmp"
+    stage(f"{line} --start {command}")
+    assert stage.show()["state"] == "running"
+    stage("snapshot web1 s1 --memory")
+    first = stage.holds("s1")
+    stage.guest.writes_on()
+    stage("revert web1 s1 --paused")
+    stage.guest.process = None
+    assert stage.show()["state"] == "paused" and len(processes_of(stage.folder)) == 1
+    assert stage.holds("main.1") > first == stage.holds("main")
+    own = next(stage.state.glob("qemu/*.sock"))
+    stage.agree_with(first, own)
+    with Qmp(own) as qmp:
+        qmp("cont")
+    stage.guest.went_over()
+    stage.guest.writes_on()
+    stage("delete web1 s1")
+    stage.guest.writes_on()
+    stage("stop web1 --force")
+    assert stage.show()["state"] == "off" and not own.exists()
+    stage.forgiven.add("leaks")
+    stage.sound()
 
 
 def test_two_that_cannot_run_at_once(lasting: Stage) -> None:

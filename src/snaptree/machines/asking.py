@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 from snaptree.errors import RefusedError, SnaptreeError, UnhealthyError
-from snaptree.machines.power import LOOK_SECONDS, WORK_SECONDS, Power, monitor_of, written_by
+from snaptree.machines.power import LOOK_SECONDS, WORK_SECONDS, Power, monitor_of, own_monitor, written_by
 from snaptree.model.layer import Layer, LayerId
 from snaptree.model.live import OFF, RUNNING, UNKNOWN, Live
 from snaptree.model.machine import MachineConfig
@@ -37,7 +37,8 @@ async def look(
         qemu = await RunningQemu.attach(monitor, seconds)
     except SnaptreeError as error:
         # Of our own socket nobody but another snaptree knows.
-        state = RUNNING if writer and config.qmp is None else UNKNOWN if writer or error.code == "tool" else OFF
+        own = monitor == own_monitor(database, config.name)
+        state = RUNNING if writer and own else UNKNOWN if writer or error.code == "tool" else OFF
         return Power(state, None, error.message, error.hint), None
     if qemu is None:
         if not writer:

@@ -40,8 +40,25 @@ class Power(Struct, frozen=True):
 
 
 def monitor_of(database: Database, config: MachineConfig) -> str:
-    """Where the machine's monitor listens: the user's socket, or the one that ``start`` makes."""
-    return config.qmp or own_monitor(database, config.name)
+    """Where the machine's monitor listens: the user's socket, or the one that ``start`` makes.
+
+    One that the user starts, but snaptree can as well, has the latter when snaptree has.
+    """
+    own = own_monitor(database, config.name)
+    if config.qmp is None or (config.start is not None and _listens(own)):
+        return own
+    return config.qmp
+
+
+def _listens(monitor: str) -> bool:
+    """Whether there is somebody at a socket of ours, whatever he says."""
+    try:
+        found = dial(monitor)
+    except SnaptreeError:
+        return True
+    if found is not None:
+        found.close()
+    return found is not None
 
 
 def own_monitor(database: Database, name: str) -> str:
@@ -54,13 +71,7 @@ def silent(database: Database, config: MachineConfig, tree: Tree) -> bool:
     """Whether the machine is off for certain: nobody writes to its tips, and nobody listens on its monitor."""
     if written_by(tree):
         return False
-    try:
-        found = dial(monitor_of(database, config))
-    except SnaptreeError:
-        return False
-    if found is not None:
-        found.close()
-    return found is None
+    return not _listens(monitor_of(database, config))
 
 
 def written_by(tree: Tree) -> str:

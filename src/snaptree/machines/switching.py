@@ -15,7 +15,7 @@ from snaptree.errors import BusyError, RefusedError, SnaptreeError, UsageError
 from snaptree.images import durable
 from snaptree.machines import due
 from snaptree.machines.asking import for_recovery, match
-from snaptree.machines.power import WORK_SECONDS, Power, own_monitor, written_by
+from snaptree.machines.power import WORK_SECONDS, Power, monitor_of, own_monitor, written_by
 from snaptree.model.live import OFF, PAUSED
 from snaptree.model.machine import MachineConfig
 from snaptree.model.tree import Tree
@@ -88,12 +88,12 @@ async def _start(machine: Standalone, wait: float) -> str:
 def require_startable(machine: Standalone, tree: Tree) -> None:
     """See that the machine could be started, before anything is touched.
 
-    :raise RefusedError: its monitor is one that somebody else's QEMU has, or its folder is gone.
+    :raise RefusedError: it is one that the user starts, and how is not known; or its folder is gone.
     :raise UsageError: it has no start command, or one that cannot be used.
     """
     config = machine.config
-    if config.qmp is not None:
-        hint = f"start it as you do, or forget the socket: 'snaptree set {config.name} --qmp \"\"'"
+    if config.qmp is not None and config.start is None:
+        hint = f"start it as you do, or say how: 'snaptree set {config.name} --start …'"
         raise RefusedError(f"machine {config.name} is one that you start: its monitor is {config.qmp}", hint)
     folder = config.folder or "/"
     if not os.path.isdir(folder):
@@ -157,7 +157,8 @@ async def _stop(machine: Standalone, seconds: float, wait: float, *, force: bool
             if qemu is None and power.state == OFF:
                 return "it was off"
             async with AsyncExitStack() as stack:
-                if qemu is None and config.qmp is None:
+                own = own_monitor(machine.database, config.name)
+                if qemu is None and monitor_of(machine.database, config) == own:
                     # One that we have started is this machine whatever was done to its disks.
                     with suppress(SnaptreeError):
                         qemu = await for_recovery(machine.database, config, tree)
@@ -171,8 +172,7 @@ async def _stop(machine: Standalone, seconds: float, wait: float, *, force: bool
                 if forced:
                     await end(qemu, ended)
         await _wait_until_free(tree)
-        if config.qmp is None:
-            durable.remove_small(own_monitor(machine.database, config.name))
+        durable.remove_small(own)
         return "it was turned off" if forced else "it has shut down"
 
 
