@@ -27,7 +27,9 @@ _base = click.option(
 )
 _nvram = click.option("--nvram", metavar="PATH", help="The file with the machine's UEFI variables.")
 _tpm = click.option("--tpm", metavar="DIR", help="The folder with the machine's TPM state.")
-_qmp = click.option("--qmp", metavar="SOCKET", help="The QMP socket of a QEMU that you start yourself.")
+_qmp = click.option(
+    "--qmp", metavar="SOCKET", help="The QMP socket of a QEMU that you start yourself; with --start snaptree can, too."
+)
 _agent = click.option(
     "--agent", metavar="SOCKET", help="The socket of the guest's agent; without it QEMU is asked which it is."
 )

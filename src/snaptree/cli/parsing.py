@@ -134,7 +134,11 @@ def _rate(context: click.Context, parameter: click.Parameter, text: str | None) 
 def paced(function: F) -> F:
     """The options of commands that move data."""
     for option in (
-        click.option("--idle", is_flag=True, help="Let everybody else's disk accesses go first."),
+        click.option(
+            "--idle",
+            is_flag=True,
+            help="Let everybody else's disk accesses go first; a QEMU that runs, or libvirt, knows only --limit.",
+        ),
         click.option("--limit", metavar="RATE", callback=_rate, help="Move no more than so much, such as 200MiB/s."),
     ):
         function = option(function)

@@ -103,9 +103,9 @@ class GuestAgent:
 
         :raise ToolError: it does not, in that time.
         """
-        self._sync(time.monotonic() + seconds)
+        self._catch_up(time.monotonic() + seconds)
 
-    def _sync(self, until: float, *more: bytes) -> None:
+    def _catch_up(self, until: float, *more: bytes) -> None:
         """The same, with commands that the agent finds right behind it."""
         number = secrets.randbelow(1 << 31)
         self._said = b""
@@ -125,7 +125,7 @@ class GuestAgent:
         """
         until = time.monotonic() + seconds
         if ahead:
-            self._sync(until, _command(command, {}))
+            self._catch_up(until, _command(command, {}))
         else:
             self.sync(min(seconds, ANSWER_SECONDS))
             self._send(_command(command, {}), until)

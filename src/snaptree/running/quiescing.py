@@ -29,9 +29,10 @@ async def quiesced(qemu: RunningQemu, path: str | None) -> AsyncIterator[None]:
     guest = GuestAgent.connect(path or await agent.find(qemu))
     try:
         guest.require_thawed()
-        with StandBy(
+        guard = StandBy(
             "snaptree.running.quiescing", [guest.descriptor], [str(guest.descriptor), guest.path], "the frozen guest"
-        ) as standby:
+        )
+        with guard:
             try:
                 if not guest.freeze():
                     hint = "mount what is to be frozen, or leave out --quiesce"
@@ -39,9 +40,9 @@ async def quiesced(qemu: RunningQemu, path: str | None) -> AsyncIterator[None]:
                 yield
             finally:
                 # Until it is known to be thawed somebody goes on trying.
-                standby.left = True
+                guard.left = True
                 guest.thaw()
-                standby.left = False
+                guard.left = False
     finally:
         guest.close()
 
