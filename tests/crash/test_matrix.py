@@ -12,7 +12,7 @@ from tests.kit import shim
 @pytest.mark.timeout(900)
 def test_killed_at_calls_of_every_operation() -> None:
     """Each runs to its end, too, and of all of it every call is followed (``tests/crash/audit.py``)."""
-    tallies = shim.rows("audit", "--stride", "61")
+    tallies = shim.rows("audit", "--stride", "127")
     assert [tally["case"] for tally in tallies] == list(CASES)
     assert sum(tally["words"] for tally in tallies) > 1000
     assert sum(tally["points"] for tally in tallies) > 60

@@ -5,7 +5,8 @@ from __future__ import annotations
 from snaptree.errors import BusyError
 from snaptree.model.live import OFF, PAUSED
 from snaptree.store.libvirt.binding import binding, explained
-from snaptree.store.libvirt.calls import DomainHandle, targets
+from snaptree.store.libvirt.calls import DomainHandle
+from snaptree.store.libvirt.requests import targets
 
 _LASTING = {"MIGRATION_IN": "a migration", "MIGRATION_OUT": "a migration", "DUMP": "a dump", "BACKUP": "a backup"}
 """What snaptree never has libvirt begin, and what may last as long as somebody wants it to."""

@@ -16,8 +16,9 @@ from snaptree.model.live import PAUSED, RUNNING
 from snaptree.model.memory import LIBVIRT, Saveable
 from snaptree.store.libvirt import xml
 from snaptree.store.libvirt.binding import binding, explain, explained
-from snaptree.store.libvirt.calls import DomainHandle, snapshot_request, targets
+from snaptree.store.libvirt.calls import DomainHandle
 from snaptree.store.libvirt.jobs import hint_for, jobs, require_here, require_short
+from snaptree.store.libvirt.requests import snapshot_request, targets
 from snaptree.store.libvirt.xml import Element
 
 IDLE_SECONDS = 600.0
