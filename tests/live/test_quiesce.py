@@ -286,6 +286,9 @@ class Fake:
         if command == "guest-fsfreeze-status":
             return _line({"return": "frozen" if self._frozen else "thawed"})
         if command == "guest-fsfreeze-freeze":
+            if way == "goes away":
+                self._socket.close()
+                raise OSError
             if way == "freezes for long":
                 time.sleep(FOR_LONG)
             self._frozen = way not in ("refuses", "has nothing to freeze")
@@ -351,6 +354,19 @@ def test_what_was_in_the_channel_before_is_passed_over(quiet: AgentStage, impati
     quiet("snapshot web1 s --quiesce")
     quiet("set web1 --agent ''")
     assert fake.asked.count("guest-fsfreeze-freeze") == 1 and not fake.frozen
+
+
+def test_an_agent_that_goes_away_while_it_freezes(quiet: AgentStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for it, and nobody is left behind."""
+    Fake(quiet.folder / "fake-gone", "goes away")
+    quiet(f"set web1 --agent {quiet.folder}/fake-gone")
+    since = time.monotonic()
+    assert "went away" in quiet("snapshot web1 s --quiesce", status=12).err
+    assert time.monotonic() - since < 10
+    quiet("set web1 --agent ''")
+    assert "s" not in quiet.names()
+    found = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if b"fake-gone" in path.read_bytes()]
+    assert found == []
 
 
 def test_one_that_freezes_for_longer_than_it_is_waited_for(quiet: AgentStage, impatient: None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 
 import pytest
@@ -44,7 +45,9 @@ def test_b8_a_merge_by_hand(still: Still, command: str) -> None:
     assert shown["state"] == "paused" and "the tree knows" in shown["state_detail"]
     for line in ("snapshot web1 more", "snapshot web1 more --internal"):
         assert "(changed)" in still(line, status=UNHEALTHY).err
-    assert still.any("verify web1") != 0
+    found = still.findings("web1")
+    (finding,) = [each for each in found if "the tree knows" in each["detail"]]
+    assert "stop web1" in finding["hint"] and finding["path"] in ("", None)
     still("delete web1 --branch other")
     said = still("delete web1 s1")
     assert "stays as it is" in said.out + said.err
@@ -53,6 +56,29 @@ def test_b8_a_merge_by_hand(still: Still, command: str) -> None:
         assert qmp("query-status")["status"] in ("paused", "running", "prelaunch")
     assert still.shows() == "byz....."
     still("stop web1 --force")
+    assert still.show()["state"] == "off"
+
+
+def test_a_tip_of_another_format_is_not_known(still: Still) -> None:
+    """Somebody has started QEMU on the overlay as if it were raw."""
+    still("snapshot web1 s1")
+    still("stop web1 --force")
+    monitor = still.folder / "mine.qmp"
+    words = ["qemu-system-x86_64", "-nodefaults", "-accel", "tcg", "-S", "-display", "none", "-qmp"]
+    words += [f"unix:{monitor},server=on,wait=off", "-drive", f"file={still.path('main')},format=raw,if=virtio"]
+    process = subprocess.Popen(words)
+    try:
+        still(f"set web1 --qmp {monitor}")
+        until = time.monotonic() + 20
+        while not monitor.exists():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert still.show()["state"] == "unknown"
+        assert "may be running" in still("snapshot web1 more", status=6).err
+        assert "cannot be stopped" in still("stop web1 --force", status=BUSY).err
+    finally:
+        process.kill()
+        process.wait()
     assert still.show()["state"] == "off"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from snaptree.store.libvirt import xml
@@ -68,6 +70,8 @@ def test_a_volume_of_a_network_pool_is_no_file() -> None:
         ("qemu:///session", True),
         ("qemu+unix:///system?socket=/run/x", True),
         ("qemu+ssh://localhost/system", True),
+        ("qemu+ssh:///system", True),
+        (f"qemu+ssh://{socket.gethostname()}/system", True),
         ("qemu+tcp://[::1]/system", True),
         ("qemu://other/system", False),
         ("qemu+ssh://user@other:22/system", False),
@@ -78,3 +82,29 @@ def test_a_volume_of_a_network_pool_is_no_file() -> None:
 )
 def test_which_connections_are_to_this_host(uri: str, here: bool) -> None:
     assert is_here(uri) == here
+
+
+DISKS = """<domain><os>{}</os><devices>
+<disk><target dev='sda' bus='scsi'/><address type='drive' controller='0' bus='0' target='0' unit='3'/></disk>
+<disk><target dev='vda' bus='virtio'/><boot order='1'/>
+<address type='pci' domain='0x0000' bus='0x00' slot='0x04' function='0x0' multifunction='on'/></disk>
+</devices></domain>"""
+
+
+@pytest.mark.parametrize(
+    ("bus", "place", "system", "taken"),
+    [
+        ("virtio", "<address type='pci' domain='0x0000' bus='0x00' slot='0x04' function='0x0'/>", "", True),
+        ("virtio", "<address type='pci' domain='0x0000' bus='0x00' slot='0x04' function='0x1'/>", "", False),
+        ("sata", "<address type='drive' controller='0' bus='0' target='0' unit='3'/>", "", False),
+        ("scsi", "<address type='drive' controller='0' bus='0' target='0' unit='3'/>", "", True),
+        ("virtio", "<boot order='1'/>", "", True),
+        ("virtio", "<boot order='2'/>", "", False),
+        ("virtio", "<boot order='2'/>", "<boot dev='hd'/>", True),
+        ("virtio", "<serial>x</serial>", "", False),
+    ],
+)
+def test_what_is_another_devices_place(bus: str, place: str, system: str, taken: bool) -> None:
+    domain = xml.parse(DISKS.format(system), "a domain")
+    disk = xml.parse(f"<disk><target dev='x' bus='{bus}'/>{place}</disk>", "a disk")
+    assert xml.is_taken(disk[1], domain) == taken

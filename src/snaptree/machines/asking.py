@@ -187,8 +187,8 @@ async def stands_on(monitor: str, paths: Sequence[str]) -> bool:
 def match(graph: BlockGraph, tree: Tree, monitor: str, astray: dict[LayerId, str] | None = None) -> dict[LayerId, Node]:
     """The node of each layer that the active tips stand on.
 
-    :param astray: gets the layers of disks that QEMU has stacked otherwise, with a sentence that says so; of these the
-        nodes are given which it has.
+    :param astray: gets the layers of disks that QEMU has stacked otherwise beneath the tip, with a sentence that says
+        so; of these the nodes are given which it has.
     :raise UnhealthyError: QEMU has other images as its disks than the tree says or, without ``astray``, stacked
         otherwise.
     """
@@ -202,17 +202,21 @@ def match(graph: BlockGraph, tree: Tree, monitor: str, astray: dict[LayerId, str
             hint += f"; one that was unplugged is let go with 'snaptree disk detach {tree.machine} {disk}'"
             raise UnhealthyError(f"the QEMU at {monitor} has not {layers[0].path} as a disk, the tip of {disk}", hint)
         nodes = graph.chain(top)
-        if len(nodes) != len(layers) or not all(map(_same, [graph] * len(nodes), nodes, layers)):
+        if len(nodes) == len(layers) and all(map(_same, [graph] * len(nodes), nodes, layers)):
+            found.update({layer.id: node for layer, node in zip(layers, nodes, strict=True)})
+        else:
             has = " on ".join(graph.file_of(node).path or node.name for node in nodes)
             knows = " on ".join(layer.path for layer in layers)
             why = f"the QEMU at {monitor} has {has} as {disk}, the tree knows {knows}"
-            if astray is None:
+            if astray is None or not _same(graph, top, layers[0]):
                 raise UnhealthyError(why, hint)
             astray.update({layer.id: why for layer in layers})
-        found.update({layer.id: node for node in nodes for layer in layers if _same(graph, node, layer)})
+            files = {graph.file_of(node).inode: node for node in nodes}
+            pairs = ((layer, files.get(_inode(layer.path))) for layer in layers)
+            found.update({layer.id: node for layer, node in pairs if node is not None and _same(graph, node, layer)})
     return found
 
 
 def _same(graph: BlockGraph, node: Node, layer: Layer) -> bool:
-    driver = "raw" if node.driver in PROTOCOLS else node.driver
-    return driver == layer.format and graph.file_of(node).inode == _inode(layer.path)
+    driver, inode = "raw" if node.driver in PROTOCOLS else node.driver, _inode(layer.path)
+    return driver == layer.format and inode is not None and graph.file_of(node).inode == inode

@@ -42,13 +42,21 @@ def verify(tree: Tree, survey: Survey, unfinished: Iterable[str] = (), keys: Key
     """
     found: list[Finding] = []
     sick = ailments(tree, survey)
+    astray: dict[str, set[str]] = {}
+    for number, why in survey.live.astray.items() if survey.live is not None else ():
+        astray.setdefault(why, set()).update(affected(tree, number))
     for number, ailment in sick.items():
         layer = tree.layers[number]
         if ailment.word == "half-merged":
             found.append(_half_merged(tree, layer, ailment.detail))
             continue
+        if ailment.detail in astray:
+            continue
         hint = _HINTS.get(ailment.word, "repair the image first").format(machine=tree.machine, path=layer.path)
         found.append(Finding(ailment.word, layer.path, ailment.detail, affected(tree, number), hint))
+    for detail, names in astray.items():
+        hint = f"which of the files are not as the tree has them is seen when it is off: 'snaptree stop {tree.machine}'"
+        found.append(Finding("changed", "", detail, tuple(sorted(names)), hint))
     for layer in tree.layers.values():
         facts = survey.layers[layer.id]
         blocked = layer.id in sick and sick[layer.id].blocks

@@ -69,6 +69,8 @@ class GuestAgent:
     def __init__(self, connection: socket.socket, path: str) -> None:
         self._connection = connection
         self.path = path
+        self.gone = False
+        """Whether nobody is at the other end any more."""
         self._said = b""
 
     @classmethod
@@ -146,6 +148,7 @@ class GuestAgent:
         except TimeoutError as error:
             raise self._silent() from error
         except OSError as error:
+            self.gone = True
             raise ToolError(f"the guest agent at {self.path} went away: {error.strerror}") from error
 
     def _line(self, until: float) -> bytes:
@@ -156,8 +159,10 @@ class GuestAgent:
             except TimeoutError as error:
                 raise self._silent() from error
             except OSError as error:
+                self.gone = True
                 raise ToolError(f"the guest agent at {self.path} went away: {error.strerror}") from error
             if not data:
+                self.gone = True
                 raise ToolError(f"the guest agent at {self.path} went away", "has the machine ended?")
             self._said += data
             if len(self._said) > LONGEST:
@@ -196,7 +201,7 @@ class GuestAgent:
     def thaw(self, seconds: float | None = None) -> None:
         """Let the guest write again; tried until it does. One that is only just being frozen is thawed when it is.
 
-        :raise ToolError: it cannot be reached for so long.
+        :raise ToolError: it cannot be reached for so long, or has gone away.
         """
         until = time.monotonic() + (THAW_SECONDS if seconds is None else seconds)
         while True:
@@ -208,7 +213,7 @@ class GuestAgent:
                 if self.execute("guest-fsfreeze-status", max(0.1, until - time.monotonic())) == "thawed":
                     return
             except SnaptreeError:
-                if time.monotonic() > until:
+                if self.gone or time.monotonic() > until:
                     raise
             if time.monotonic() > until:
                 hint = "run 'guest-fsfreeze-thaw' by other means, or 'fsfreeze -u' in the guest"

@@ -41,8 +41,14 @@ async def quiesced(qemu: RunningQemu, path: str | None) -> AsyncIterator[None]:
             finally:
                 # Until it is known to be thawed somebody goes on trying.
                 guard.left = True
-                guest.thaw()
-                guard.left = False
+                try:
+                    guest.thaw()
+                    guard.left = False
+                finally:
+                    if guest.gone:
+                        # By this connection nobody reaches it any more; by another one, maybe.
+                        guard.left = False
+                        await thaw(qemu, path)
     finally:
         guest.close()
 

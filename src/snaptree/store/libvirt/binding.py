@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,13 +49,15 @@ def usual_uri() -> str | None:
 
 
 def is_here(uri: str) -> bool:
-    """Whether a connection is to a daemon of this host: over a socket of a file's name, or to ``localhost``.
+    """Whether a connection is to a daemon of this host, whatever leads there.
 
-    Source: libvirt's "Connection URIs" (``uri.html``): without a transport a host means one that is reached by TLS.
+    Source: libvirt's "Connection URIs" (``uri.html``): without a host it is ``localhost``, but for a program of the
+    user's (``ext``), of which nobody knows where it leads.
     """
     parts = urlsplit(uri)
-    transport = parts.scheme.partition("+")[2]
-    return (transport in ("", "unix") and not parts.netloc) or parts.hostname in _THIS_HOST
+    if not parts.netloc:
+        return parts.scheme.partition("+")[2] != "ext"
+    return parts.hostname in (*_THIS_HOST, socket.gethostname().lower())
 
 
 @contextmanager

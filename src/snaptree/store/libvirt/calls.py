@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 COMMIT, COPY = "commit", "copy"
-_LARGEST_ID = (1 << 31) - 1
+_LONGEST_ID = len(str(1 << 31))
 
 
 class BlockJob(Struct, frozen=True):
@@ -86,14 +86,13 @@ class Libvirt:
 
     def find(self, word: str) -> DomainHandle | None:
         """A domain by name, UUID or (if it runs) id; ``None`` when there is none."""
-        if not word.isprintable():
-            # Bytes that are no text among them: the binding cannot ask for these.
+        if not _can_be_asked(word):
             return None
         tries: list[Callable[[], Any]] = [
             lambda: self._connection.lookupByName(word),
             lambda: self._connection.lookupByUUIDString(word),
         ]
-        if word.isascii() and word.isdigit() and int(word) <= _LARGEST_ID:
+        if word.isascii() and word.isdigit() and len(word) <= _LONGEST_ID and int(word) < 1 << 31:
             tries.append(lambda: self._connection.lookupByID(int(word)))
         expected = (self._libvirt.VIR_ERR_NO_DOMAIN, self._libvirt.VIR_ERR_INVALID_ARG)
         for each in tries:
@@ -107,12 +106,19 @@ class Libvirt:
     def volume(self, pool: str, name: str) -> str | None:
         """The path of a volume of a storage pool: empty for one on network storage, ``None`` for one not found."""
         try:
-            volume = self._connection.storagePoolLookupByName(pool).storageVolLookupByName(name)
-            if volume.info()[0] in (self._libvirt.VIR_STORAGE_VOL_FILE, self._libvirt.VIR_STORAGE_VOL_BLOCK):
-                return str(volume.path())
+            path = str(self._connection.storagePoolLookupByName(pool).storageVolLookupByName(name).path())
         except self._libvirt.libvirtError:
             return None
-        return ""
+        # An RBD image's is ``pool/image``, say.
+        return path if os.path.isabs(path) else ""
+
+
+def _can_be_asked(word: str) -> bool:
+    """Whether the binding can ask for a name: bytes that are no text, it cannot."""
+    try:
+        return b"\0" not in word.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 _open: dict[tuple[int, str], Libvirt] = {}
@@ -156,13 +162,14 @@ class DomainHandle:
         libvirt = self._libvirt
         try:
             number = self._domain.state()[0]
+            active = number == libvirt.VIR_DOMAIN_CRASHED and self._domain.isActive()
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                 raise explain(libvirt, error, f"ask what domain {self.name} does") from error
             return OFF
         if number == libvirt.VIR_DOMAIN_CRASHED:
             # <on_crash>preserve</on_crash>: its QEMU is there all the same, and stands still.
-            return PAUSED if self._domain.isActive() else OFF
+            return PAUSED if active else OFF
         if number == libvirt.VIR_DOMAIN_SHUTOFF:
             return OFF
         return PAUSED if number in (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PMSUSPENDED) else RUNNING

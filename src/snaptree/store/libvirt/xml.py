@@ -196,7 +196,19 @@ def is_taken(element: Element, domain: Element) -> bool:
         return False
     if element.tag == "boot" and domain.find("os/boot") is not None:
         return True
-    return any(dict(each.attrib) == dict(element.attrib) for each in domain.iterfind(f"devices/*/{element.tag}"))
+    return any(_place(each) == _place(element) for each in domain.iterfind(f"devices/*/{element.tag}"))
+
+
+def _place(element: Element) -> tuple[str, ...]:
+    """What no two devices have: a function on a PCI bus, a place on one kind of disk controller, a turn in booting."""
+    said = element.attrib
+    if element.tag == "boot":
+        return (said.get("order", ""),)
+    if said.get("type") == "pci":
+        return tuple(str(int(said.get(each, "0"), 0)) for each in ("domain", "bus", "slot", "function"))
+    target = element.getparent().find("target")
+    bus = target.get("bus", "") if target is not None else ""
+    return (bus, *(f"{key}={value}" for key, value in sorted(said.items())))
 
 
 def strip_chain(disk: Element) -> None:
