@@ -215,10 +215,32 @@ def qemu_dies_soon(still: Still) -> Callable[[Callable[[], None]], None]:
     return arrange
 
 
-def test_what_it_writes_after_that_is_not_taken_for_stale(snapshots: Still) -> None:
+def qemu_dies_at_once(still: Still) -> Callable[[Callable[[], None]], None]:
+    """The same, as soon as the job has been given up."""
+
+    def arrange(kill: Callable[[], None]) -> None:
+        abandon = live_merge.abandon
+
+        async def abandoning(qmp: QmpSession, names: Any) -> bool:
+            await abandon(qmp, names)
+            for each in writing("..z"):
+                assert await qmp.execute("human-monitor-command", command_line=each) == ""
+            still.kill_qemu()
+            kill()
+            return True
+
+        setattr(live_merge, "abandon", abandoning)  # noqa: B010
+
+    return arrange
+
+
+@pytest.mark.parametrize("when", [qemu_dies_soon, qemu_dies_at_once])
+def test_what_it_writes_after_that_is_not_taken_for_stale(
+    snapshots: Still, when: Callable[[Still], Callable[[Callable[[], None]], None]]
+) -> None:
     """The journal had said that the guest goes over; once the job has been given up that counts no more."""
     snapshots.killed("delete web1 s3 --merge commit", with_its_guard)
-    snapshots.killed("recover web1", qemu_dies_soon(snapshots))
+    snapshots.killed("recover web1", when(snapshots))
     snapshots("recover web1")
     whole(snapshots, "s3", main="cdz.....")
 
