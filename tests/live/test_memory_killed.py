@@ -65,7 +65,7 @@ def test_killed_while_the_guest_stands_still(stage: Stage, command: str, before:
     stage.finish()
 
 
-@pytest.mark.parametrize("every", [41, pytest.param(1, marks=LONG)])
+@pytest.mark.parametrize("every", [61, pytest.param(1, marks=LONG)])
 def test_snaptree_killed_while_memory_is_saved(stage: Stage, every: int) -> None:
     guest = stage.start()
     taken, lost = [], 0
@@ -90,7 +90,7 @@ def test_snaptree_killed_while_memory_is_saved(stage: Stage, every: int) -> None
     stage.finish()
 
 
-@pytest.mark.parametrize("every", [53, pytest.param(1, marks=LONG)])
+@pytest.mark.parametrize("every", [71, pytest.param(1, marks=LONG)])
 def test_snaptree_and_qemu_killed_while_memory_is_saved(stage: Stage, every: int) -> None:
     guest = stage.start()
     for when in range(1 + every // 2, 300, every):

@@ -135,8 +135,8 @@ LONG = [pytest.mark.slow, pytest.mark.timeout(3600)]
 @pytest.mark.parametrize(
     ("place", "also", "every"),
     [
-        ("middle", "", 61),
-        ("tip", "qemu", 89),
+        ("middle", "", 83),
+        ("tip", "qemu", 127),
         *(pytest.param(place, also, 2, marks=LONG) for place in ("middle", "tip") for also in ("", "qemu")),
     ],
 )

@@ -18,7 +18,7 @@ from tests.running.test_firmware import arranged
 
 from snaptree.errors import CancelledError, StateError, ToolError
 from snaptree.machines.connection import Connection
-from snaptree.qemu import live_jobs
+from snaptree.qemu import jobs, live_jobs
 from snaptree.qemu.live_jobs import Merging
 from snaptree.qemu.running import RunningQemu
 from snaptree.qemu.session import QmpSession
@@ -219,7 +219,7 @@ def qemu_dies_at_once(still: Still) -> Callable[[Callable[[], None]], None]:
     """The same, as soon as the job has been given up."""
 
     def arrange(kill: Callable[[], None]) -> None:
-        abandon = live_merge.abandon
+        abandon = jobs.abandon
 
         async def abandoning(qmp: QmpSession, names: Any) -> bool:
             await abandon(qmp, names)
