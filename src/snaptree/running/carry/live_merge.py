@@ -176,9 +176,6 @@ async def _go_over(qemu: RunningQemu, job: LiveJob, merging: Merging, context: C
     Before it both files are the same, afterwards the tip is stale, and the files cannot tell: the journal does.
     """
     journal, path = context.journal, job.row[0][0]
-    if context.recovering:
-        # A guard may have let it go on where it was; it is begun anew then.
-        journal.note(path, STAY)
     go, stay = (Orders(qemu.descriptor, [(each, {"id": merging.id})]) for each in ("job-finalize", "job-cancel"))
     async with guarded(qemu, path, context, go=go, stay=stay) as guard:
         guard.needed = True
