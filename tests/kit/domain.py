@@ -19,7 +19,7 @@ from tests.kit import images
 from tests.kit.libvirtd import Libvirtd
 from tests.kit.scene import SLOT, SLOTS, Said, Scene, command, word_of
 
-from snaptree.store.libvirt.calls import Libvirt
+from snaptree.store.libvirt.calls import Libvirt, connected
 
 SCHEMA = Path("/usr/share/libvirt/schemas/domainsnapshot.rng")
 AS_THE_TESTS_HAVE_IT = "tainted: running with undesirable elevated privileges"
@@ -244,13 +244,9 @@ class DomainScene(Scene):
 
     def chains(self) -> dict[str, list[str]]:
         """The files of each disk as libvirt has them: of one that runs, what its QEMU has open."""
-        libvirt = Libvirt(self.own.uri)
-        try:
-            found = libvirt.find(self.name)
-            assert found is not None
-            return {target: list(chain) for target, chain in found.chains().items()}
-        finally:
-            libvirt.close()
+        found = connected(self.own.uri).find(self.name)
+        assert found is not None
+        return {target: list(chain) for target, chain in found.chains().items()}
 
     # ---- what must hold -------------------------------------------------------------------------------------------
 

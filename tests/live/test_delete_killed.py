@@ -42,8 +42,8 @@ LONG = pytest.mark.slow
 @pytest.mark.parametrize(
     ("cycle", "also", "every"),
     [
-        ("into the tip", "", 31),
-        ("up in the middle", "qemu", 61),
+        ("into the tip", "", 47),
+        ("up in the middle", "qemu", 83),
         *(
             pytest.param(cycle, also, 3, marks=[LONG, pytest.mark.timeout(3600)])
             for cycle in CYCLES

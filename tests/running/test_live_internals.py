@@ -390,7 +390,7 @@ class Places:
 LONG = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
-@pytest.mark.parametrize("every", [13, pytest.param(1, marks=LONG)])
+@pytest.mark.parametrize("every", [19, pytest.param(1, marks=LONG)])
 @pytest.mark.parametrize("also", ["", "qemu"])
 def test_killed_while_internal_and_external_points_are_taken(also: str, every: int) -> None:
     """They are there on all disks or on none; what is written afterwards is kept."""
@@ -429,8 +429,8 @@ def test_killed_while_internal_and_external_points_are_taken(also: str, every: i
 @pytest.mark.parametrize(
     ("place", "also", "every"),
     [
-        ("tip", "qemu", 19),
-        ("below", "", 31),
+        ("tip", "qemu", 29),
+        ("below", "", 47),
         *(pytest.param(place, also, 1, marks=LONG) for place in ("tip", "below") for also in ("", "qemu")),
     ],
 )

@@ -174,7 +174,7 @@ def test_many_come_to_a_new_state_folder_at_once(tmp_path: Path) -> None:
                 os._exit(status)
         return process
 
-    for number in range(60):
+    for number in range(40):
         start = time.time() + 0.015
         found = [os.waitpid(process, 0)[1] for process in [come(number, start) for _ in range(8)]]
         assert found == [0] * 8, number
