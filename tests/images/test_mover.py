@@ -59,7 +59,7 @@ def file_systems(folder: Path, *kinds: str) -> Iterator[list[str]]:
 
 
 def test_random_chains_show_the_same_when_they_are_merged(tmp_path: Path) -> None:
-    count, first = chains_wanted(100)
+    count, first = chains_wanted(80)
     with file_systems(tmp_path, "xfs") as (xfs,):
         done = try_chains(count, first, [images.SCRATCH or str(tmp_path), xfs])
     print(dict(done))

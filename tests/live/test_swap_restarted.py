@@ -55,7 +55,7 @@ SLOW = [pytest.mark.slow, pytest.mark.timeout(3600)]
     ("how", "begin", "stride"),
     [
         ("headers", 50, 60),
-        ("tree", 90, 70),
+        pytest.param("tree", 90, 70, marks=SLOW),
         *(pytest.param(how, 1, 2, marks=SLOW) for how in ("headers", "tree")),
     ],
 )

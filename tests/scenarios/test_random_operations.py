@@ -1,6 +1,6 @@
 """Random operations over random trees on real images; everything that is kept is compared after every operation.
 
-By default some 120 operations; ``SNAPTREE_OPERATIONS`` says how many, ``SNAPTREE_SEED`` with which seed to begin. What
+By default some 90 operations; ``SNAPTREE_OPERATIONS`` says how many, ``SNAPTREE_SEED`` with which seed to begin. What
 was run is kept in ``build/random-operations.json``, so that a later run goes on with other seeds.
 """
 
@@ -422,7 +422,7 @@ def _run_on(operations: int, steps: int, xfs: Path) -> None:
 
 @pytest.mark.timeout(900)
 def test_random_operations_keep_every_byte(tmp_path: Path) -> None:
-    _run(int(os.environ.get("SNAPTREE_OPERATIONS", "120")), 30, tmp_path)
+    _run(int(os.environ.get("SNAPTREE_OPERATIONS", "90")), 30, tmp_path)
 
 
 @pytest.mark.slow
