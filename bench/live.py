@@ -141,10 +141,10 @@ class MemoryWays(LiveWays):
         :raise RuntimeError: it failed.
         """
         with self._guest(way) as guest:
-            with Guest(self._folder).heard() as idle:
+            with guest.heard() as idle:
                 time.sleep(IDLE_SECONDS)
             self.system.sync()
-            with Guest(self._folder).heard() as during:
+            with guest.heard() as during:
                 seconds = self.run(way)
                 guest.writes_on()
             self.stalls.setdefault(way, []).append(Stall(max(idle), max(during)))

@@ -17,7 +17,7 @@ from typing import Any
 from lxml import etree
 from tests.kit import images
 from tests.kit.libvirtd import Libvirtd
-from tests.kit.scene import SLOT, SLOTS, Said, Scene, command, word_of
+from tests.kit.scene import SLOT, SLOTS, Said, Scene, command, standing_on, word_of
 
 from snaptree.store.libvirt.calls import Libvirt, connected
 
@@ -200,13 +200,7 @@ class DomainScene(Scene):
     @staticmethod
     def unlocked(path: str, tag: str | None, shown: Any) -> bytes:
         """What a layer shows while a QEMU has it open."""
-        layers = {each["path"]: each for each in shown["layers"]}
-        chain: list[tuple[str, str]] = []
-        at: str | None = path
-        while at is not None:
-            chain.append((at, layers[at]["format"]))
-            at = layers[at]["parent"]
-        return images.read_unlocked(chain, tag)
+        return images.read_unlocked(standing_on(path, shown), tag)
 
     def written(self, machine: str) -> set[str]:
         shown = self.show(machine)
@@ -263,13 +257,8 @@ class DomainScene(Scene):
         if shown["state"] != "off":
             # What QEMU has open, as the live definition's <backingStore> says.
             chains = self.chains()
-            parents = {each["path"]: each["parent"] for each in shown["layers"]}
             for each in shown["disks"]:
-                wanted, at = list[str](), each["path"]
-                while at is not None:
-                    wanted.append(at)
-                    at = parents[at]
-                assert chains[each["target"]] == wanted, each["target"]
+                assert chains[each["target"]] == [path for path, _ in standing_on(each["path"], shown)], each["target"]
         found = self.findings(self.name)
         found = [each for each in found if " is left alone: " not in each["detail"]]
         wrong = [each for each in found if each["severity"] == "error" or each["kind"] in ("records", "note")]

@@ -9,6 +9,7 @@ from tests.kit import guest, images
 from tests.kit.domain import DomainScene
 from tests.kit.guest import DISKS, Guest
 from tests.kit.records import DISK_BYTES, read_records
+from tests.kit.scene import standing_on
 
 
 def booting(domain: DomainScene, initramfs: Path, *disks: str, devices: str = "") -> Guest:
@@ -46,14 +47,11 @@ class Written:
 
     def holds(self, name: str) -> tuple[int, ...]:
         """How many records the name holds on each disk: on all at one instant."""
-        layers = {each["path"]: each for each in self.web.show()["layers"]}
+        shown = self.web.show()
         named = self.web.names()[name]
         found = []
         for disk, point in sorted((named.get("points") or named["tips"]).items()):
-            chain, at = [], point["path"]
-            while at is not None:
-                chain.append((at, layers[at]["format"]))
-                at = layers[at]["parent"]
+            chain = standing_on(point["path"], shown)
             found.append(read_records(images.read_unlocked(chain), DISKS.index(disk)).prefix)
         assert len(found) == 1 or 0 <= found[0] - found[1] <= 1, f"{name} is of two instants: {found}"
         return tuple(found)

@@ -196,6 +196,17 @@ class Scene:
         assert hidden_files(self.folder) == []
 
 
+def standing_on(path: str, shown: Any) -> list[tuple[str, str]]:
+    """A layer's file and those beneath it, with their formats, as ``show`` tells them."""
+    layers = {each["path"]: each for each in shown["layers"]}
+    found: list[tuple[str, str]] = []
+    at: str | None = path
+    while at is not None:
+        found.append((at, layers[at]["format"]))
+        at = layers[at]["parent"]
+    return found
+
+
 def word_of(content: bytes) -> str:
     """The contents of a disk, slot by slot."""
     letters = ""

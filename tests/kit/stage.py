@@ -17,7 +17,7 @@ from tests.kit import images, shim
 from tests.kit.guest import DISKS, Boot, Guest, device, launch, loaded_from
 from tests.kit.qmp import Qmp
 from tests.kit.records import DISK_BYTES, in_memory, read_records
-from tests.kit.scene import Scene
+from tests.kit.scene import Scene, standing_on
 
 from snaptree.machines.power import own_monitor
 from snaptree.store.database import Database
@@ -62,13 +62,10 @@ class Stage(Scene):
         :param killed: QEMU was killed: what had not been flushed may be lost on one disk and there on the other.
         """
         points: dict[str, Any] = self.names()[name].get("points") or self.names()[name]["tips"]
-        layers = {each["path"]: each for each in self.show()["layers"]}
+        shown = self.show()
         found = []
         for disk, point in sorted((disk, point) for disk, point in points.items() if disk in DISKS):
-            chain, at = [], point["path"]
-            while at is not None:
-                chain.append((at, layers[at]["format"]))
-                at = layers[at]["parent"]
+            chain = standing_on(point["path"], shown)
             content = images.read_unlocked(chain, point["internal"])
             found.append(read_records(content, DISKS.index(disk)).prefix)
         if len(found) == 2 and not killed:

@@ -19,7 +19,7 @@ from typing import Any
 from tests.kit import images
 from tests.kit.programs import killed
 from tests.kit.qmp import Qmp
-from tests.kit.scene import SLOT, Scene, word_of
+from tests.kit.scene import SLOT, Scene, standing_on, word_of
 from tests.kit.space import mounted
 from tests.kit.stage import kill_all, kill_and_wait, processes_of
 
@@ -90,12 +90,8 @@ class Still(Scene):
     def shows(self, name: str = "main", disk: str = "vda", machine: str = "web1") -> str:
         """What the name shows on the disk, as far as it has been flushed."""
         named = self.names(machine)[name]
-        layers = {each["path"]: each for each in self.show(machine)["layers"]}
         point = (named.get("points") or named["tips"])[disk]
-        at, chain = point["path"], []
-        while at is not None:
-            chain.append((at, layers[at]["format"]))
-            at = layers[at]["parent"]
+        chain = standing_on(point["path"], self.show(machine))
         return word_of(images.read_unlocked(chain, point["internal"]))
 
     def written(self, machine: str) -> set[str]:

@@ -30,18 +30,20 @@ def initramfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def as_the_schema_has_it(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every record that is written is as libvirt's schema has it, before libvirt has made its own of it."""
-    real, wrong = DomainHandle.redefine, list[str]()
+def sent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The names of the records that are written: each is as libvirt's schema has it, before libvirt has made its own
+    of it."""
+    real, names, wrong = DomainHandle.redefine, list[str](), list[str]()
 
     def redefine(self: DomainHandle, text: str, name: str, *, current: bool = False) -> None:
+        names.append(name)
         schema = record_schema()
         if not schema.validate(etree.fromstring(text)):
             wrong.append(f"{name}: {schema.error_log}\n{text}")
         real(self, text, name, current=current)
 
     monkeypatch.setattr(DomainHandle, "redefine", redefine)
-    yield
+    yield names
     assert wrong == []
 
 

@@ -22,6 +22,7 @@ from tests.kit.guest import DISKS
 from tests.kit.images import MiB
 from tests.kit.libvirtd import Libvirtd, libvirtd_or_skip
 from tests.kit.locked import require_locked
+from tests.kit.scene import standing_on
 from tests.kit.stage import kill_and_wait, killed_at, processes_of
 from tests.kit.told import run_killed
 
@@ -77,12 +78,7 @@ def chain_of_libvirt(web: DomainScene, disk: str = "vda") -> list[str]:
 
 def chain_of_snaptree(web: DomainScene, disk: str = "vda") -> list[str]:
     """The same as snaptree tells it."""
-    layers = {each["path"]: each for each in web.show()["layers"]}
-    at, found = str(web.path("main", disk)), list[str]()
-    while at is not None:
-        found.append(at)
-        at = layers[at]["parent"]
-    return found
+    return [path for path, _ in standing_on(str(web.path("main", disk)), web.show())]
 
 
 def opened(web: DomainScene) -> set[str]:

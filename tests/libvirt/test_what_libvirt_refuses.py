@@ -89,13 +89,18 @@ def test_b4_children(web: DomainScene) -> None:
     assert web.listed() == {} and web.shows() == "b1234..." and web.files() == {"web.qcow2"}
 
 
-@pytest.mark.parametrize("state", ["off"])
-def test_b5_and_b6_internal_and_external_together(web: DomainScene) -> None:
+def mixed(web: DomainScene) -> None:
+    """An external snapshot between two internal ones, all virsh's."""
     web.virsh("snapshot-create-as", "@", "i0")
     web.write(".i")
     grown(web, "s2")
     web.virsh("snapshot-create-as", "@", "i3")
     web.write("...i")
+
+
+@pytest.mark.parametrize("state", ["off"])
+def test_b5_and_b6_internal_and_external_together(web: DomainScene) -> None:
+    mixed(web)
     assert {each["name"]: each["kind"] for each in web.show()["snapshots"]} == {
         "i0": "internal", "s2": "external", "i3": "internal",
     }  # fmt: skip
@@ -122,11 +127,7 @@ def test_b5_and_b6_internal_and_external_together(web: DomainScene) -> None:
 
 @pytest.mark.parametrize("state", ["off"])
 def test_b5_a_subtree_of_both_kinds(web: DomainScene) -> None:
-    web.virsh("snapshot-create-as", "@", "i0")
-    web.write(".i")
-    grown(web, "s2")
-    web.virsh("snapshot-create-as", "@", "i3")
-    web.write("...i")
+    mixed(web)
     assert "external and internal children" in refused(web, "snapshot-delete", "@", "i0", "--children")
     web("delete @ i0 --children")
     web.sound()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.kit import images
-from tests.kit.by_hand import by_hand
+from tests.kit.by_hand import begin, by_hand
 from tests.kit.qmp import Qmp
 from tests.kit.stage import Stage, processes_of
 
@@ -275,16 +275,11 @@ def test_a_machine_that_somebody_else_starts(lasting: Stage, monkeypatch: pytest
     stage("stop web1 --force")
 
 
-def test_a5_of_a_machine_that_somebody_has_started(lasting: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is known how: snaptree's own QEMU takes over, and has its own monitor; later its user starts it again."""
+def test_a5_of_a_machine_that_somebody_has_started(lasting: Stage) -> None:
+    """It is known how: snaptree's own QEMU takes over, and has its own monitor."""
     stage = lasting
-    stage.make()
-    monkeypatch.chdir(stage.disks)
-    stage.guest = by_hand(stage, "drive")
-    stage.guest.go()
-    command = shlex.quote(stage.boot.command(stage.folder))
-    line = f"add web1 --disk vda.qcow2 --disk vdb.raw,format=raw --qmp {stage.folder}/qmp"
-    stage(f"{line} --start {command}")
+    begin(stage, "drive")
+    stage(f"set web1 --start {shlex.quote(stage.boot.command(stage.folder))}")
     assert stage.show()["state"] == "running"
     stage("snapshot web1 s1 --memory")
     first = stage.holds("s1")

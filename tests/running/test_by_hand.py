@@ -47,7 +47,7 @@ def test_b8_a_merge_by_hand(still: Still, command: str) -> None:
         assert "(changed)" in still(line, status=UNHEALTHY).err
     found = still.findings("web1")
     (finding,) = [each for each in found if "the tree knows" in each["detail"]]
-    assert "stop web1" in finding["hint"] and finding["path"] in ("", None)
+    assert "stop web1" in finding["hint"] and finding["path"] == ""
     still("delete web1 --branch other")
     said = still("delete web1 s1")
     assert "stays as it is" in said.out + said.err

@@ -199,14 +199,19 @@ def test_snaptree_and_its_guard_are_killed_while_the_guest_goes_over(snapshots: 
     whole(snapshots, "s3")
 
 
+async def writes(qmp: QmpSession) -> None:
+    """What the guest would do."""
+    for each in writing("..z"):
+        assert await qmp.execute("human-monitor-command", command_line=each) == ""
+
+
 def qemu_dies_soon(still: Still) -> Callable[[Callable[[], None]], None]:
     """As soon as the commit has been begun anew the guest writes; then QEMU is killed, and so are we."""
 
     def arrange(kill: Callable[[], None]) -> None:
         async def followed(qmp: QmpSession, jobs: Any, *_: Any) -> None:
             await qmp.execute("job-pause", id=jobs[0].id)
-            for each in writing("..z"):
-                assert await qmp.execute("human-monitor-command", command_line=each) == ""
+            await writes(qmp)
             still.kill_qemu()
             kill()
 
@@ -223,8 +228,7 @@ def qemu_dies_at_once(still: Still) -> Callable[[Callable[[], None]], None]:
 
         async def abandoning(qmp: QmpSession, names: Any) -> bool:
             await abandon(qmp, names)
-            for each in writing("..z"):
-                assert await qmp.execute("human-monitor-command", command_line=each) == ""
+            await writes(qmp)
             still.kill_qemu()
             kill()
             return True

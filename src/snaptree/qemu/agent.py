@@ -148,8 +148,7 @@ class GuestAgent:
         except TimeoutError as error:
             raise self._silent() from error
         except OSError as error:
-            self.gone = True
-            raise ToolError(f"the guest agent at {self.path} went away: {error.strerror}") from error
+            raise self._went_away(error.strerror) from error
 
     def _line(self, until: float) -> bytes:
         while b"\n" not in self._said:
@@ -159,11 +158,9 @@ class GuestAgent:
             except TimeoutError as error:
                 raise self._silent() from error
             except OSError as error:
-                self.gone = True
-                raise ToolError(f"the guest agent at {self.path} went away: {error.strerror}") from error
+                raise self._went_away(error.strerror) from error
             if not data:
-                self.gone = True
-                raise ToolError(f"the guest agent at {self.path} went away", "has the machine ended?")
+                raise self._went_away()
             self._said += data
             if len(self._said) > LONGEST:
                 raise ToolError(f"the guest agent at {self.path} says something without end", "is it qemu-ga?")
@@ -175,6 +172,11 @@ class GuestAgent:
     def _silent(self) -> ToolError:
         hint = "is qemu-guest-agent running in the guest, and no other program connected to its socket?"
         return ToolError(f"the guest agent at {self.path} does not answer", hint)
+
+    def _went_away(self, why: str | None = None) -> ToolError:
+        self.gone = True
+        said = f"the guest agent at {self.path} went away"
+        return ToolError(f"{said}: {why}") if why else ToolError(said, "has the machine ended?")
 
     # ---- file systems ---------------------------------------------------------------------------------------------
 

@@ -39,16 +39,14 @@ async def quiesced(qemu: RunningQemu, path: str | None) -> AsyncIterator[None]:
                     raise ToolError("the guest agent has no file system to freeze", hint)
                 yield
             finally:
-                # Until it is known to be thawed somebody goes on trying.
-                guard.left = True
                 try:
                     guest.thaw()
-                    guard.left = False
-                finally:
+                except BaseException:
+                    # Somebody goes on trying, where there is anybody to be reached by this connection.
+                    guard.left = not guest.gone
                     if guest.gone:
-                        # By this connection nobody reaches it any more; by another one, maybe.
-                        guard.left = False
                         await thaw(qemu, path)
+                    raise
     finally:
         guest.close()
 
