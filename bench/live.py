@@ -46,7 +46,7 @@ class LiveWays(Ways):
 
     def _boot(self) -> Boot:
         initramfs, fill = self.chain.place / "initramfs", self.chain.row.memory // MIB
-        made = initramfs if initramfs.exists() else build(self.chain.place)
+        made = initramfs if initramfs.exists() else build(self.chain.place, pace=1)
         return Boot(made, Path("/nonexistent"), memory_mib=OWN_MIB + fill + fill // 8, fill_mib=fill)
 
     def timed(self, way: str) -> float:

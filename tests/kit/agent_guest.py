@@ -11,7 +11,7 @@ import pytest
 from tests.kit import guest, images
 from tests.kit.guest import Boot, Guest
 from tests.kit.records import DISK_BYTES
-from tests.kit.scene import standing_on
+from tests.kit.scene import point_in, standing_on
 from tests.kit.stage import Stage
 
 AGENT = guest.ROOT / "build" / "agent"
@@ -98,8 +98,9 @@ class AgentStage(Stage):
 
     def looked_at(self, name: str) -> tuple[bool, int]:
         """Whether the file system at the name's point needs its journal to be played, and how many lines it has."""
-        point = self.names()[name]["points"]["vda"]
-        chain = standing_on(point["path"], self.show())
+        shown = self.show()
+        point = point_in(shown, name, "vda")
+        chain = standing_on(point["path"], shown)
         plain = self.folder / "plain"
         plain.write_bytes(images.read_unlocked(chain, point["internal"]))
         needs = "needs_recovery" in images.run("dumpe2fs", "-h", plain)

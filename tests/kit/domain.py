@@ -17,7 +17,7 @@ from typing import Any
 from lxml import etree
 from tests.kit import images
 from tests.kit.libvirtd import Libvirtd
-from tests.kit.scene import SLOT, SLOTS, Said, Scene, command, standing_on, word_of
+from tests.kit.scene import SLOT, SLOTS, Said, Scene, command, point_in, standing_on, word_of
 
 from snaptree.store.libvirt.calls import Libvirt, connected
 
@@ -135,8 +135,7 @@ class DomainScene(Scene):
         shown = self.show(machine)
         if shown["state"] == "off":
             return super().shows(name, disk, machine or self.name)
-        (named,) = [each for each in (*shown["snapshots"], *shown["branches"]) if each["name"] == name]
-        point = (named.get("points") or named.get("tips"))[disk]
+        point = point_in(shown, name, disk)
         return word_of(self.unlocked(point["path"], point["internal"], shown))
 
     def path(self, name: str, disk: str = "vda", machine: str = "") -> Path:
@@ -186,11 +185,7 @@ class DomainScene(Scene):
 
     def source(self, disk: str = "vda", machine: str = "") -> tuple[Path, str]:
         """The file or device that libvirt starts the domain with, and the format that it gives it."""
-        for each in self.definition(machine).findall("devices/disk"):
-            if each.find("target").get("dev") == disk:
-                source = each.find("source")
-                return Path(source.get("file") or source.get("dev")), each.find("driver").get("type")
-        raise AssertionError(f"the domain has no disk {disk}")
+        return source_in(self.definition(machine), disk)
 
     def virsh_shows(self, disk: str = "vda") -> str:
         """What libvirt would start the domain with."""
@@ -247,9 +242,9 @@ class DomainScene(Scene):
     def agree(self) -> None:
         """libvirt and snaptree say the same, the records are as libvirt's schema has them, and so do they stay when the
         state file is gone; and nothing went past libvirt to its QEMU."""
-        shown = self.show()
+        shown, definition = self.show(), self.definition()
         for each in shown["disks"]:
-            assert self.source(each["target"])[0] == Path(each["path"])
+            assert source_in(definition, each["target"])[0] == Path(each["path"])
         for line in self.virsh("domblklist", "@").splitlines():
             target, path = line.split(None, 1)
             known = [os.path.realpath(each["path"]) for each in shown["disks"] if each["target"] == target]
@@ -275,7 +270,7 @@ class DomainScene(Scene):
         for name, record in listed.items():
             assert record.findall(".//backingStore") == [], name
             assert schema.validate(record), schema.error_log
-        assert self.definition().findall("devices/disk/backingStore") == []
+        assert definition.findall("devices/disk/backingStore") == []
         one, other = map(_without_what_is_remembered, (shown, self.forgotten()))
         assert one == other, {key: (one[key], other[key]) for key in one if one[key] != other.get(key)}
         noted = self.virsh("dominfo", "@").replace(AS_THE_TESTS_HAVE_IT, "")
@@ -303,6 +298,15 @@ class DomainScene(Scene):
             self.virsh("destroy", "@")
         with contextlib.suppress(VirshRefusal):
             self.virsh("undefine", "@", "--snapshots-metadata", "--managed-save", "--nvram", "--checkpoints-metadata")
+
+
+def source_in(definition: Any, disk: str) -> tuple[Path, str]:
+    """The file or device of a disk in a definition, and its format."""
+    for each in definition.findall("devices/disk"):
+        if each.find("target").get("dev") == disk:
+            source = each.find("source")
+            return Path(source.get("file") or source.get("dev")), each.find("driver").get("type")
+    raise AssertionError(f"the domain has no disk {disk}")
 
 
 @functools.cache

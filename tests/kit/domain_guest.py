@@ -9,7 +9,7 @@ from tests.kit import guest, images
 from tests.kit.domain import DomainScene
 from tests.kit.guest import DISKS, Guest
 from tests.kit.records import DISK_BYTES, read_records
-from tests.kit.scene import standing_on
+from tests.kit.scene import names_in, standing_on
 
 
 def booting(domain: DomainScene, initramfs: Path, *disks: str, devices: str = "") -> Guest:
@@ -48,7 +48,7 @@ class Written:
     def holds(self, name: str) -> tuple[int, ...]:
         """How many records the name holds on each disk: on all at one instant."""
         shown = self.web.show()
-        named = self.web.names()[name]
+        named = names_in(shown)[name]
         found = []
         for disk, point in sorted((named.get("points") or named["tips"]).items()):
             chain = standing_on(point["path"], shown)

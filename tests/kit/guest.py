@@ -33,6 +33,8 @@ MODULES = ("virtio_pci", "virtio_blk", "evdev", "button")
 DISKS = ("vda", "vdb")
 SECONDS = 60.0
 """So long anything may take that the guest is asked for; it is emulated, and the machine may be busy."""
+PACE = 4
+"""By default the guest rests so many milliseconds after each record: without, one keeps a processor busy."""
 LISTEN_SECONDS = 0.0005
 """So often it is looked whether something was heard from the guest."""
 
@@ -106,12 +108,14 @@ def init(name: str) -> bytes:
     return Path(__file__).with_name(name).read_bytes()
 
 
-def build(folder: Path) -> Path:
-    """Build the guest's initramfs in the folder."""
+def build(folder: Path, *, pace: int = PACE) -> Path:
+    """Build the guest's initramfs in the folder.
+
+    :param pace: so many milliseconds it rests after each record.
+    """
     writer = folder / "writer"
-    subprocess.run(
-        ["gcc", "-static", "-O2", "-Wall", "-Werror", "-o", writer, Path(__file__).with_name("writer.c")], check=True
-    )
+    words = ["gcc", "-static", "-O2", "-Wall", "-Werror", f"-DPACE={pace}", "-o", str(writer)]
+    subprocess.run([*words, str(Path(__file__).with_name("writer.c"))], check=True)
     target = folder / "initramfs"
     files = {"init": init("guest_init.sh"), "writer": writer.read_bytes()}
     return packed(initramfs(files, drivers()), target)
@@ -278,7 +282,7 @@ class Guest:
             self.tell(f"from {at}." if at else "go")
         self.writes_on()
 
-    def writes_on(self, more: int = 40) -> int:
+    def writes_on(self, more: int = 16) -> int:
         """Wait until it has flushed so many more records; the last of them. It has seen no I/O error."""
         wanted = self.flushed() + more
         self.wait_for(f"record {wanted}", lambda _: self.flushed() >= wanted)

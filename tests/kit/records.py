@@ -14,6 +14,7 @@ SIZE, SLOTS, RUN = 4096, 4096, 8
 DISK_BYTES = 32 << 20
 """How large the guest's disks are; the records take the first half."""
 _HEAD = struct.Struct("<8sQQ")
+_NOTHING = bytes(SIZE)
 
 
 def slot(number: int) -> int:
@@ -61,7 +62,7 @@ def read_records(content: bytes, disk: int) -> Records:
     faults: list[str] = []
     for at in range(SLOTS):
         data = content[at * SIZE : (at + 1) * SIZE]
-        if not data.strip(b"\0"):
+        if data in (_NOTHING, b""):
             continue
         magic, number, of = _HEAD.unpack_from(data)
         if magic != b"SNAPREC1" or zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):

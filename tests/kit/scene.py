@@ -143,19 +143,17 @@ class Scene:
 
     def names(self, machine: str = "web1") -> dict[str, Any]:
         """Snapshots and branches by name."""
-        shown = self.show(machine)
-        return {each["name"]: each for each in (*shown["snapshots"], *shown["branches"])}
+        return names_in(self.show(machine))
 
     def shows(self, name: str = "main", disk: str = "vda", machine: str = "web1") -> str:
         """What the name shows on the disk, read by QEMU."""
-        named = self.names(machine)[name]
-        point = (named.get("points") or named.get("tips"))[disk]
-        return word_of(images.read(point["path"], self.format_of(point["path"], machine), point["internal"]))
+        shown = self.show(machine)
+        point = point_in(shown, name, disk)
+        return word_of(images.read(*standing_on(point["path"], shown)[0], point["internal"]))
 
     def path(self, name: str, disk: str = "vda", machine: str = "web1") -> Path:
         """The file that the name's point is in."""
-        named = self.names(machine)[name]
-        return Path((named.get("points") or named.get("tips"))[disk]["path"])
+        return Path(point_in(self.show(machine), name, disk)["path"])
 
     def files(self) -> set[str]:
         """The names of all files beside the disks."""
@@ -183,8 +181,9 @@ class Scene:
             assert violations(tree) == ()
             known |= {Path(layer.path) for layer in tree.layers.values()}
             known |= {Path(memory.path) for memory in tree.memories.values()}
+            written = self.written(machine)
             for layer in tree.layers.values():
-                if layer.format == "qcow2" and layer.path not in self.written(machine):
+                if layer.format == "qcow2" and layer.path not in written:
                     wrong = images.problems(layer.path)
                     assert not {key for key in wrong if key not in self.forgiven}, (layer.path, wrong)
             found = self.findings(machine)
@@ -194,6 +193,17 @@ class Scene:
         wanted = {path for path in known if not path.is_block_device()} | {path for path in self.left if path.exists()}
         assert there == wanted, f"over: {there - wanted}, missing: {wanted - there}"
         assert hidden_files(self.folder) == []
+
+
+def names_in(shown: Any) -> dict[str, Any]:
+    """Snapshots and branches by name, as ``show`` tells them."""
+    return {each["name"]: each for each in (*shown["snapshots"], *shown["branches"])}
+
+
+def point_in(shown: Any, name: str, disk: str) -> Any:
+    """The point of a snapshot or branch on a disk, as ``show`` tells it: ``path`` and ``internal``."""
+    named = names_in(shown)[name]
+    return (named.get("points") or named["tips"])[disk]
 
 
 def standing_on(path: str, shown: Any) -> list[tuple[str, str]]:
@@ -211,6 +221,7 @@ def word_of(content: bytes) -> str:
     """The contents of a disk, slot by slot."""
     letters = ""
     for at in range(0, len(content), SLOT):
-        values = set(content[at : at + SLOT])
-        letters += "?" if len(values) > 1 else "." if values == {0} else chr(values.pop())
+        slot = content[at : at + SLOT]
+        first = slot[0]
+        letters += "?" if slot.count(first) < len(slot) else chr(first) if first else "."
     return letters

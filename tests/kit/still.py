@@ -19,7 +19,7 @@ from typing import Any
 from tests.kit import images
 from tests.kit.programs import killed
 from tests.kit.qmp import Qmp
-from tests.kit.scene import SLOT, Scene, standing_on, word_of
+from tests.kit.scene import SLOT, Scene, point_in, standing_on, word_of
 from tests.kit.space import mounted
 from tests.kit.stage import kill_all, kill_and_wait, processes_of
 
@@ -89,9 +89,9 @@ class Still(Scene):
 
     def shows(self, name: str = "main", disk: str = "vda", machine: str = "web1") -> str:
         """What the name shows on the disk, as far as it has been flushed."""
-        named = self.names(machine)[name]
-        point = (named.get("points") or named["tips"])[disk]
-        chain = standing_on(point["path"], self.show(machine))
+        shown = self.show(machine)
+        point = point_in(shown, name, disk)
+        chain = standing_on(point["path"], shown)
         return word_of(images.read_unlocked(chain, point["internal"]))
 
     def written(self, machine: str) -> set[str]:

@@ -32,6 +32,10 @@
 #define RUN 8u
 #define EACH 8u
 #define DISKS 2
+#ifndef PACE
+/* So many milliseconds it rests after each record. */
+#define PACE 1
+#endif
 
 struct record {
     char magic[8];
@@ -164,7 +168,7 @@ int main(void) {
     memcpy(record->magic, "SNAPREC1", 8);
     say("R %d%s\n", count, button < 0 ? " no button" : "");
     int64_t longest = 0;
-    while (listen_for(going ? 1 : 50)) {
+    while (listen_for(going ? PACE : 50)) {
         if (!going) continue;
         int64_t before = micros();
         number++;

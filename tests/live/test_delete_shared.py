@@ -101,7 +101,7 @@ def loosen(stage: Stage, number: int) -> dict[str, tuple[int, ...]]:
     return held
 
 
-@pytest.mark.parametrize("stride", [47, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [89, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_its_calls(sharing: Stage, stride: int) -> None:
     """Wherever snaptree is killed, the guest writes on, and recovery leaves the one or the other, whole."""
     stage = sharing

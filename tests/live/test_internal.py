@@ -198,7 +198,7 @@ def require_right(stage: Stage, name: str) -> bool:
     return there
 
 
-@pytest.mark.parametrize("every", [31, pytest.param(1, marks=LONG)])
+@pytest.mark.parametrize("every", [53, pytest.param(1, marks=LONG)])
 @pytest.mark.parametrize("also", ["", "qemu"])
 def test_killed_while_one_is_taken_and_deleted(stage: Stage, also: str, every: int) -> None:
     guest = stage.start()

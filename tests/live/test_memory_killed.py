@@ -65,7 +65,7 @@ def test_killed_while_the_guest_stands_still(stage: Stage, command: str, before:
     stage.finish()
 
 
-@pytest.mark.parametrize("every", [61, pytest.param(1, marks=LONG)])
+@pytest.mark.parametrize("every", [79, pytest.param(1, marks=LONG)])
 def test_snaptree_killed_while_memory_is_saved(stage: Stage, every: int) -> None:
     guest = stage.start()
     taken, lost = [], 0
@@ -84,13 +84,13 @@ def test_snaptree_killed_while_memory_is_saved(stage: Stage, every: int) -> None
         tried(JOB, "snaptree is killed")
     else:
         raise AssertionError("it was killed to the last")
-    assert len(taken) > 1 and lost > 1
+    assert taken and lost
     counts = [stage.holds(name) for name in taken]
     assert counts == sorted(counts)
     stage.finish()
 
 
-@pytest.mark.parametrize("every", [71, pytest.param(1, marks=LONG)])
+@pytest.mark.parametrize("every", [109, pytest.param(1, marks=LONG)])
 def test_snaptree_and_qemu_killed_while_memory_is_saved(stage: Stage, every: int) -> None:
     guest = stage.start()
     for when in range(1 + every // 2, 300, every):

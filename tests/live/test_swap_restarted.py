@@ -54,7 +54,7 @@ SLOW = [pytest.mark.slow, pytest.mark.timeout(3600)]
 @pytest.mark.parametrize(
     ("how", "begin", "stride"),
     [
-        ("headers", 50, 60),
+        ("headers", 110, 60),
         pytest.param("tree", 90, 70, marks=SLOW),
         *(pytest.param(how, 1, 2, marks=SLOW) for how in ("headers", "tree")),
     ],
@@ -91,6 +91,6 @@ def test_qemu_dies_and_stays_dead(sharing: Stage) -> None:
         stage("gc web1")
         stage(f"delete web1 {' '.join(held)}")
         held = loosen(stage, when)
-        when += 45
+        when += 70
     assert when > 40
     stage.finish()

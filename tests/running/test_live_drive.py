@@ -135,7 +135,7 @@ LONG = [pytest.mark.slow, pytest.mark.timeout(3600)]
 @pytest.mark.parametrize(
     ("place", "also", "every"),
     [
-        ("middle", "", 83),
+        ("middle", "", 151),
         ("tip", "qemu", 127),
         *(pytest.param(place, also, 2, marks=LONG) for place in ("middle", "tip") for also in ("", "qemu")),
     ],

@@ -209,7 +209,7 @@ def test_b9_an_interrupted_delete_is_resumed(tmp_path: Path) -> None:
     scene.write(".1")
     images.io(scene.path("main", "vdb"), "qcow2", "write -P 2 4M 200M")
     wanted = images.read(scene.path("main", "vdb"))
-    words = [*TOOL, "delete", "web1", "s1", "--merge", "commit"]
+    words = [*TOOL, "delete", "web1", "s1", "--merge", "commit", "--limit", "50MiB/s"]
     process = subprocess.Popen(words, env={"SNAPTREE_STATE": str(scene.state), "PATH": "/usr/bin:/bin"})
     while not (half := "half-merged" in scene("show web1").out) and process.poll() is None:
         time.sleep(0.005)

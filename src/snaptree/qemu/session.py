@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,19 @@ GREETING_SECONDS = 10.0
 COMMAND_SECONDS = 60.0
 
 
+class _Client(QMPClient):
+    """qemu.qmp's client, which words each message for its log whether that is kept or not.
+
+    QEMU's answer to what block nodes it has runs to megabytes; wording it takes longer than QEMU needs to give it.
+    """
+
+    def _cb_outbound(self, msg: Message) -> Message:
+        return super()._cb_outbound(msg) if self.logger.isEnabledFor(logging.DEBUG) else msg
+
+    def _cb_inbound(self, msg: Message) -> Message:
+        return super()._cb_inbound(msg) if self.logger.isEnabledFor(logging.DEBUG) else msg
+
+
 class QmpSession:
     """A monitor that has greeted us.
 
@@ -25,7 +39,7 @@ class QmpSession:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._client = QMPClient(name)
+        self._client = _Client(name)
         self.failed: dict[str, str] = {}
         """Why block jobs have failed that ended in this session, by their names: some are forgotten by then."""
         # Nobody reads what it would gather of the events that come.
