@@ -199,6 +199,11 @@ class Qcow2Allocation(Allocation):
     def classes_of(self, entries: Places) -> Classes:
         """What standard L2 entries say that the image has."""
         offsets = entries & OFFSET
+        if not np.any(entries & (COMPRESSED_BIT | ZERO_BIT)):
+            # Most tables are such, and going through them is most of what planning a merge takes.
+            self._require_inside(offsets)
+            plain: Classes = np.multiply(offsets != 0, DATA, dtype=np.uint8)
+            return plain
         packed = (entries & COMPRESSED_BIT) != 0
         zero = ((entries & ZERO_BIT) != 0) & ~packed if self.header.version >= 3 else np.zeros(len(entries), dtype=bool)
         data = (offsets != 0) & ~packed & ~zero

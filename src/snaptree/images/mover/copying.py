@@ -86,9 +86,7 @@ class Mover:
         """
         with durable.explained(self.path, "copy to"):
             if self.share:
-                for extent in extents:
-                    self.watch.check()
-                    self._share(extent, fresh=fresh)
+                self._share_all(extents, fresh=fresh)
                 return
             batches = (partial(self._copy_all, batch, fresh=fresh) for batch in _batches(extents))
             large = sum(extent[3] for extent in extents) > BATCH
@@ -180,6 +178,18 @@ class Mover:
 
     # ---- sharing --------------------------------------------------------------------------------------------------
 
+    def _share_all(self, extents: Sequence[Extent], *, fresh: bool) -> None:
+        shared = 0
+        for extent in extents:
+            self.watch.check()
+            self._share(extent, fresh=fresh)
+            shared += extent[3]
+            if shared >= PIECE:
+                # A range is shared in less time than it takes to tell of it.
+                self.watch.moved(shared)
+                shared = 0
+        self.watch.moved(shared)
+
     def _share(self, extent: Extent, *, fresh: bool) -> None:
         source, at, to, length = extent
         size = self._sizes[source]
@@ -193,7 +203,6 @@ class Mover:
                 durable.write_all(self.target, to + whole, rest)
             if not fresh and whole + len(rest) < length:
                 durable.write_zeroes(self.target, to + whole + len(rest), length - whole - len(rest), self.path)
-        self.watch.moved(length)
 
 
 def _batches(extents: Sequence[Extent]) -> Iterator[list[Extent]]:

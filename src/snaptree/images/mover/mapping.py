@@ -33,7 +33,10 @@ WINDOW_GRANULES = 1 << 18
 """So many units of allocation are looked at together: a few mebibytes for each layer."""
 NOTHING, COPY, ZEROES, MIX = 0, 1, 2, 3
 """What a cluster gets: ``COPY`` is one whole cluster's worth from one place, ``MIX`` is put together from several."""
-_MIXED = np.uint8(9)
+_MIXED = np.uint8(COMPRESSED + 1)
+_GETS = np.full(_MIXED + 1, MIX, dtype=np.uint8)
+_GETS[[UNALLOCATED, DATA, ZERO]] = NOTHING, COPY, ZEROES
+"""What a cluster gets that is one granule, by what that is."""
 Mask = npt.NDArray[np.bool_]
 
 
@@ -200,9 +203,7 @@ class Mapping:
         wide = kinds.reshape(count, parts)
         first = places.reshape(count, parts)[:, 0]
         if parts == 1:
-            found = np.select(
-                [kinds == UNALLOCATED, kinds == DATA, kinds == ZERO], [NOTHING, COPY, ZEROES], default=MIX
-            ).astype(np.uint8)
+            found = _GETS[kinds]
             shown = (found == MIX) & beneath
             layer = layers
         else:
