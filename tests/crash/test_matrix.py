@@ -8,7 +8,7 @@ import pytest
 from tests.crash.cases import CASES
 from tests.kit import shim
 
-PARTS = 4
+PARTS = 6
 
 
 @pytest.mark.timeout(900)
@@ -31,12 +31,19 @@ def test_killed_at_calls_of_every_operation(part: int) -> None:
         ("kill both", 5, ("delete s2 of a line by pull",)),
         ("EIO of the tools", 5, ("delete s2 of a line by pull", "internal snapshot")),
         ("EIO for good", 41, ("snapshot of one disk", "revert within the tip, discard")),
-        ("EIO once", 41, ("delete s1 of a line by commit", "branch from here")),
+        pytest.param("EIO once", 41, ("delete s1 of a line by commit", "branch from here"), marks=pytest.mark.slow),
         ("EIO of every sync, for good", 3, ("internal snapshot",)),
-        ("EIO of the tools, for good", 7, ("delete s1 of a line by commit of QEMU",)),
-        ("EIO of the tools while reading", 41, ("delete s2 of a line by pull of QEMU", "internal snapshot")),
+        pytest.param(
+            "EIO of the tools, for good", 7, ("delete s1 of a line by commit of QEMU",), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "EIO of the tools while reading",
+            41,
+            ("delete s2 of a line by pull of QEMU", "internal snapshot"),
+            marks=pytest.mark.slow,
+        ),
         ("EIO while reading, for good", 41, ("internal snapshot", "delete an internal one")),
-        ("EIO while reading", 41, ("switch", "delete s1 of a line by pull")),
+        pytest.param("EIO while reading", 41, ("switch", "delete s1 of a line by pull"), marks=pytest.mark.slow),
         ("ENOSPC for good", 41, ("snapshot with firmware", "delete s1 of a line by commit")),
     ],
 )

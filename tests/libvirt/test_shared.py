@@ -129,9 +129,13 @@ SHAPES = {
     "s1 s3": "two rows of one disk",
     "s1 s2 s3": "everything",
 }
+QUICK = ("s2", "s1 s3", "s1 s2 s3")
+"""Those that are run by default."""
 
 
-@pytest.mark.parametrize("gone", SHAPES)
+@pytest.mark.parametrize(
+    "gone", [each if each in QUICK else pytest.param(each, marks=pytest.mark.slow) for each in SHAPES]
+)
 def test_blocks_are_shared_while_it_runs(web: DomainScene, gone: str) -> None:
     before = {name: web.shows(name) for name in web.names()}
     tip = web.source()[0]
@@ -300,7 +304,7 @@ MOST = 24
 """So many things libvirt is told at the most."""
 
 
-@pytest.mark.parametrize("qemu", [False, True], ids=["snaptree", "qemu"])
+@pytest.mark.parametrize("qemu", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["snaptree", "qemu"])
 @pytest.mark.parametrize("call", ["copy", "pivot"])
 def test_killed_around_the_copy(web: DomainScene, call: str, qemu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[__name__], "TOLD", (call,))

@@ -236,7 +236,7 @@ def test_a_guest_that_outruns_a_commit_has_its_data_pulled_up(stage: Stage, monk
 # ---- stopped and killed -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["commit", "pull"])
+@pytest.mark.parametrize("way", ["commit", pytest.param("pull", marks=LONG)])
 def test_a_deletion_is_stopped_and_goes_on(stage: Stage, way: str) -> None:
     guest = stage.start(raw=False)
     wanted = snapshots(stage, 3)

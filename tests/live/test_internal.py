@@ -35,7 +35,7 @@ def tags(stage: Stage) -> set[str]:
 
 
 @pytest.mark.parametrize("who", WHO)
-@pytest.mark.parametrize("raw", [True, False], ids=["mixed", "internal"])
+@pytest.mark.parametrize("raw", [True, pytest.param(False, marks=LONG)], ids=["mixed", "internal"])
 def test_all_disks_are_of_one_instant(stage: Stage, who: str, *, raw: bool) -> None:
     """B11: what cannot hold internal snapshots gets an external point in the same transaction."""
     begin(stage, who, raw=raw)
@@ -167,7 +167,7 @@ def test_mixed_points_with_memory(lasting: Stage) -> None:
     stage.finish()
 
 
-@pytest.mark.parametrize("raw", [True, False], ids=["mixed", "internal"])
+@pytest.mark.parametrize("raw", [True, pytest.param(False, marks=LONG)], ids=["mixed", "internal"])
 def test_memory_that_is_not_saved_leaves_no_internal_point(
     stage: Stage, monkeypatch: pytest.MonkeyPatch, *, raw: bool
 ) -> None:
@@ -199,7 +199,7 @@ def require_right(stage: Stage, name: str) -> bool:
 
 
 @pytest.mark.parametrize("every", [53, pytest.param(1, marks=LONG)])
-@pytest.mark.parametrize("also", ["", "qemu"])
+@pytest.mark.parametrize("also", [pytest.param("", marks=LONG), "qemu"])
 def test_killed_while_one_is_taken_and_deleted(stage: Stage, also: str, every: int) -> None:
     guest = stage.start()
     known = dict[str, tuple[int, ...]]()

@@ -63,7 +63,7 @@ class LiveJourney(Journey):
 def test_random_operations_while_it_runs_keep_everything_after_every_step() -> None:
     done: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
-    for journey in travel(LiveJourney, "SNAPTREE_LIVE_PLANS", "12000"):
+    for journey in travel(LiveJourney, "SNAPTREE_LIVE_PLANS", "8000"):
         done += journey.done
         kinds += journey.kinds
     print(dict(done), dict(kinds))

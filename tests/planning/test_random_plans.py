@@ -258,7 +258,7 @@ def travel(kind: Callable[[int], J], variable: str, usual: str) -> Iterator[J]:
 
 def test_random_plans_keep_everything_after_every_step() -> None:
     done: Counter[str] = Counter()
-    for journey in travel(Journey, "SNAPTREE_PLANS", "20000"):
+    for journey in travel(Journey, "SNAPTREE_PLANS", "12000"):
         done += journey.done
     print(dict(done))
     assert len(done) >= 10, done

@@ -73,8 +73,8 @@ def looks(still: Still) -> Looks:
     return {name: (each["cache"], each["detect_zeroes"], direct[name]) for name, each in zip(names, nodes, strict=True)}
 
 
-@pytest.mark.parametrize("name", ["s1", "s2", "s3"])
-@pytest.mark.parametrize("words", [DRIVE, HEADER], ids=["drive", "headers"])
+@pytest.mark.parametrize("name", [pytest.param("s1", marks=pytest.mark.slow), "s2", "s3"])
+@pytest.mark.parametrize("words", [DRIVE, pytest.param(HEADER, marks=pytest.mark.slow)], ids=["drive", "headers"])
 def test_blocks_are_shared_and_options_kept(name: str, words: str) -> None:
     with standing(on="xfs") as still:
         _take(still, "c", ".d", "..e")
@@ -135,7 +135,6 @@ LONG = [pytest.mark.slow, pytest.mark.timeout(3600)]
 @pytest.mark.parametrize(
     ("place", "also", "every"),
     [
-        ("middle", "", 151),
         ("tip", "qemu", 127),
         *(pytest.param(place, also, 2, marks=LONG) for place in ("middle", "tip") for also in ("", "qemu")),
     ],
