@@ -42,8 +42,8 @@ LONG = pytest.mark.slow
 @pytest.mark.parametrize(
     ("cycle", "also", "every"),
     [
-        ("into the tip", "", 79),
-        ("up in the middle", "qemu", 113),
+        ("into the tip", "", 47),
+        ("up in the middle", "qemu", 83),
         *(
             pytest.param(cycle, also, 3, marks=[LONG, pytest.mark.timeout(3600)])
             for cycle in CYCLES
@@ -90,5 +90,5 @@ def test_killed_in_a_merge(stage: Stage, cycle: str, also: str, every: int) -> N
         tried(JOBS[cycle], "both are killed" if also else "snaptree is killed")
     else:
         raise AssertionError("it was killed to the last")
-    assert lost
+    assert lost > 1
     stage.finish()

@@ -82,7 +82,7 @@ def test_killed_around_a_command(lasting: Stage, command: str, before: bool, the
     stage.finish()
 
 
-@pytest.mark.parametrize("every", [97, pytest.param(1, marks=LONG)])
+@pytest.mark.parametrize("every", [61, pytest.param(1, marks=LONG)])
 @pytest.mark.parametrize("words", ["", pytest.param("--discard", marks=LONG)])
 def test_snaptree_killed_on_the_way_back(lasting: Stage, words: str, every: int) -> None:
     stage = lasting
@@ -101,7 +101,7 @@ def test_snaptree_killed_on_the_way_back(lasting: Stage, words: str, every: int)
         tried(JOB, "snaptree is killed")
     else:
         raise AssertionError("it was killed to the last")
-    assert words or (went and stayed)
+    assert words or (went > 1 and stayed > 1)
     stage.finish()
 
 

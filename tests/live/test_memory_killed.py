@@ -65,7 +65,7 @@ def test_killed_while_the_guest_stands_still(stage: Stage, command: str, before:
     stage.finish()
 
 
-@pytest.mark.parametrize("every", [79, pytest.param(1, marks=LONG)])
+@pytest.mark.parametrize("every", [29, pytest.param(1, marks=LONG)])
 def test_snaptree_killed_while_memory_is_saved(stage: Stage, every: int) -> None:
     guest = stage.start()
     taken, lost = [], 0
@@ -84,7 +84,7 @@ def test_snaptree_killed_while_memory_is_saved(stage: Stage, every: int) -> None
         tried(JOB, "snaptree is killed")
     else:
         raise AssertionError("it was killed to the last")
-    assert taken and lost
+    assert len(taken) > 1 and lost > 1
     counts = [stage.holds(name) for name in taken]
     assert counts == sorted(counts)
     stage.finish()

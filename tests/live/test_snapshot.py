@@ -132,7 +132,7 @@ def _points(every: int) -> range:
     return range(1, 200, every)
 
 
-@pytest.mark.parametrize("every", [43, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("every", [29, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_snaptree_killed_in_a_snapshot(stage: Stage, every: int) -> None:
     """The guest runs on; the snapshot is there or not, on all disks, and no file is over."""
     guest = stage.start()
@@ -153,7 +153,7 @@ def test_snaptree_killed_in_a_snapshot(stage: Stage, every: int) -> None:
             break
     else:
         raise AssertionError("it was killed to the last")
-    assert taken and lost
+    assert len(taken) > 1 and lost > 1
     counts = [stage.holds(name) for name in taken]
     assert counts == sorted(counts)
     stage.finish()

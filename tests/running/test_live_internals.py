@@ -390,7 +390,7 @@ class Places:
 LONG = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
-@pytest.mark.parametrize("every", [37, pytest.param(1, marks=LONG)])
+@pytest.mark.parametrize("every", [19, pytest.param(1, marks=LONG)])
 @pytest.mark.parametrize("also", ["", "qemu"])
 def test_killed_while_internal_and_external_points_are_taken(also: str, every: int) -> None:
     """They are there on all disks or on none; what is written afterwards is kept."""
@@ -423,14 +423,14 @@ def test_killed_while_internal_and_external_points_are_taken(also: str, every: i
                 gone = sorted(taken)[:5]
                 still(f"delete web1 {' '.join(gone)}")
                 taken = {each: held for each, held in taken.items() if each not in gone}
-        assert lost and taken
+        assert lost > 3 and taken
 
 
 @pytest.mark.parametrize(
     ("place", "also", "every"),
     [
-        ("tip", "qemu", 53),
-        ("below", "", 89),
+        ("tip", "qemu", 29),
+        ("below", "", 47),
         *(pytest.param(place, also, 1, marks=LONG) for place in ("tip", "below") for also in ("", "qemu")),
     ],
 )
@@ -467,4 +467,4 @@ def test_killed_while_one_is_deleted(place: str, also: str, every: int) -> None:
             tried("internal snapshot deleted", "both are killed" if also else "snaptree is killed", int(died))
             if also:
                 still("start web1")
-        assert gone and kept
+        assert gone > 2 and kept
