@@ -17,7 +17,7 @@ from typing import Any
 from lxml import etree
 from tests.kit import images
 from tests.kit.libvirtd import Libvirtd
-from tests.kit.scene import SLOT, SLOTS, Said, Scene, command, point_in, standing_on, word_of
+from tests.kit.scene import SLOT, SLOTS, Said, Scene, command, point_in, points_of, standing_on, word_of
 
 from snaptree.store.libvirt.calls import Libvirt, connected
 
@@ -430,7 +430,7 @@ def contents(web: DomainScene) -> dict[tuple[str, str], bytes]:
     return {
         (named["name"], disk): web.unlocked(point["path"], point["internal"], shown)
         for named in (*shown["snapshots"], *shown["branches"])
-        for disk, point in (named.get("points") or named["tips"]).items()
+        for disk, point in points_of(named).items()
     }
 
 

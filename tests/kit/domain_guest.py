@@ -9,7 +9,7 @@ from tests.kit import guest, images
 from tests.kit.domain import DomainScene
 from tests.kit.guest import DISKS, Guest
 from tests.kit.records import DISK_BYTES, read_records
-from tests.kit.scene import names_in, standing_on
+from tests.kit.scene import names_in, points_of, standing_on
 
 
 def booting(domain: DomainScene, initramfs: Path, *disks: str, devices: str = "") -> Guest:
@@ -48,9 +48,8 @@ class Written:
     def holds(self, name: str) -> tuple[int, ...]:
         """How many records the name holds on each disk: on all at one instant."""
         shown = self.web.show()
-        named = names_in(shown)[name]
         found = []
-        for disk, point in sorted((named.get("points") or named["tips"]).items()):
+        for disk, point in sorted(points_of(names_in(shown)[name]).items()):
             chain = standing_on(point["path"], shown)
             found.append(read_records(images.read_unlocked(chain), DISKS.index(disk)).prefix)
         assert len(found) == 1 or 0 <= found[0] - found[1] <= 1, f"{name} is of two instants: {found}"

@@ -200,10 +200,15 @@ def names_in(shown: Any) -> dict[str, Any]:
     return {each["name"]: each for each in (*shown["snapshots"], *shown["branches"])}
 
 
+def points_of(named: Any) -> dict[str, Any]:
+    """The points of a snapshot, or the tips of a branch, by disk, as ``show`` tells them."""
+    found: dict[str, Any] = named.get("points") or named["tips"]
+    return found
+
+
 def point_in(shown: Any, name: str, disk: str) -> Any:
     """The point of a snapshot or branch on a disk, as ``show`` tells it: ``path`` and ``internal``."""
-    named = names_in(shown)[name]
-    return (named.get("points") or named["tips"])[disk]
+    return points_of(names_in(shown)[name])[disk]
 
 
 def standing_on(path: str, shown: Any) -> list[tuple[str, str]]:

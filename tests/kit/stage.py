@@ -11,13 +11,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tests.kit import images, shim
 from tests.kit.guest import DISKS, Boot, Guest, device, launch, loaded_from
 from tests.kit.qmp import Qmp
 from tests.kit.records import DISK_BYTES, in_memory, read_records
-from tests.kit.scene import Scene, names_in, standing_on
+from tests.kit.scene import Scene, names_in, points_of, standing_on
 
 from snaptree.machines.power import own_monitor
 from snaptree.store.database import Database
@@ -62,8 +61,7 @@ class Stage(Scene):
         :param killed: QEMU was killed: what had not been flushed may be lost on one disk and there on the other.
         """
         shown = self.show()
-        named = names_in(shown)[name]
-        points: dict[str, Any] = named.get("points") or named["tips"]
+        points = points_of(names_in(shown)[name])
         found = []
         for disk, point in sorted((disk, point) for disk, point in points.items() if disk in DISKS):
             chain = standing_on(point["path"], shown)

@@ -19,7 +19,7 @@ from typing import Any
 from tests.kit import images
 from tests.kit.programs import killed
 from tests.kit.qmp import Qmp
-from tests.kit.scene import SLOT, Scene, point_in, standing_on, word_of
+from tests.kit.scene import SLOT, Scene, point_in, points_of, standing_on, word_of
 from tests.kit.space import mounted
 from tests.kit.stage import kill_all, kill_and_wait, processes_of
 
@@ -137,7 +137,7 @@ class Still(Scene):
         """Those that names need."""
         found: dict[str, set[str]] = {}
         for named in self.names().values():
-            for point in (named.get("points") or named["tips"]).values():
+            for point in points_of(named).values():
                 if point["internal"] is not None:
                     found.setdefault(os.path.basename(point["path"]), set()).add(point["internal"])
         return found

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tests.kit.domain import DomainScene, VirshRefusal, left_behind
-from tests.kit.scene import Said, word_of
+from tests.kit.scene import Said, names_in, points_of, word_of
 
 DISKS = ("vda", "vdb")
 SLOTS = 8
@@ -136,7 +136,7 @@ class Walk:
         """virsh does something."""
         shown, truth = self.web.show(), self.truth
         tips = {each["path"] for each in shown["disks"]}
-        named = {each["name"]: each.get("points") or each["tips"] for each in (*shown["snapshots"], *shown["branches"])}
+        named = {name: points_of(each) for name, each in names_in(shown).items()}
         verb = self.chance.choice(["create", "revert", "delete", "delete"])
         names = sorted(truth.kept)
         if verb == "create" or not names:
@@ -180,8 +180,7 @@ class Walk:
                     read[place] = word_of(self.web.unlocked(*place, shown))
             return {disk: read[each["path"], each["internal"]] for disk, each in points.items()}
 
-        named = {each["name"]: words(each.get("points") or each.get("tips")) for each in shown["snapshots"]}
-        named |= {each["name"]: words(each["tips"]) for each in shown["branches"]}
+        named = {name: words(points_of(each)) for name, each in names_in(shown).items()}
         here = named.pop(shown["active_branch"])
         for disk in shown["disks"]:
             assert str(self.web.source(disk["target"])[0]) == disk["path"], "libvirt starts it with another file"

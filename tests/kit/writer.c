@@ -1,7 +1,8 @@
 /* What the tests' guest does: writes numbered, checksummed records to its disks, one after the other, all the while.
  *
  * Record n goes to the first disk, then to the second, each time with O_DIRECT, so that at any one moment the disks hold
- * the records up to n, the last one perhaps only on the first of them. Every EACH records both disks are flushed. It says
+ * the records up to n, the last one perhaps only on the first of them. Every EACH records both disks are flushed. After
+ * each record it rests for PACE milliseconds, of which the compiler is told. It says
  *
  *   R                  ready; "go" makes it begin, "hold" makes it wait (it says H NUMBER), "end" ends it,
  *                      and "again" has the guest reboot;
@@ -32,10 +33,6 @@
 #define RUN 8u
 #define EACH 8u
 #define DISKS 2
-#ifndef PACE
-/* So many milliseconds it rests after each record. */
-#define PACE 1
-#endif
 
 struct record {
     char magic[8];

@@ -16,6 +16,7 @@ from tests.kit.domain import DomainScene, domain_scene, goes_on
 from tests.kit.domain_guest import Written
 from tests.kit.images import MiB
 from tests.kit.libvirtd import Libvirtd, libvirtd_or_skip
+from tests.kit.scene import point_in
 from tests.kit.space import filled
 from tests.libvirt.test_running import merging
 
@@ -56,9 +57,7 @@ def web(small: Libvirtd, place: Path, tmp_path: Path) -> Iterator[DomainScene]:
 def shown(web: DomainScene, name: str) -> list[bytes]:
     """What both disks of a name have, while QEMU has them open."""
     shown = web.show()
-    (named,) = [each for each in (*shown["snapshots"], *shown["branches"]) if each["name"] == name]
-    points = named.get("points") or named["tips"]
-    return [web.unlocked(points[disk]["path"], None, shown) for disk in DISKS]
+    return [web.unlocked(point_in(shown, name, disk)["path"], None, shown) for disk in DISKS]
 
 
 @pytest.mark.parametrize(("where", "way"), [("middle", "commit"), ("tip", "commit"), ("tip", "pull")])

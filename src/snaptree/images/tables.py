@@ -200,7 +200,7 @@ class Qcow2Allocation(Allocation):
         """What standard L2 entries say that the image has."""
         offsets = entries & OFFSET
         if not np.any(entries & (COMPRESSED_BIT | ZERO_BIT)):
-            # Most tables are such, and going through them is most of what planning a merge takes.
+            # Most tables are such, and a third of the time is enough for them.
             self._require_inside(offsets)
             plain: Classes = np.multiply(offsets != 0, DATA, dtype=np.uint8)
             return plain

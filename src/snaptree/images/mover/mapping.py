@@ -34,9 +34,8 @@ WINDOW_GRANULES = 1 << 18
 NOTHING, COPY, ZEROES, MIX = 0, 1, 2, 3
 """What a cluster gets: ``COPY`` is one whole cluster's worth from one place, ``MIX`` is put together from several."""
 _MIXED = np.uint8(COMPRESSED + 1)
-_GETS = np.full(_MIXED + 1, MIX, dtype=np.uint8)
-_GETS[[UNALLOCATED, DATA, ZERO]] = NOTHING, COPY, ZEROES
-"""What a cluster gets that is one granule, by what that is."""
+_GETS = np.array([NOTHING, COPY, ZEROES, MIX, MIX], dtype=np.uint8)
+"""What a cluster gets that is one granule, by what that is: in the order of the classes, and ``_MIXED``."""
 Mask = npt.NDArray[np.bool_]
 
 
